@@ -1,0 +1,1 @@
+//! What descriptors refer to.

@@ -1,0 +1,1 @@
+//! What a task is besides its memory and files.

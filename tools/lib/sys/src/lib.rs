@@ -1,0 +1,19 @@
+//! System calls that no crate wraps, behind safe functions, and the small types that all tools share.
+//!
+//! This is the only crate with unsafe code (see `[workspace.lints]`); each module covers one kernel
+//! interface and says which page or file of the kernel documents it. What `nix` or `std` already
+//! wrap is used from there.
+
+#![allow(unsafe_code)]
+
+pub mod cpu;
+pub mod error;
+pub mod ids;
+pub mod kcmp;
+pub mod memory;
+pub mod pidfd;
+pub mod ptrace;
+pub mod transfer;
+
+pub use error::{Refused, SysError};
+pub use ids::{FileId, Pid, RemoteAddr, SocketId, TargetFd, Tid};

@@ -1,0 +1,67 @@
+//! Moving bytes between descriptors inside the kernel: splice(2) where one side is a pipe,
+//! copy_file_range(2) between files, and a buffer where neither is possible.
+
+use std::os::fd::BorrowedFd;
+
+use nix::{
+    errno::Errno,
+    fcntl::{SpliceFFlags, copy_file_range, splice},
+    unistd::{read, write},
+};
+
+use crate::SysError;
+
+/// Moves up to `len` bytes from `from` to `to` (both at their file positions); returns how many
+/// bytes came, which is less than `len` only if `from` ended.
+///
+/// # Errors
+/// Of the last way tried; EPIPE if nobody reads `to`.
+pub fn transfer(from: BorrowedFd<'_>, to: BorrowedFd<'_>, len: u64) -> Result<u64, SysError> {
+    const CHUNK: usize = 1 << 20;
+    #[derive(Clone, Copy)]
+    enum Way {
+        Splice,
+        Range,
+        Buffer,
+    }
+    let mut way = Way::Splice;
+    let mut moved = 0;
+    let mut buffer = Vec::new();
+    while moved < len {
+        let want = usize::try_from(len - moved).unwrap_or(usize::MAX).min(CHUNK);
+        let (call, result) = match way {
+            Way::Splice => ("splice", splice(from, None, to, None, want, SpliceFFlags::SPLICE_F_MOVE)),
+            Way::Range => ("copy_file_range", copy_file_range(from, None, to, None, want)),
+            Way::Buffer => {
+                buffer.resize(want, 0);
+                ("read", read(from, &mut buffer))
+            }
+        };
+        match result {
+            Ok(0) => break,
+            Ok(n) => {
+                if let Way::Buffer = way {
+                    write_all(to, &buffer[..n])?;
+                }
+                moved += n as u64;
+            }
+            Err(Errno::EINTR) => {}
+            Err(Errno::EINVAL | Errno::EXDEV | Errno::EOPNOTSUPP | Errno::EBADF) if !matches!(way, Way::Buffer) => {
+                way = if matches!(way, Way::Splice) { Way::Range } else { Way::Buffer };
+            }
+            Err(errno) => return Err(SysError::new(call, format!("after {moved} of {len} bytes"), errno)),
+        }
+    }
+    Ok(moved)
+}
+
+fn write_all(to: BorrowedFd<'_>, mut bytes: &[u8]) -> Result<(), SysError> {
+    while !bytes.is_empty() {
+        match write(to, bytes) {
+            Ok(n) => bytes = &bytes[n..],
+            Err(Errno::EINTR) => {}
+            Err(errno) => return Err(SysError::new("write", format!("{} bytes", bytes.len()), errno)),
+        }
+    }
+    Ok(())
+}
