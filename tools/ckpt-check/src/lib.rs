@@ -1,0 +1,1 @@
+//! Tells which kernel features and privileges checkpoints can use.

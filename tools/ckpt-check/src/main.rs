@@ -1,0 +1,2 @@
+//! Tells which kernel features and privileges checkpoints can use.
+fn main() {}

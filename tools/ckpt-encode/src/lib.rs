@@ -1,0 +1,1 @@
+//! Encodes JSON as checkpoint images.

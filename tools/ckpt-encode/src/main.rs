@@ -1,0 +1,2 @@
+//! Encodes JSON as checkpoint images.
+fn main() {}

@@ -1,0 +1,1 @@
+//! Adds page contents to a checkpoint stream.

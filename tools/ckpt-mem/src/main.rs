@@ -1,0 +1,2 @@
+//! Adds page contents to a checkpoint stream.
+fn main() {}

@@ -1,0 +1,1 @@
+//! Reads an image directory as a checkpoint stream.

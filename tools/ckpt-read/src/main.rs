@@ -1,0 +1,2 @@
+//! Reads an image directory as a checkpoint stream.
+fn main() {}

@@ -1,0 +1,1 @@
+//! Rebuilds the processes of a checkpoint.

@@ -1,0 +1,2 @@
+//! Rebuilds the processes of a checkpoint.
+fn main() {}

@@ -1,0 +1,1 @@
+//! Freezes a process tree and writes it as a checkpoint stream.

@@ -1,0 +1,1 @@
+//! Prints checkpoint images and streams.

@@ -1,0 +1,2 @@
+//! Prints checkpoint images and streams.
+fn main() {}

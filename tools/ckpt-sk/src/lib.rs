@@ -1,0 +1,1 @@
+//! Completes the sockets of a checkpoint stream.

@@ -1,0 +1,1 @@
+//! Writes a checkpoint stream to an image directory.

@@ -1,0 +1,2 @@
+//! Writes a checkpoint stream to an image directory.
+fn main() {}

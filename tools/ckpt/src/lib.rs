@@ -1,0 +1,1 @@
+//! Checkpoints and restores process trees in one command.

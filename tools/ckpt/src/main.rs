@@ -1,0 +1,2 @@
+//! Checkpoints and restores process trees in one command.
+fn main() {}

@@ -1,0 +1,1 @@
+//! Edits the sockets of a checkpoint stream.

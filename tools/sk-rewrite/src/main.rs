@@ -1,0 +1,2 @@
+//! Edits the sockets of a checkpoint stream.
+fn main() {}
