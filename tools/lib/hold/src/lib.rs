@@ -1,1 +1,548 @@
-//! Placeholder.
+//! The hold protocol: how the stages behind `ckpt-scan` tell it when the frozen tree may go on.
+//!
+//! `ckpt-scan` keeps the tree frozen by being its tracer. Stages that look at the live tree
+//! (`ckpt-mem`, `ckpt-sk`) need it to stay so until they are done, and with `--kill` the tree may be
+//! killed only after `ckpt-write` has put the directory safely in place. So `ckpt-scan` listens on a
+//! unix stream socket with a random abstract name, which is the first thing in the stream
+//! (`hello.control`), and the stages connect to it. Lines of ASCII, each answered by `OK`:
+//!
+//! ```text
+//! stage                holder
+//! HOLD mem        ->          the tree stays frozen while this connection is open
+//!                 <-   OK
+//! RELEASE         ->          done with the tree
+//!                 <-   OK
+//! or COMMIT       ->          (ckpt-write) the directory is durable under its final name
+//! or FAIL reason  ->          the checkpoint will not come to be
+//! ```
+//!
+//! A connection that breaks after HOLD without one of the three last words is a failure: a stage
+//! killed with SIGKILL is told from one that is done, and needs no clean-up code for that.
+//!
+//! An abstract name needs no file system and vanishes with its owner, but it has no permissions:
+//! anybody in the network namespace can connect. Therefore the holder asks the kernel who is there
+//! (SO_PEERCRED) and closes connections of other users before reading a byte; only its own user
+//! and root count. Such strangers can't delay or end a wait.
+
+use std::{
+    collections::BTreeMap,
+    io::{self, Read, Write},
+    os::{
+        fd::AsFd,
+        linux::net::SocketAddrExt,
+        unix::net::{SocketAddr, UnixListener, UnixStream},
+    },
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    thread,
+    time::{Duration, Instant},
+};
+
+use nix::{
+    errno::Errno,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::socket::{getsockopt, sockopt::PeerCredentials},
+    unistd::geteuid,
+};
+
+/// Longest line of the protocol, bytes.
+const MAX_LINE: usize = 4096;
+/// Most connections at a time.
+const MAX_PEERS: usize = 64;
+/// How long a stage waits for the holder's answer. The holder does nothing else, so this is generous.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Why a hold could not be made or taken.
+#[derive(Debug, thiserror::Error)]
+pub enum HoldError {
+    /// The control socket could not be made.
+    #[error("control socket: {call}")]
+    Bind {
+        /// Which step.
+        call: &'static str,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// Nobody listens any more: the holder has ended, and the tree is not frozen.
+    #[error("the holder of the frozen tree has ended")]
+    Gone,
+    /// The holder does not take orders from this user.
+    #[error("the holder of the frozen tree refuses uid {uid}; run all stages as the same user")]
+    Stranger {
+        /// Our effective uid.
+        uid: u32,
+    },
+    /// The connection failed or the answer was not `OK`.
+    #[error("control socket: {what}")]
+    Broken {
+        /// What was being said.
+        what: &'static str,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// How a wait ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outcome {
+    /// All that was waited for has come and gone.
+    Released,
+    /// The same, and a writer has said COMMIT.
+    Committed,
+    /// A stage failed, or its connection broke.
+    Failed {
+        /// Its name.
+        stage: String,
+        /// Its words.
+        reason: String,
+    },
+    /// These stages did not come in time.
+    NobodyCame {
+        /// Which.
+        missing: Vec<String>,
+    },
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// Stages that hold now, by connection.
+    holding: BTreeMap<u64, String>,
+    /// Stages that have taken a hold, ever.
+    came: Vec<String>,
+    /// Stages that released properly.
+    gone: Vec<String>,
+    committed: bool,
+    failed: Option<(String, String)>,
+    stop: bool,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // A panic elsewhere leaves plain data behind, good enough to go on with.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn change(&self, f: impl FnOnce(&mut State)) {
+        f(&mut self.lock());
+        self.changed.notify_all();
+    }
+}
+
+/// The holder's end, in `ckpt-scan`. Dropping it closes the socket.
+#[derive(Debug)]
+pub struct Holder {
+    name: Vec<u8>,
+    shared: Arc<Shared>,
+    /// Closing it ends the thread.
+    wake: Option<UnixStream>,
+    thread: Option<thread::JoinHandle<()>>,
+}
+
+impl Holder {
+    /// Makes the control socket and starts the thread that serves it.
+    ///
+    /// # Errors
+    /// See [`HoldError`].
+    pub fn bind() -> Result<Self, HoldError> {
+        let failed = |call| move |source| HoldError::Bind { call, source };
+        let mut random = [0; 16];
+        std::fs::File::open("/dev/urandom")
+            .and_then(|mut file| file.read_exact(&mut random))
+            .map_err(failed("read /dev/urandom"))?;
+        let name = format!("ckpt-hold-{:032x}", u128::from_ne_bytes(random)).into_bytes();
+        let address = SocketAddr::from_abstract_name(&name).map_err(failed("name"))?;
+        let listener = UnixListener::bind_addr(&address).map_err(failed("bind"))?;
+        listener.set_nonblocking(true).map_err(failed("set non-blocking"))?;
+        let (wake, woken) = UnixStream::pair().map_err(failed("socketpair"))?;
+        let shared = Arc::new(Shared::default());
+        let server = Server { listener, woken, shared: Arc::clone(&shared), peers: Vec::new(), next: 0 };
+        let thread = thread::Builder::new()
+            .name("hold".to_owned())
+            .spawn(move || server.serve())
+            .map_err(failed("start a thread"))?;
+        Ok(Self { name, shared, wake: Some(wake), thread: Some(thread) })
+    }
+
+    /// Name of the socket in the abstract namespace, without the leading NUL; goes into `hello.control`.
+    #[must_use]
+    pub fn address(&self) -> &[u8] {
+        &self.name
+    }
+
+    /// Blocks until every stage in `needs` has come and gone, every hold is released and, with
+    /// `commit`, a writer has said COMMIT; or until a stage fails. `attach_timeout` bounds only the
+    /// waiting for stages that have not come yet: one that holds may take as long as it lives.
+    #[must_use]
+    pub fn wait(&self, needs: &[&str], commit: bool, attach_timeout: Duration) -> Outcome {
+        let deadline = Instant::now() + attach_timeout;
+        let mut state = self.shared.lock();
+        loop {
+            if let Some((stage, reason)) = state.failed.clone() {
+                return Outcome::Failed { stage, reason };
+            }
+            let done = state.holding.is_empty()
+                && needs.iter().all(|&need| state.gone.iter().any(|stage| stage == need))
+                && (!commit || state.committed);
+            if done {
+                return if state.committed { Outcome::Committed } else { Outcome::Released };
+            }
+            let absent = |stage: &str| !state.came.iter().any(|came| came == stage);
+            let mut missing: Vec<String> =
+                needs.iter().filter(|stage| absent(stage)).map(|&stage| stage.to_owned()).collect();
+            // A writer that released without COMMIT will not say it any more.
+            if commit && !state.committed && !state.holding.values().any(|stage| stage == WRITER) {
+                missing.push(WRITER.to_owned());
+            }
+            if missing.is_empty() || !state.holding.is_empty() {
+                state = self.shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Outcome::NobodyCame { missing };
+            }
+            (state, _) =
+                self.shared.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+/// The stage that COMMIT is expected of.
+const WRITER: &str = "write";
+
+impl Drop for Holder {
+    fn drop(&mut self) {
+        self.shared.lock().stop = true;
+        self.wake.take();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+struct Peer {
+    id: u64,
+    socket: UnixStream,
+    buffer: Vec<u8>,
+    stage: Option<String>,
+    /// Has said its last word.
+    over: bool,
+}
+
+struct Server {
+    listener: UnixListener,
+    woken: UnixStream,
+    shared: Arc<Shared>,
+    peers: Vec<Peer>,
+    next: u64,
+}
+
+impl Server {
+    fn serve(mut self) {
+        loop {
+            let mut fds = vec![
+                PollFd::new(self.woken.as_fd(), PollFlags::POLLIN),
+                PollFd::new(self.listener.as_fd(), PollFlags::POLLIN),
+            ];
+            fds.extend(self.peers.iter().map(|peer| PollFd::new(peer.socket.as_fd(), PollFlags::POLLIN)));
+            match poll(&mut fds, PollTimeout::NONE) {
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(_) => return,
+            }
+            if self.shared.lock().stop {
+                return;
+            }
+            self.accept();
+            let shared = &self.shared;
+            self.peers.retain_mut(|peer| peer.serve(shared));
+        }
+    }
+
+    fn accept(&mut self) {
+        loop {
+            match self.listener.accept() {
+                Ok((socket, _)) => {
+                    let friend = getsockopt(&socket, PeerCredentials)
+                        .is_ok_and(|peer| peer.uid() == geteuid().as_raw() || peer.uid() == 0);
+                    if !friend || self.peers.len() >= MAX_PEERS || socket.set_nonblocking(true).is_err() {
+                        continue;
+                    }
+                    self.next += 1;
+                    self.peers.push(Peer { id: self.next, socket, buffer: Vec::new(), stage: None, over: false });
+                }
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => {
+                    // Out of descriptors: somebody may close one.
+                    thread::sleep(Duration::from_millis(10));
+                    return;
+                }
+            }
+        }
+    }
+}
+
+impl Peer {
+    /// Reads what is there; false when the connection is to be closed.
+    fn serve(&mut self, shared: &Shared) -> bool {
+        let mut chunk = [0; 512];
+        loop {
+            match self.socket.read(&mut chunk) {
+                Ok(0) => return self.broken(shared, "it ended without a word"),
+                Ok(n) => self.buffer.extend_from_slice(&chunk[..n]),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return true,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+                Err(e) => return self.broken(shared, &format!("its connection broke: {e}")),
+            }
+            while let Some(end) = self.buffer.iter().position(|&b| b == b'\n') {
+                let line: Vec<u8> = self.buffer.drain(..=end).collect();
+                let line = String::from_utf8_lossy(&line).trim_end().to_owned();
+                if !self.line(&line, shared) {
+                    return self.broken(shared, &format!("it said {line:?}, which is not in the protocol"));
+                }
+                if self.socket.write_all(b"OK\n").is_err() && !self.over {
+                    return self.broken(shared, "it ended without a word");
+                }
+            }
+            if self.buffer.len() > MAX_LINE {
+                return self.broken(shared, "it sent an endless line");
+            }
+        }
+    }
+
+    fn line(&mut self, line: &str, shared: &Shared) -> bool {
+        let (word, rest) = line.split_once(' ').unwrap_or((line, ""));
+        match (word, self.over, &self.stage) {
+            ("HOLD", false, None) if !rest.is_empty() => {
+                self.stage = Some(rest.to_owned());
+                shared.change(|state| {
+                    state.came.push(rest.to_owned());
+                    state.holding.insert(self.id, rest.to_owned());
+                });
+            }
+            ("RELEASE" | "COMMIT", false, Some(stage)) => {
+                self.over = true;
+                shared.change(|state| {
+                    state.holding.remove(&self.id);
+                    state.gone.push(stage.clone());
+                    state.committed |= word == "COMMIT";
+                });
+            }
+            ("FAIL", false, Some(stage)) => {
+                self.over = true;
+                shared.change(|state| {
+                    state.holding.remove(&self.id);
+                    state.failed.get_or_insert_with(|| (stage.clone(), rest.to_owned()));
+                });
+            }
+            _ => return false,
+        }
+        true
+    }
+
+    /// The connection is over; a failure unless the stage had nothing or no more to say.
+    fn broken(&mut self, shared: &Shared, reason: &str) -> bool {
+        if let (false, Some(stage)) = (self.over, &self.stage) {
+            shared.change(|state| {
+                state.holding.remove(&self.id);
+                state.failed.get_or_insert_with(|| (stage.clone(), reason.to_owned()));
+            });
+        }
+        false
+    }
+}
+
+/// A stage's hold on the frozen tree. Dropped without a last word it counts as a failure.
+#[derive(Debug)]
+pub struct Hold {
+    socket: UnixStream,
+}
+
+impl Hold {
+    /// Takes a hold at the control socket `control` (from `hello.control`) in the name of `stage`.
+    ///
+    /// # Errors
+    /// [`HoldError::Gone`] if nobody listens any more, and the others.
+    pub fn take(control: &[u8], stage: &str) -> Result<Self, HoldError> {
+        let failed = |source| HoldError::Broken { what: "connect", source };
+        let address = SocketAddr::from_abstract_name(control).map_err(failed)?;
+        let socket = UnixStream::connect_addr(&address).map_err(|source| match source.kind() {
+            io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound => HoldError::Gone,
+            _ => failed(source),
+        })?;
+        socket.set_read_timeout(Some(ANSWER_TIMEOUT)).map_err(failed)?;
+        let mut hold = Self { socket };
+        hold.say("take the hold", &format!("HOLD {}", one_line(stage))).map_err(|error| match error {
+            // The holder closes connections of strangers without a word.
+            HoldError::Broken { source, .. }
+                if matches!(
+                    source.kind(),
+                    io::ErrorKind::UnexpectedEof | io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
+                ) =>
+            {
+                match getsockopt(&hold.socket, PeerCredentials) {
+                    Ok(peer) if peer.uid() != geteuid().as_raw() && !geteuid().is_root() => {
+                        HoldError::Stranger { uid: geteuid().as_raw() }
+                    }
+                    _ => HoldError::Gone,
+                }
+            }
+            error => error,
+        })?;
+        Ok(hold)
+    }
+
+    fn say(&mut self, what: &'static str, line: &str) -> Result<(), HoldError> {
+        let failed = |source| HoldError::Broken { what, source };
+        self.socket.write_all(format!("{line}\n").as_bytes()).map_err(failed)?;
+        let mut answer = [0; 3];
+        self.socket.read_exact(&mut answer).map_err(failed)?;
+        if &answer != b"OK\n" {
+            return Err(failed(io::Error::new(io::ErrorKind::InvalidData, "the answer is not OK")));
+        }
+        Ok(())
+    }
+
+    /// The directory is durable under its final name: with `--kill` the tree may be killed now.
+    ///
+    /// # Errors
+    /// The holder did not take it: it is gone, and the tree runs.
+    pub fn commit(mut self) -> Result<(), HoldError> {
+        self.say("commit", "COMMIT")
+    }
+
+    /// Done with the tree. If the holder is gone there is nothing to release.
+    pub fn release(mut self) {
+        let _ = self.say("release", "RELEASE");
+    }
+
+    /// The checkpoint will not come to be; `reason` is for the holder's error message.
+    pub fn fail(mut self, reason: &str) {
+        let mut reason = one_line(reason);
+        while reason.len() > MAX_LINE / 2 {
+            reason.pop();
+        }
+        let _ = self.say("fail", &format!("FAIL {reason}"));
+    }
+}
+
+fn one_line(text: &str) -> String {
+    text.replace(['\n', '\r'], " ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SOON: Duration = Duration::from_secs(5);
+
+    #[test]
+    fn released_when_every_need_has_come_and_gone() {
+        let holder = Holder::bind().unwrap();
+        let name = holder.address().to_vec();
+        let stages = thread::spawn(move || {
+            let mem = Hold::take(&name, "mem").unwrap();
+            let sk = Hold::take(&name, "sk").unwrap();
+            mem.release();
+            sk.release();
+        });
+        assert_eq!(holder.wait(&["mem", "sk"], false, SOON), Outcome::Released);
+        stages.join().unwrap();
+    }
+
+    #[test]
+    fn commit_is_awaited_and_reported() {
+        let holder = Holder::bind().unwrap();
+        let hold = Hold::take(holder.address(), "write").unwrap();
+        thread::scope(|scope| {
+            scope.spawn(|| hold.commit().unwrap());
+            assert_eq!(holder.wait(&[], true, SOON), Outcome::Committed);
+        });
+    }
+
+    #[test]
+    fn a_broken_connection_is_a_failure() {
+        let holder = Holder::bind().unwrap();
+        drop(Hold::take(holder.address(), "write").unwrap());
+        let Outcome::Failed { stage, .. } = holder.wait(&[], true, SOON) else { panic!("not a failure") };
+        assert_eq!(stage, "write");
+    }
+
+    #[test]
+    fn a_failure_carries_its_reason_on_one_line() {
+        let holder = Holder::bind().unwrap();
+        Hold::take(holder.address(), "mem").unwrap().fail("no\nspace");
+        let failed = Outcome::Failed { stage: "mem".into(), reason: "no space".into() };
+        assert_eq!(holder.wait(&["mem"], false, SOON), failed);
+    }
+
+    #[test]
+    fn who_never_comes_is_named() {
+        let holder = Holder::bind().unwrap();
+        Hold::take(holder.address(), "sk").unwrap().release();
+        let outcome = holder.wait(&["mem", "sk"], true, Duration::from_millis(20));
+        assert_eq!(outcome, Outcome::NobodyCame { missing: vec!["mem".into(), "write".into()] });
+    }
+
+    #[test]
+    fn a_stage_that_holds_may_take_longer_than_the_timeout() {
+        let holder = Holder::bind().unwrap();
+        let hold = Hold::take(holder.address(), "mem").unwrap();
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                thread::sleep(Duration::from_millis(60));
+                hold.release();
+            });
+            assert_eq!(holder.wait(&["mem"], false, Duration::from_millis(10)), Outcome::Released);
+        });
+    }
+
+    #[test]
+    fn silent_connections_and_nonsense_hold_nothing() {
+        let holder = Holder::bind().unwrap();
+        let address = SocketAddr::from_abstract_name(holder.address()).unwrap();
+        let silent = UnixStream::connect_addr(&address).unwrap();
+        let mut rude = UnixStream::connect_addr(&address).unwrap();
+        rude.write_all(b"COMMIT\n").unwrap();
+        assert_eq!(rude.read(&mut [0; 3]).unwrap(), 0, "no OK for a COMMIT without a hold");
+        assert_eq!(holder.wait(&[], false, SOON), Outcome::Released);
+        drop(silent);
+    }
+
+    #[test]
+    fn the_holders_end_is_told_from_a_failure() {
+        let holder = Holder::bind().unwrap();
+        let name = holder.address().to_vec();
+        drop(holder);
+        assert!(matches!(Hold::take(&name, "write"), Err(HoldError::Gone)));
+    }
+
+    /// Needs root, to become somebody else.
+    #[test]
+    fn other_users_are_not_heard() {
+        if !geteuid().is_root() {
+            eprintln!("SKIP other_users_are_not_heard: needs root");
+            return;
+        }
+        let holder = Holder::bind().unwrap();
+        let name = String::from_utf8(holder.address().to_vec()).unwrap();
+        let script = format!(
+            "import socket,os\nos.setuid(65534)\ns=socket.socket(socket.AF_UNIX)\ns.connect('\\0{name}')\n\
+             try:\n s.sendall(b'HOLD write\\n')\n d=s.recv(10)\nexcept OSError:\n d=b''\nassert d==b'',d\n"
+        );
+        let python = std::process::Command::new("python3").arg("-c").arg(script).status();
+        let Ok(status) = python else {
+            eprintln!("SKIP other_users_are_not_heard: needs python3");
+            return;
+        };
+        assert!(status.success());
+        assert_eq!(holder.wait(&[], false, SOON), Outcome::Released);
+    }
+}
