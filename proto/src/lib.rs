@@ -19,7 +19,7 @@ pub mod types {
 }
 
 pub use catalogue::{Image, Payload, PayloadLen};
-pub use prost::Message;
+pub use prost::{DecodeError, Message};
 
 /// Largest image message that is accepted, bytes. The largest that CRIU is known to write
 /// (an `mm_entry` of a task with 65,530 mappings, the kernel's default limit) is under 8 MiB.

@@ -1,1 +1,330 @@
-//! Placeholder.
+//! What every tool's command line shares: exit codes, errors, messages, progress.
+//!
+//! A tool's `main` is one call of [`main`]; its library has `Args` (a clap parser), `command()` and
+//! `run(args, input, output)`. `run` never exits and never prints an error: it returns it, and
+//! [`finish`] prints the whole chain once, in four parts (what was done, to what, which call with
+//! which errno, and on a line of its own what the user can do).
+//!
+//! stdout carries the product and nothing else; everything here goes to stderr. Writing to stderr
+//! never fails a tool: a closed stderr is not worth a checkpoint.
+
+use std::{
+    fmt,
+    fs::File,
+    io::{self, IsTerminal, Write},
+    os::fd::AsFd,
+    process::ExitCode,
+    sync::{
+        OnceLock,
+        atomic::{AtomicU8, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use ckpt_sys::Refused;
+use clap::{ArgAction, CommandFactory, Parser};
+use indicatif::{ProgressBar, ProgressStyle};
+
+/// Exit status, the same table for every tool and every man page.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Status {
+    /// Done.
+    Done = 0,
+    /// Failed. A target runs on unharmed; nothing was written or restored.
+    Failed = 1,
+    /// The command line makes no sense.
+    Usage = 2,
+    /// Refused: a resource that can't be checkpointed or restored, or a privilege that is missing.
+    Refused = 3,
+    /// The stream or image is incomplete or corrupt.
+    Corrupt = 4,
+}
+
+impl From<Status> for ExitCode {
+    fn from(status: Status) -> Self {
+        Self::from(status as u8)
+    }
+}
+
+/// A command line that parsed but makes no sense. Exit status 2.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("{0}")]
+pub struct UsageError(pub String);
+
+/// The status that an error ends a tool with: the first cause in its chain that has one of its own.
+#[must_use]
+pub fn code_of(error: &anyhow::Error) -> Status {
+    for cause in error.chain() {
+        if cause.is::<UsageError>() {
+            return Status::Usage;
+        }
+        if cause.is::<Refused>() {
+            return Status::Refused;
+        }
+        if let Some(error) = cause.downcast_ref::<ckpt_proto::stream::StreamError>() {
+            use ckpt_proto::stream::StreamError;
+            return match error {
+                StreamError::Io { .. } => Status::Failed,
+                _ => Status::Corrupt,
+            };
+        }
+        if let Some(error) = cause.downcast_ref::<ckpt_proto::file::FileError>() {
+            use ckpt_proto::file::FileError;
+            return match error {
+                FileError::Io { .. } => Status::Failed,
+                _ => Status::Corrupt,
+            };
+        }
+        if let Some(error) = cause.downcast_ref::<ckpt_images::ImageError>() {
+            return if error.is_corruption() { Status::Corrupt } else { Status::Failed };
+        }
+    }
+    Status::Failed
+}
+
+/// The error as [`finish`] prints it: the chain joined by colons, then an indented line of advice.
+#[must_use]
+pub fn describe(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    let mut advice = None;
+    for cause in error.chain() {
+        let part = cause.to_string();
+        // Some errors show their cause in their own text.
+        if !text.is_empty() && text.ends_with(&part) {
+            continue;
+        }
+        if !text.is_empty() {
+            text.push_str(": ");
+        }
+        text.push_str(&part);
+        if let Some(refused) = cause.downcast_ref::<Refused>() {
+            advice = advice.or_else(|| refused.advice.clone());
+        }
+    }
+    if let Some(advice) = advice {
+        for line in advice.lines() {
+            text.push_str("\n  ");
+            text.push_str(line);
+        }
+    }
+    text
+}
+
+static TOOL: OnceLock<String> = OnceLock::new();
+static VERBOSITY: AtomicU8 = AtomicU8::new(0);
+
+fn tool() -> &'static str {
+    TOOL.get().map_or("ckpt", String::as_str)
+}
+
+fn say(message: fmt::Arguments<'_>) {
+    // One write, so that lines of the stages of a pipeline do not mix.
+    let line = format!("{}: {message}\n", tool());
+    let _ = io::stderr().write_all(line.as_bytes());
+}
+
+/// Prints the error, if any, and gives the exit status.
+pub fn finish(tool: &str, result: anyhow::Result<()>) -> ExitCode {
+    finish_with(tool, result.map(|()| Status::Done.into()))
+}
+
+/// Like [`finish`] for a tool with exit statuses of its own.
+pub fn finish_with(tool: &str, result: anyhow::Result<ExitCode>) -> ExitCode {
+    let _ = TOOL.set(tool.to_owned());
+    match result {
+        Ok(code) => code,
+        Err(error) => {
+            say(format_args!("{}", describe(&error)));
+            code_of(&error).into()
+        }
+    }
+}
+
+/// How often `-v` was given.
+pub fn verbosity() -> u8 {
+    VERBOSITY.load(Ordering::Relaxed)
+}
+
+/// Sets what [`verbosity`] returns.
+pub fn set_verbosity(level: u8) {
+    VERBOSITY.store(level, Ordering::Relaxed);
+}
+
+/// Prints a message to stderr if `-v` was given at least `$level` times.
+#[macro_export]
+macro_rules! note {
+    ($level:expr, $($message:tt)*) => {
+        if $crate::verbosity() >= $level {
+            $crate::note_line(::std::format_args!($($message)*));
+        }
+    };
+}
+
+/// What [`note!`] calls.
+#[doc(hidden)]
+pub fn note_line(message: fmt::Arguments<'_>) {
+    say(message);
+}
+
+/// Prints a warning to stderr, whatever the verbosity.
+pub fn warn(message: &str) {
+    say(format_args!("warning: {message}"));
+}
+
+/// Options that every tool has; flatten it into the tool's `Args`. [`main`] acts on it.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub struct Common {
+    /// Say what is being done; twice for details
+    #[arg(short, long, action = ArgAction::Count)]
+    pub verbose: u8,
+}
+
+/// Parses the command line, runs the tool and turns its result into the exit status.
+pub fn main<A: Parser>(tool: &'static str, run: impl FnOnce(A) -> anyhow::Result<()>) -> ExitCode {
+    main_with(tool, |args: A| run(args).map(|()| Status::Done.into()))
+}
+
+/// Like [`main`] for a tool with exit statuses of its own.
+pub fn main_with<A: Parser>(tool: &'static str, run: impl FnOnce(A) -> anyhow::Result<ExitCode>) -> ExitCode {
+    let _ = TOOL.set(tool.to_owned());
+    let parsed = <A as CommandFactory>::command().try_get_matches().and_then(|matches| {
+        if let Ok(Some(&level)) = matches.try_get_one::<u8>("verbose") {
+            set_verbosity(level);
+        }
+        A::from_arg_matches(&matches)
+    });
+    match parsed {
+        Ok(args) => finish_with(tool, run(args)),
+        Err(error) => {
+            let _ = error.print();
+            if error.use_stderr() { Status::Usage.into() } else { Status::Done.into() }
+        }
+    }
+}
+
+/// Standard input as a descriptor of our own, unbuffered.
+///
+/// # Errors
+/// It is closed.
+pub fn stdin() -> anyhow::Result<File> {
+    use anyhow::Context;
+    io::stdin().as_fd().try_clone_to_owned().map(File::from).context("standard input")
+}
+
+/// Standard output as a descriptor of our own, unbuffered.
+///
+/// # Errors
+/// It is closed.
+pub fn stdout() -> anyhow::Result<File> {
+    use anyhow::Context;
+    io::stdout().as_fd().try_clone_to_owned().map(File::from).context("standard output")
+}
+
+/// Refuses to read a stream from, or write one to, a terminal.
+///
+/// # Errors
+/// [`UsageError`] saying so.
+pub fn not_a_terminal(file: &File, what: &str) -> Result<(), UsageError> {
+    if file.is_terminal() {
+        return Err(UsageError(format!(
+            "{what} is a terminal; a checkpoint stream goes through a pipe or file"
+        )));
+    }
+    Ok(())
+}
+
+/// Whether the error's cause is that nobody reads our output any more.
+#[must_use]
+pub fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| {
+        cause.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe)
+            || cause.downcast_ref::<nix::errno::Errno>() == Some(&nix::errno::Errno::EPIPE)
+    })
+}
+
+/// A progress bar on stderr: only on a terminal, and only for work that takes more than a second.
+#[derive(Debug)]
+pub struct Progress {
+    what: &'static str,
+    total: Option<u64>,
+    done: u64,
+    start: Instant,
+    terminal: bool,
+    bar: Option<ProgressBar>,
+}
+
+impl Progress {
+    const PATIENCE: Duration = Duration::from_secs(1);
+
+    /// Progress of moving `total` bytes, if that is known.
+    #[must_use]
+    pub fn new(what: &'static str, total: Option<u64>) -> Self {
+        let terminal = io::stderr().is_terminal();
+        Self { what, total, done: 0, start: Instant::now(), terminal, bar: None }
+    }
+
+    /// `bytes` more are done.
+    pub fn inc(&mut self, bytes: u64) {
+        self.done += bytes;
+        if !self.terminal || self.start.elapsed() < Self::PATIENCE {
+            return;
+        }
+        let (total, what) = (self.total, self.what);
+        let bar = self.bar.get_or_insert_with(|| {
+            let template = match total {
+                Some(_) => "{msg} {bar:30} {bytes}/{total_bytes} {bytes_per_sec}",
+                None => "{msg} {bytes} {bytes_per_sec}",
+            };
+            let bar = total.map_or_else(ProgressBar::no_length, ProgressBar::new);
+            if let Ok(style) = ProgressStyle::with_template(template) {
+                bar.set_style(style);
+            }
+            bar.with_message(what)
+        });
+        bar.set_position(self.done);
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::Context;
+    use ckpt_proto::stream::StreamError;
+
+    use super::*;
+
+    #[test]
+    fn code_is_found_anywhere_in_the_chain() {
+        let refused: anyhow::Result<()> = Err(Refused::new("pid 1", "no").into());
+        assert_eq!(code_of(&refused.context("a").context("b").unwrap_err()), Status::Refused);
+        let stream: anyhow::Result<()> = Err(StreamError::Incomplete { offset: 1, at: "x" }.into());
+        assert_eq!(code_of(&stream.context("read").unwrap_err()), Status::Corrupt);
+        assert_eq!(code_of(&anyhow::anyhow!("other")), Status::Failed);
+        assert_eq!(code_of(&UsageError("x".into()).into()), Status::Usage);
+    }
+
+    #[test]
+    fn advice_is_on_its_own_line() {
+        let error =
+            anyhow::Error::from(Refused::new("pid 1", "half a connection").advise("pass --external 5"));
+        assert_eq!(describe(&error.context("dump")), "dump: pid 1: half a connection\n  pass --external 5");
+    }
+
+    #[test]
+    fn a_cause_that_was_printed_is_not_printed_again() {
+        #[derive(Debug, thiserror::Error)]
+        #[error("outer: {source}")]
+        struct Outer {
+            source: io::Error,
+        }
+        let error = anyhow::Error::from(Outer { source: io::Error::other("inner") });
+        assert_eq!(describe(&error), "outer: inner");
+    }
+}

@@ -1,0 +1,435 @@
+//! A directory in the making.
+//!
+//! Files are written into a staging directory beside the final one, then:
+//!
+//! 1. the manifest is written, every file is fsynced, then the staging directory;
+//! 2. renameat2(RENAME_NOREPLACE) gives it its name: it appears whole, and never over another;
+//! 3. the parent directory is fsynced, so that the name survives a power cut too.
+//!
+//! On any error the staging directory is removed. A writer killed with SIGKILL can't do that: it
+//! leaves `.NAME.ckpt-partial-*` behind, locked by flock(2) while its writer lives, and the next
+//! writer of the same name removes what nobody has locked.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    ffi::{OsStr, OsString},
+    fs::{self, DirBuilder, File, OpenOptions},
+    io::{self, BufWriter, Read, Seek, SeekFrom, Write},
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::{
+            ffi::OsStrExt,
+            fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
+        },
+    },
+    path::{Path, PathBuf},
+};
+
+use ckpt_proto::{Image, Message, file, types::ManifestEntry};
+use ckpt_sys::transfer::transfer;
+use nix::{
+    errno::Errno,
+    fcntl::{AT_FDCWD, Flock, FlockArg, RenameFlags, renameat2},
+};
+use xxhash_rust::xxh3::Xxh3Default;
+
+use crate::{ImageError, Order};
+
+/// Files kept open at a time; more are closed and opened again.
+const MAX_OPEN: usize = 64;
+
+struct Output {
+    order: Order,
+    hash: Xxh3Default,
+    size: u64,
+    file: Option<BufWriter<File>>,
+}
+
+/// Writes an image directory that appears under its name complete or not at all.
+pub struct DirWriter {
+    target: PathBuf,
+    parent: PathBuf,
+    staging: Option<PathBuf>,
+    /// The staging directory, locked as long as we live.
+    #[expect(dead_code, reason = "held, not used")]
+    lock: Option<Flock<File>>,
+    outputs: BTreeMap<(Image, u64), Output>,
+    open: VecDeque<(Image, u64)>,
+}
+
+impl std::fmt::Debug for DirWriter {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("DirWriter")
+            .field("target", &self.target)
+            .field("staging", &self.staging)
+            .finish_non_exhaustive()
+    }
+}
+
+fn partial_prefix(name: &OsStr) -> OsString {
+    let mut prefix = OsString::from(".");
+    // A name may have 255 bytes, and ours is longer than the final one.
+    prefix.push(OsStr::from_bytes(name.as_bytes().get(..200).unwrap_or(name.as_bytes())));
+    prefix.push(".ckpt-partial-");
+    prefix
+}
+
+impl DirWriter {
+    /// Starts a directory that is to be `target`.
+    ///
+    /// # Errors
+    /// `target` exists, or the staging directory can't be made.
+    pub fn create(target: &Path) -> Result<Self, ImageError> {
+        let target: PathBuf = target.components().collect();
+        match fs::symlink_metadata(&target) {
+            Ok(_) => return Err(ImageError::Exists { path: target }),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            Err(e) => return Err(ImageError::io(target, "lstat")(e)),
+        }
+        let Some(name) = target.file_name() else { return Err(ImageError::Exists { path: target }) };
+        let parent = match target.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
+            _ => PathBuf::from("."),
+        };
+        let prefix = partial_prefix(name);
+        remove_abandoned(&parent, &prefix);
+        let (staging, lock) = make_staging(&parent, &prefix)?;
+        Ok(Self {
+            target,
+            parent,
+            staging: Some(staging),
+            lock,
+            outputs: BTreeMap::new(),
+            open: VecDeque::new(),
+        })
+    }
+
+    fn staging(&self) -> &Path {
+        self.staging.as_deref().unwrap_or(&self.target)
+    }
+
+    /// The output of an image, open; made with its header if it is new.
+    fn output(&mut self, image: Image, arg: u64) -> Result<&mut Output, ImageError> {
+        let key = (image, arg);
+        let path = self.staging().join(image.file_name(arg));
+        let known = self.outputs.contains_key(&key);
+        let is_open = self.outputs.get(&key).is_some_and(|output| output.file.is_some());
+        if !is_open {
+            while self.open.len() >= MAX_OPEN {
+                if let Some((image, arg)) = self.open.pop_front() {
+                    self.close(image, arg)?;
+                }
+            }
+            let mut options = OpenOptions::new();
+            options.write(true).mode(0o600).custom_flags(nix::libc::O_NOFOLLOW);
+            let mut file = options.create_new(!known).open(&path).map_err(ImageError::io(&path, "open"))?;
+            file.seek(SeekFrom::End(0)).map_err(ImageError::io(&path, "lseek"))?;
+            let output = self.outputs.entry(key).or_insert_with(|| Output {
+                order: Order::new(),
+                hash: Xxh3Default::new(),
+                size: 0,
+                file: None,
+            });
+            output.file = Some(BufWriter::with_capacity(1 << 13, file));
+            if !known {
+                let mut header = Vec::new();
+                file::write_header(&mut header, image).map_err(ImageError::io(&path, "write"))?;
+                output.put(&path, &header)?;
+            }
+            self.open.push_back(key);
+        }
+        self.outputs.get_mut(&key).ok_or_else(|| ImageError::Missing { file: image.file_name(arg) })
+    }
+
+    fn close(&mut self, image: Image, arg: u64) -> Result<(), ImageError> {
+        let path = self.staging().join(image.file_name(arg));
+        if let Some(mut file) = self.outputs.get_mut(&(image, arg)).and_then(|output| output.file.take()) {
+            file.flush().map_err(ImageError::io(path, "write"))?;
+        }
+        Ok(())
+    }
+
+    /// Appends an entry to an image.
+    ///
+    /// # Errors
+    /// It does not belong there, or can't be written.
+    pub fn entry(&mut self, image: Image, arg: u64, message: &[u8]) -> Result<(), ImageError> {
+        let path = self.staging().join(image.file_name(arg));
+        let output = self.output(image, arg)?;
+        output.order.entry(image, arg, message)?;
+        let len = u32::try_from(message.len()).ok().filter(|&n| n <= ckpt_proto::MAX_MESSAGE);
+        let Some(len) = len else {
+            let what = format!("an entry of {} bytes", message.len());
+            return Err(ImageError::TooMuch { file: image.file_name(arg), what });
+        };
+        output.put(&path, &len.to_le_bytes())?;
+        output.put(&path, message)
+    }
+
+    /// Appends raw contents to the last entry of an image. No bytes at all just make the file, for an
+    /// image without entries.
+    ///
+    /// # Errors
+    /// They do not belong there, or can't be written.
+    pub fn data(&mut self, image: Image, arg: u64, bytes: &[u8]) -> Result<(), ImageError> {
+        let path = self.staging().join(image.file_name(arg));
+        let output = self.output(image, arg)?;
+        output.order.data(image, arg, bytes.len() as u64)?;
+        output.put(&path, bytes)
+    }
+
+    /// Appends up to `len` bytes of pages from `from`, moved inside the kernel; returns how many bytes
+    /// came, which is less than `len` only if `from` ended.
+    ///
+    /// # Errors
+    /// They can't be read or written.
+    pub fn pages_from(&mut self, id: u64, from: BorrowedFd<'_>, len: u64) -> Result<u64, ImageError> {
+        let path = self.staging().join(Image::Pages.file_name(id));
+        let output = self.output(Image::Pages, id)?;
+        let Some(file) = &mut output.file else { return Ok(0) };
+        file.flush().map_err(ImageError::io(&path, "write"))?;
+        let moved = transfer(from, file.get_ref().as_fd(), len)
+            .map_err(|source| ImageError::Transfer { file: Image::Pages.file_name(id), source })?;
+        output.size += moved;
+        Ok(moved)
+    }
+
+    /// Bytes written so far to `pages-ID.img`; `None` if there is no such file.
+    #[must_use]
+    pub fn pages_len(&self, id: u64) -> Option<u64> {
+        self.outputs.get(&(Image::Pages, id)).map(|output| output.size)
+    }
+
+    /// Whether there is such an image.
+    #[must_use]
+    pub fn has(&self, image: Image, arg: u64) -> bool {
+        self.outputs.contains_key(&(image, arg))
+    }
+
+    /// Completes the directory, makes it durable and gives it its name.
+    ///
+    /// # Errors
+    /// Then there is nothing under the final name (unless only the last step, making the name
+    /// itself durable, has failed: the error says so).
+    pub fn finish(mut self) -> Result<(), ImageError> {
+        for (&(image, arg), output) in &self.outputs {
+            output.order.end(image, arg)?;
+        }
+        self.write_manifest()?;
+        let keys: Vec<_> = self.outputs.keys().copied().collect();
+        for (image, arg) in keys {
+            self.close(image, arg)?;
+            let path = self.staging().join(image.file_name(arg));
+            File::open(&path).and_then(|file| file.sync_all()).map_err(ImageError::io(&path, "fsync"))?;
+        }
+        let staging = self.staging().to_owned();
+        File::open(&staging).and_then(|dir| dir.sync_all()).map_err(ImageError::io(&staging, "fsync"))?;
+        self.rename(&staging)?;
+        self.staging = None;
+        File::open(&self.parent).and_then(|dir| dir.sync_all()).map_err(ImageError::io(
+            &self.parent,
+            "fsync, after the images were put in place (complete, but a power cut may lose them)",
+        ))
+    }
+
+    fn write_manifest(&mut self) -> Result<(), ImageError> {
+        if self.has(Image::CkptManifest, 0) {
+            let what = "the manifest is made by the writer, it can't be part of a stream".to_owned();
+            return Err(ImageError::Stream { file: Image::CkptManifest.file_name(0), what });
+        }
+        let entries: Vec<ManifestEntry> = self
+            .outputs
+            .iter()
+            .map(|(&(image, arg), output)| ManifestEntry {
+                name: image.file_name(arg),
+                size: output.size,
+                xxh3: (image != Image::Pages).then(|| output.hash.digest()),
+            })
+            .collect();
+        for entry in entries {
+            self.entry(Image::CkptManifest, 0, &entry.encode_to_vec())?;
+        }
+        Ok(())
+    }
+
+    fn rename(&self, staging: &Path) -> Result<(), ImageError> {
+        let exists = || ImageError::Exists { path: self.target.clone() };
+        match renameat2(AT_FDCWD, staging, AT_FDCWD, &self.target, RenameFlags::RENAME_NOREPLACE) {
+            Ok(()) => Ok(()),
+            Err(Errno::EEXIST) => Err(exists()),
+            // Some file systems do not know the flag (EINVAL: renameat2(2)). A plain rename replaces
+            // no file and no directory with anything in it.
+            Err(Errno::EINVAL) => match fs::symlink_metadata(&self.target) {
+                Ok(_) => Err(exists()),
+                Err(_) => fs::rename(staging, &self.target).map_err(ImageError::io(&self.target, "rename")),
+            },
+            Err(errno) => Err(ImageError::errno(&self.target, "rename")(errno)),
+        }
+    }
+}
+
+impl Output {
+    fn put(&mut self, path: &Path, bytes: &[u8]) -> Result<(), ImageError> {
+        let Some(file) = &mut self.file else { return Ok(()) };
+        file.write_all(bytes).map_err(ImageError::io(path, "write"))?;
+        self.hash.update(bytes);
+        self.size += bytes.len() as u64;
+        Ok(())
+    }
+}
+
+impl Drop for DirWriter {
+    fn drop(&mut self) {
+        self.outputs.clear();
+        if let Some(staging) = self.staging.take() {
+            let _ = fs::remove_dir_all(staging);
+        }
+    }
+}
+
+/// A new staging directory, locked (`None` where locks are not supported: then nobody removes what is
+/// left behind, and that is all).
+fn make_staging(parent: &Path, prefix: &OsStr) -> Result<(PathBuf, Option<Flock<File>>), ImageError> {
+    let mut tries = 0;
+    loop {
+        tries += 1;
+        let last = tries > 100;
+        let mut random = [0; 8];
+        File::open("/dev/urandom")
+            .and_then(|mut file| file.read_exact(&mut random))
+            .map_err(ImageError::io("/dev/urandom", "read"))?;
+        let mut name = prefix.to_owned();
+        name.push(format!("{:016x}", u64::from_ne_bytes(random)));
+        let staging = parent.join(name);
+        match DirBuilder::new().mode(0o700).create(&staging) {
+            Ok(()) => {}
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists && !last => continue,
+            Err(e) => return Err(ImageError::io(staging, "mkdir")(e)),
+        }
+        // A writer of the same name that starts now may take the directory for an abandoned one as
+        // long as it is not locked. Then the directory is gone, or locked and about to go: take another.
+        match File::open(&staging) {
+            Ok(dir) => match Flock::lock(dir, FlockArg::LockExclusiveNonblock) {
+                Ok(lock) if lock.metadata().is_ok_and(|meta| meta.nlink() > 0) => {
+                    return Ok((staging, Some(lock)));
+                }
+                Ok(_) | Err((_, Errno::EWOULDBLOCK)) if !last => {}
+                Ok(_) | Err(_) => return Ok((staging, None)),
+            },
+            Err(e) if e.kind() == io::ErrorKind::NotFound && !last => {}
+            Err(e) => return Err(ImageError::io(staging, "open")(e)),
+        }
+    }
+}
+
+/// Removes staging directories whose writer was killed. Failing to is no error: they are in nobody's way.
+fn remove_abandoned(parent: &Path, prefix: &OsStr) {
+    let Ok(entries) = fs::read_dir(parent) else { return };
+    for entry in entries.flatten() {
+        let name = entry.file_name();
+        let ours = name
+            .as_bytes()
+            .strip_prefix(prefix.as_bytes())
+            .is_some_and(|rest| rest.len() == 16 && rest.iter().all(u8::is_ascii_hexdigit));
+        if !ours {
+            continue;
+        }
+        let flags = nix::libc::O_DIRECTORY | nix::libc::O_NOFOLLOW;
+        let Ok(dir) = OpenOptions::new().read(true).custom_flags(flags).open(entry.path()) else { continue };
+        if Flock::lock(dir, FlockArg::LockExclusiveNonblock).is_ok() {
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    fn task() -> Vec<u8> {
+        ckpt_proto::types::PstreeEntry { pid: 1, ppid: 0, pgid: 1, sid: 1, threads: vec![1] }.encode_to_vec()
+    }
+
+    fn names(dir: &Path) -> Vec<String> {
+        let mut names: Vec<_> =
+            fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn a_directory_appears_whole_and_private() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x");
+        let mut writer = DirWriter::create(&path).unwrap();
+        writer.entry(Image::Pstree, 0, &task()).unwrap();
+        writer.data(Image::Fdinfo, 2, &[]).unwrap();
+        assert!(!path.exists());
+        writer.finish().unwrap();
+        assert_eq!(names(dir.path()), ["x"]);
+        assert_eq!(names(&path), ["ckpt-manifest.img", "fdinfo-2.img", "pstree.img"]);
+        assert_eq!(fs::read(path.join("fdinfo-2.img")).unwrap().len(), 8);
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o700);
+        assert_eq!(fs::metadata(path.join("pstree.img")).unwrap().permissions().mode() & 0o777, 0o600);
+    }
+
+    #[test]
+    fn a_dropped_writer_leaves_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut writer = DirWriter::create(&dir.path().join("x")).unwrap();
+        writer.entry(Image::Pstree, 0, &task()).unwrap();
+        drop(writer);
+        assert_eq!(names(dir.path()), [""; 0]);
+    }
+
+    #[test]
+    fn what_exists_is_not_touched() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x");
+        fs::write(&path, "mine").unwrap();
+        assert!(matches!(DirWriter::create(&path), Err(ImageError::Exists { .. })));
+        fs::remove_file(&path).unwrap();
+        // Nor if it comes to be in the meantime, not even an empty directory.
+        let mut writer = DirWriter::create(&path).unwrap();
+        writer.entry(Image::Pstree, 0, &task()).unwrap();
+        fs::create_dir(&path).unwrap();
+        assert!(matches!(writer.finish(), Err(ImageError::Exists { .. })));
+        assert_eq!(names(dir.path()), ["x"]);
+        assert_eq!(names(&path), [""; 0]);
+    }
+
+    #[test]
+    fn what_a_killed_writer_left_is_removed_and_a_living_writers_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join(".x.ckpt-partial-0123456789abcdef")).unwrap();
+        let path = dir.path().join("x");
+        let first = DirWriter::create(&path).unwrap();
+        assert_eq!(names(dir.path()).len(), 1, "abandoned directory still there");
+        let second = DirWriter::create(&path).unwrap();
+        assert_eq!(names(dir.path()).len(), 2);
+        drop((first, second));
+        assert_eq!(names(dir.path()), [""; 0]);
+    }
+
+    #[test]
+    fn more_images_than_open_files() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x");
+        let mut writer = DirWriter::create(&path).unwrap();
+        for _ in 0..2 {
+            for arg in 0..200 {
+                writer.entry(Image::Fdinfo, arg, &fdinfo()).unwrap();
+            }
+        }
+        writer.finish().unwrap();
+        let set = crate::ImageSet::from_dir(&path).unwrap();
+        assert!((0..200).all(|arg| set.entries(Image::Fdinfo, arg) == [fdinfo(), fdinfo()]));
+    }
+
+    fn fdinfo() -> Vec<u8> {
+        ckpt_proto::types::FdinfoEntry { id: 1, flags: 0, r#type: 1, fd: 3, ..Default::default() }
+            .encode_to_vec()
+    }
+}
