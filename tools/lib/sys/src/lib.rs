@@ -6,14 +6,23 @@
 
 #![allow(unsafe_code)]
 
+pub mod clone;
 pub mod cpu;
 pub mod error;
+pub mod file;
 pub mod ids;
 pub mod kcmp;
 pub mod memory;
 pub mod pidfd;
+pub mod prctl;
 pub mod ptrace;
+pub mod rseq;
+pub mod sched;
+#[cfg(feature = "selfcall")]
+pub mod selfcall;
+pub mod sock;
 pub mod transfer;
+pub mod xstate;
 
 pub use error::{Refused, SysError};
 pub use ids::{FileId, Pid, RemoteAddr, SocketId, TargetFd, Tid};
