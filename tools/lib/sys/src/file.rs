@@ -1,0 +1,323 @@
+//! What can be asked of and done to an open file besides reading and writing it: owner and signal
+//! of F_SETOWN (fcntl(2)), terminals (ioctl_tty(2)), timerfds (timerfd_create(2)), members of epoll
+//! sets (kcmp(2)), anonymous shared memory.
+
+use std::{
+    ffi::CString,
+    os::{
+        fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+        unix::ffi::OsStrExt,
+    },
+    path::Path,
+};
+
+use nix::errno::Errno;
+
+use crate::{SysError, TargetFd, Tid};
+
+fn on(fd: BorrowedFd<'_>) -> String {
+    format!("our fd {}", fd.as_raw_fd())
+}
+
+fn owned(ret: libc::c_int, call: &'static str, on: impl FnOnce() -> String) -> Result<OwnedFd, SysError> {
+    if ret < 0 {
+        return Err(SysError::last(call, on()));
+    }
+    // SAFETY: the kernel has just made this descriptor for us and nobody else knows its number.
+    Ok(unsafe { OwnedFd::from_raw_fd(ret) })
+}
+
+/// Whom SIGIO goes to (`F_GETOWN_EX`, `F_GETSIG`, `F_GETOWNER_UIDS`).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Owner {
+    /// `F_OWNER_TID` 0, `F_OWNER_PID` 1, `F_OWNER_PGRP` 2.
+    pub kind: u32,
+    /// 0: nobody.
+    pub pid: i32,
+    /// The signal; 0 is SIGIO without siginfo.
+    pub signal: i32,
+    /// Real user of the process that set it.
+    pub uid: u32,
+    /// Effective user of the process that set it.
+    pub euid: u32,
+}
+
+/// The owner of an open file.
+///
+/// # Errors
+/// EBADF for O_PATH files.
+pub fn owner(fd: BorrowedFd<'_>) -> Result<Owner, SysError> {
+    const F_GETSIG: i32 = 11;
+    const F_GETOWN_EX: i32 = 16;
+    const F_GETOWNER_UIDS: i32 = 17;
+    let mut ex = [0i32; 2];
+    // SAFETY: F_GETOWN_EX writes a struct f_owner_ex, two ints.
+    let ret = unsafe { libc::fcntl(fd.as_raw_fd(), F_GETOWN_EX, ex.as_mut_ptr()) };
+    if ret < 0 {
+        return Err(SysError::last("fcntl(F_GETOWN_EX)", on(fd)));
+    }
+    // SAFETY: F_GETSIG takes nothing.
+    let signal = unsafe { libc::fcntl(fd.as_raw_fd(), F_GETSIG) };
+    if signal < 0 {
+        return Err(SysError::last("fcntl(F_GETSIG)", on(fd)));
+    }
+    let mut owner = Owner { kind: ex[0].unsigned_abs(), pid: ex[1], signal, uid: 0, euid: 0 };
+    if owner.pid != 0 {
+        let mut uids = [0u32; 2];
+        // SAFETY: F_GETOWNER_UIDS writes two uid_t.
+        let ret = unsafe { libc::fcntl(fd.as_raw_fd(), F_GETOWNER_UIDS, uids.as_mut_ptr()) };
+        match Errno::result(ret) {
+            // Kernels without CONFIG_CHECKPOINT_RESTORE do not tell.
+            Ok(_) | Err(Errno::EINVAL) => {}
+            Err(errno) => return Err(SysError::new("fcntl(F_GETOWNER_UIDS)", on(fd), errno)),
+        }
+        [owner.uid, owner.euid] = uids;
+    }
+    Ok(owner)
+}
+
+/// Status flags (`F_GETFL`), all bits.
+///
+/// # Errors
+/// EBADF.
+pub fn flags(fd: BorrowedFd<'_>) -> Result<u32, SysError> {
+    // SAFETY: F_GETFL takes nothing.
+    let ret = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) };
+    u32::try_from(ret).map_err(|_| SysError::last("fcntl(F_GETFL)", on(fd)))
+}
+
+/// Sets the status flags that can be set (`F_SETFL`).
+///
+/// # Errors
+/// EPERM (O_NOATIME, append-only), EINVAL (O_DIRECT).
+pub fn set_flags(fd: BorrowedFd<'_>, flags: u32) -> Result<(), SysError> {
+    // SAFETY: F_SETFL takes an integer.
+    let ret = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags) };
+    if ret < 0 { Err(SysError::last("fcntl(F_SETFL)", on(fd))) } else { Ok(()) }
+}
+
+/// open(2) with any flags, `O_CLOEXEC` added; `mode` counts with `O_CREAT` only.
+///
+/// # Errors
+/// Those of open(2).
+pub fn open(path: &Path, flags: u32, mode: u32) -> Result<OwnedFd, SysError> {
+    let name = || path.display().to_string();
+    let c = CString::new(path.as_os_str().as_bytes())
+        .map_err(|_| SysError::new("open", name(), Errno::EINVAL))?;
+    // SAFETY: `c` is a NUL-terminated string that outlives the call.
+    let ret = unsafe { libc::open(c.as_ptr(), flags.cast_signed() | libc::O_CLOEXEC, mode) };
+    owned(ret, "open", name)
+}
+
+/// A duplicate of `fd` numbered `least` or higher, close-on-exec.
+///
+/// # Errors
+/// EMFILE, EINVAL (`least` beyond RLIMIT_NOFILE).
+pub fn dup_above(fd: BorrowedFd<'_>, least: i32) -> Result<OwnedFd, SysError> {
+    // SAFETY: F_DUPFD_CLOEXEC takes an integer.
+    let ret = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_DUPFD_CLOEXEC, least) };
+    owned(ret, "fcntl(F_DUPFD_CLOEXEC)", || on(fd))
+}
+
+/// A duplicate of descriptor `raw` of this process, which the user named by its number.
+///
+/// # Errors
+/// EBADF if there is none.
+pub fn dup_number(raw: i32) -> Result<OwnedFd, SysError> {
+    // SAFETY: F_DUPFD_CLOEXEC takes an integer; a number that names no descriptor gives EBADF.
+    let ret = unsafe { libc::fcntl(raw, libc::F_DUPFD_CLOEXEC, 3) };
+    owned(ret, "fcntl(F_DUPFD_CLOEXEC)", || format!("our fd {raw}"))
+}
+
+/// Bytes that can be read at once (`FIONREAD`).
+///
+/// # Errors
+/// ENOTTY for files that do not tell.
+pub fn readable_bytes(fd: BorrowedFd<'_>) -> Result<u32, SysError> {
+    let mut n = 0i32;
+    // SAFETY: FIONREAD writes one int.
+    let ret = unsafe { libc::ioctl(fd.as_raw_fd(), libc::FIONREAD, &raw mut n) };
+    if ret < 0 {
+        return Err(SysError::last("ioctl(FIONREAD)", on(fd)));
+    }
+    Ok(n.unsigned_abs())
+}
+
+/// Whether descriptor `fd` of `tid` is the file that its epoll set `epoll` knows as number `tfd`
+/// (`KCMP_EPOLL_TFD`). `nth` counts files that were added under the same number, from 0.
+///
+/// # Errors
+/// ENOENT: the set has no such file; EBADF, EPERM, ESRCH.
+pub fn is_epoll_target(
+    fd_of: (Tid, TargetFd),
+    set_of: (Tid, TargetFd),
+    tfd: i32,
+    nth: u32,
+) -> Result<bool, SysError> {
+    const KCMP_EPOLL_TFD: i32 = 7;
+    let slot = [set_of.1.0.cast_unsigned(), tfd.cast_unsigned(), nth];
+    // SAFETY: `slot` is a struct kcmp_epoll_slot, three u32, which the kernel only reads.
+    let ret = unsafe {
+        libc::syscall(libc::SYS_kcmp, fd_of.0.0, set_of.0.0, KCMP_EPOLL_TFD, fd_of.1.0, slot.as_ptr())
+    };
+    if ret < 0 {
+        return Err(SysError::last("kcmp(EPOLL_TFD)", format!("pid {} fd {}", set_of.0, set_of.1)));
+    }
+    Ok(ret == 0)
+}
+
+/// A timer's setting: seconds and nanoseconds.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct TimerSpec {
+    /// Until the next expiration; zero: disarmed.
+    pub value: (u64, u64),
+    /// Between expirations after it; zero: once.
+    pub interval: (u64, u64),
+}
+
+impl TimerSpec {
+    fn to_c(self) -> Option<libc::itimerspec> {
+        let spec = |(s, n): (u64, u64)| {
+            Some(libc::timespec { tv_sec: i64::try_from(s).ok()?, tv_nsec: i64::try_from(n).ok()? })
+        };
+        Some(libc::itimerspec { it_interval: spec(self.interval)?, it_value: spec(self.value)? })
+    }
+}
+
+/// A new timerfd, close-on-exec.
+///
+/// # Errors
+/// EINVAL (unknown clock), EPERM (alarm clocks without CAP_WAKE_ALARM).
+pub fn timerfd_create(clock: i32) -> Result<OwnedFd, SysError> {
+    // SAFETY: timerfd_create takes two integers.
+    let ret = unsafe { libc::timerfd_create(clock, libc::TFD_CLOEXEC) };
+    owned(ret, "timerfd_create", || format!("clock {clock}"))
+}
+
+/// timerfd_gettime(2). Brings the expirations of an interval timer up to date, as a read would.
+///
+/// # Errors
+/// EINVAL: not a timerfd.
+pub fn timerfd_gettime(fd: BorrowedFd<'_>) -> Result<TimerSpec, SysError> {
+    let mut spec = libc::itimerspec {
+        it_interval: libc::timespec { tv_sec: 0, tv_nsec: 0 },
+        it_value: libc::timespec { tv_sec: 0, tv_nsec: 0 },
+    };
+    // SAFETY: the call writes one itimerspec.
+    let ret = unsafe { libc::timerfd_gettime(fd.as_raw_fd(), &raw mut spec) };
+    if ret < 0 {
+        return Err(SysError::last("timerfd_gettime", on(fd)));
+    }
+    let pair = |t: libc::timespec| (t.tv_sec.cast_unsigned(), t.tv_nsec.cast_unsigned());
+    Ok(TimerSpec { value: pair(spec.it_value), interval: pair(spec.it_interval) })
+}
+
+/// timerfd_settime(2).
+///
+/// # Errors
+/// EINVAL for times or flags out of range.
+pub fn timerfd_settime(fd: BorrowedFd<'_>, flags: i32, spec: TimerSpec) -> Result<(), SysError> {
+    let Some(spec) = spec.to_c() else {
+        return Err(SysError::new("timerfd_settime", on(fd), Errno::EINVAL));
+    };
+    // SAFETY: the call reads one itimerspec; a null pointer for the old value is allowed.
+    let ret = unsafe { libc::timerfd_settime(fd.as_raw_fd(), flags, &raw const spec, std::ptr::null_mut()) };
+    if ret < 0 { Err(SysError::last("timerfd_settime", on(fd))) } else { Ok(()) }
+}
+
+/// Sets the count of expirations that the next read returns (`TFD_IOC_SET_TICKS`).
+///
+/// # Errors
+/// ENOTTY (no CONFIG_CHECKPOINT_RESTORE), EINVAL (zero).
+pub fn timerfd_set_ticks(fd: BorrowedFd<'_>, ticks: u64) -> Result<(), SysError> {
+    // _IOW('T', 0, __u64)
+    const TFD_IOC_SET_TICKS: libc::c_ulong = 0x4008_5400;
+    // SAFETY: the ioctl reads one u64.
+    let ret = unsafe { libc::ioctl(fd.as_raw_fd(), TFD_IOC_SET_TICKS, &raw const ticks) };
+    if ret < 0 { Err(SysError::last("ioctl(TFD_IOC_SET_TICKS)", on(fd))) } else { Ok(()) }
+}
+
+/// State of a terminal.
+#[derive(Debug, Clone, Copy)]
+pub struct Terminal {
+    /// Line settings.
+    pub termios: libc::termios,
+    /// Rows, columns, pixels.
+    pub winsize: libc::winsize,
+    /// Session, 0 if it is not the controlling terminal of the caller's session.
+    pub sid: i32,
+    /// Foreground process group, 0 likewise.
+    pub pgrp: i32,
+}
+
+/// Reads the state of terminal `fd`.
+///
+/// # Errors
+/// ENOTTY, EIO (hung up).
+pub fn terminal(fd: BorrowedFd<'_>) -> Result<Terminal, SysError> {
+    // SAFETY: all-zero is a valid value of these plain C structs.
+    let (mut termios, mut winsize): (libc::termios, libc::winsize) = unsafe { std::mem::zeroed() };
+    // SAFETY: tcgetattr writes one termios.
+    if unsafe { libc::tcgetattr(fd.as_raw_fd(), &raw mut termios) } < 0 {
+        return Err(SysError::last("tcgetattr", on(fd)));
+    }
+    // SAFETY: TIOCGWINSZ writes one winsize.
+    if unsafe { libc::ioctl(fd.as_raw_fd(), libc::TIOCGWINSZ, &raw mut winsize) } < 0 {
+        return Err(SysError::last("ioctl(TIOCGWINSZ)", on(fd)));
+    }
+    let number = |request| {
+        let mut n = 0i32;
+        // SAFETY: TIOCGSID and TIOCGPGRP write one pid_t.
+        let ret = unsafe { libc::ioctl(fd.as_raw_fd(), request, &raw mut n) };
+        if ret < 0 { 0 } else { n }
+    };
+    Ok(Terminal { termios, winsize, sid: number(libc::TIOCGSID), pgrp: number(libc::TIOCGPGRP) })
+}
+
+/// Shared anonymous memory of `size` bytes, as `mmap(MAP_SHARED | MAP_ANONYMOUS)` makes it, as an open file.
+///
+/// # Errors
+/// EPERM without CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN; ENOMEM.
+pub fn shared_anonymous(size: usize) -> Result<OwnedFd, SysError> {
+    let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_ANONYMOUS);
+    // SAFETY: a new mapping at an address of the kernel's choice disturbs nothing.
+    let start = unsafe { libc::mmap(std::ptr::null_mut(), size, prot, flags, -1, 0) };
+    if start == libc::MAP_FAILED {
+        return Err(SysError::last("mmap", format!("{size} bytes of shared memory")));
+    }
+    let from = start as usize;
+    let end = from + size.next_multiple_of(4096);
+    let opened =
+        open(Path::new(&format!("/proc/self/map_files/{from:x}-{end:x}")), libc::O_RDWR.cast_unsigned(), 0);
+    // SAFETY: this is the mapping made above; nothing points into it.
+    unsafe { libc::munmap(start, size) };
+    opened
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::AsFd;
+
+    #[test]
+    fn owner_is_told() {
+        let (a, _b) = nix::unistd::pipe().unwrap();
+        assert_eq!(owner(a.as_fd()).unwrap(), Owner::default());
+    }
+
+    #[test]
+    fn anonymous_memory_is_named_as_the_kernel_names_it() {
+        let fd = shared_anonymous(5000).unwrap();
+        let name = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())).unwrap();
+        assert_eq!(name.to_str(), Some("/dev/zero (deleted)"));
+    }
+
+    #[test]
+    fn ticks_of_a_timer_can_be_set() {
+        let fd = timerfd_create(libc::CLOCK_MONOTONIC).unwrap();
+        timerfd_set_ticks(fd.as_fd(), 7).unwrap();
+        let mut buffer = [0; 8];
+        nix::unistd::read(&fd, &mut buffer).unwrap();
+        assert_eq!(u64::from_ne_bytes(buffer), 7);
+    }
+}

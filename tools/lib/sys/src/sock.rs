@@ -1,0 +1,490 @@
+//! Sockets: options, peeking at queues (recv(2), unix(7)), and the kernel's table of unix sockets
+//! (sock_diag(7)).
+//!
+//! The table comes by one netlink dump for all sockets of the network namespace; asking for one
+//! socket by its inode is what the kernel offers too, but it walks the same table for each question.
+
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+use nix::{
+    errno::Errno,
+    sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket},
+};
+
+use crate::{SocketId, SysError};
+
+fn on(fd: BorrowedFd<'_>) -> String {
+    format!("our fd {}", fd.as_raw_fd())
+}
+
+/// A socket option that is an int.
+///
+/// # Errors
+/// ENOPROTOOPT, EOPNOTSUPP.
+pub fn option(fd: BorrowedFd<'_>, level: i32, name: i32) -> Result<i32, SysError> {
+    let mut value = 0i32;
+    let mut len: libc::socklen_t = 4;
+    // SAFETY: the kernel writes at most `len` bytes, the size of `value`.
+    let ret = unsafe { libc::getsockopt(fd.as_raw_fd(), level, name, (&raw mut value).cast(), &raw mut len) };
+    if ret < 0 { Err(SysError::last("getsockopt", format!("{} option {name}", on(fd)))) } else { Ok(value) }
+}
+
+/// Sets a socket option that is an int.
+///
+/// # Errors
+/// EPERM, EINVAL, ENOPROTOOPT.
+pub fn set_option(fd: BorrowedFd<'_>, level: i32, name: i32, value: i32) -> Result<(), SysError> {
+    // SAFETY: the kernel reads 4 bytes, the size of `value`.
+    let ret = unsafe { libc::setsockopt(fd.as_raw_fd(), level, name, (&raw const value).cast(), 4) };
+    if ret < 0 { Err(SysError::last("setsockopt", format!("{} option {name}", on(fd)))) } else { Ok(()) }
+}
+
+/// `SO_RCVTIMEO` or `SO_SNDTIMEO`: seconds and microseconds.
+///
+/// # Errors
+/// ENOTSOCK.
+pub fn timeout(fd: BorrowedFd<'_>, name: i32) -> Result<(u64, u64), SysError> {
+    let mut value = libc::timeval { tv_sec: 0, tv_usec: 0 };
+    let mut len = libc::socklen_t::try_from(size_of_val(&value)).unwrap_or(0);
+    // SAFETY: the kernel writes at most `len` bytes, the size of `value`.
+    let ret = unsafe {
+        libc::getsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, name, (&raw mut value).cast(), &raw mut len)
+    };
+    if ret < 0 {
+        return Err(SysError::last("getsockopt", format!("{} option {name}", on(fd))));
+    }
+    Ok((value.tv_sec.cast_unsigned(), value.tv_usec.cast_unsigned()))
+}
+
+/// Sets `SO_RCVTIMEO` or `SO_SNDTIMEO`.
+///
+/// # Errors
+/// EDOM for microseconds out of range.
+pub fn set_timeout(fd: BorrowedFd<'_>, name: i32, (sec, usec): (u64, u64)) -> Result<(), SysError> {
+    let value = libc::timeval { tv_sec: sec.cast_signed(), tv_usec: usec.cast_signed() };
+    let len = libc::socklen_t::try_from(size_of_val(&value)).unwrap_or(0);
+    // SAFETY: the kernel reads `len` bytes, the size of `value`.
+    let ret =
+        unsafe { libc::setsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, name, (&raw const value).cast(), len) };
+    if ret < 0 { Err(SysError::last("setsockopt", format!("{} option {name}", on(fd)))) } else { Ok(()) }
+}
+
+/// Length of the socket's classic BPF filter in instructions, 0 if there is none.
+///
+/// # Errors
+/// Those of getsockopt(2).
+pub fn filter_length(fd: BorrowedFd<'_>) -> Result<u32, SysError> {
+    const SO_GET_FILTER: i32 = 26;
+    let mut len: libc::socklen_t = 0;
+    // SAFETY: a length of 0 asks for the filter's length; nothing is written through the pointer.
+    let ret = unsafe {
+        libc::getsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, SO_GET_FILTER, std::ptr::null_mut(), &raw mut len)
+    };
+    if ret < 0 { Err(SysError::last("getsockopt(SO_GET_FILTER)", on(fd))) } else { Ok(len) }
+}
+
+/// `SO_LINGER`: seconds, `None` if off.
+///
+/// # Errors
+/// Those of getsockopt(2).
+pub fn linger(fd: BorrowedFd<'_>) -> Result<Option<u32>, SysError> {
+    let mut value = libc::linger { l_onoff: 0, l_linger: 0 };
+    let mut len = libc::socklen_t::try_from(size_of_val(&value)).unwrap_or(0);
+    let name = libc::SO_LINGER;
+    // SAFETY: the kernel writes at most `len` bytes, the size of `value`.
+    let ret = unsafe {
+        libc::getsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, name, (&raw mut value).cast(), &raw mut len)
+    };
+    if ret < 0 {
+        return Err(SysError::last("getsockopt(SO_LINGER)", on(fd)));
+    }
+    Ok((value.l_onoff != 0).then_some(value.l_linger.unsigned_abs()))
+}
+
+/// Sets `SO_LINGER`.
+///
+/// # Errors
+/// Those of setsockopt(2).
+pub fn set_linger(fd: BorrowedFd<'_>, seconds: u32) -> Result<(), SysError> {
+    let value = libc::linger { l_onoff: 1, l_linger: seconds.cast_signed() };
+    let len = libc::socklen_t::try_from(size_of_val(&value)).unwrap_or(0);
+    let name = libc::SO_LINGER;
+    // SAFETY: the kernel reads `len` bytes, the size of `value`.
+    let ret =
+        unsafe { libc::setsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, name, (&raw const value).cast(), len) };
+    if ret < 0 { Err(SysError::last("setsockopt(SO_LINGER)", on(fd))) } else { Ok(()) }
+}
+
+/// An address of a unix socket as bytes of `sun_path`: empty for unnamed ones, a leading NUL for
+/// abstract names, a path without its trailing NUL otherwise.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Side {
+    /// getsockname(2).
+    Local,
+    /// getpeername(2).
+    Peer,
+}
+
+/// Reads one side's address of a unix socket.
+///
+/// # Errors
+/// ENOTCONN (peer), EAFNOSUPPORT if it is no unix socket.
+pub fn unix_name(fd: BorrowedFd<'_>, side: Side) -> Result<Vec<u8>, SysError> {
+    // Two bytes of family, 108 of path, and the NUL that the kernel may add.
+    let mut storage = [0u8; 128];
+    let mut len: libc::socklen_t = 128;
+    let ret = match side {
+        // SAFETY: the kernel writes at most `len` bytes, the size of `storage`; any bytes are valid.
+        Side::Local => unsafe {
+            libc::getsockname(fd.as_raw_fd(), storage.as_mut_ptr().cast(), &raw mut len)
+        },
+        // SAFETY: as above.
+        Side::Peer => unsafe { libc::getpeername(fd.as_raw_fd(), storage.as_mut_ptr().cast(), &raw mut len) },
+    };
+    let call = if side == Side::Local { "getsockname" } else { "getpeername" };
+    if ret < 0 {
+        return Err(SysError::last(call, on(fd)));
+    }
+    if i32::from(u16::from_ne_bytes([storage[0], storage[1]])) != libc::AF_UNIX {
+        return Err(SysError::new(call, on(fd), Errno::EAFNOSUPPORT));
+    }
+    let len = usize::try_from(len).unwrap_or(0).min(storage.len());
+    let name = storage.get(2..len).unwrap_or_default();
+    Ok(trim_path(name).to_vec())
+}
+
+/// A path without what follows its NUL; abstract names as they are.
+#[must_use]
+pub fn trim_path(name: &[u8]) -> &[u8] {
+    match name.first() {
+        None | Some(0) => name,
+        Some(_) => name.split(|&b| b == 0).next().unwrap_or_default(),
+    }
+}
+
+/// `struct sockaddr_un` of a name; `None` if it is too long for one.
+fn sockaddr(name: &[u8]) -> Option<([u8; 110], libc::socklen_t)> {
+    let mut storage = [0u8; 110];
+    let family = u16::try_from(libc::AF_UNIX).ok()?;
+    storage[..2].copy_from_slice(&family.to_ne_bytes());
+    storage.get_mut(2..2 + name.len())?.copy_from_slice(name);
+    let nul = usize::from(name.first().is_some_and(|&b| b != 0) && name.len() < 108);
+    Some((storage, libc::socklen_t::try_from(2 + name.len() + nul).ok()?))
+}
+
+fn shown(name: &[u8]) -> String {
+    match name.split_first() {
+        Some((0, rest)) => format!("@{}", rest.escape_ascii()),
+        _ => name.escape_ascii().to_string(),
+    }
+}
+
+/// Binds a unix socket to a name as [`unix_name`] gives it.
+///
+/// # Errors
+/// EADDRINUSE, ENOENT, ENAMETOOLONG.
+pub fn bind_unix(fd: BorrowedFd<'_>, name: &[u8]) -> Result<(), SysError> {
+    let (storage, len) =
+        sockaddr(name).ok_or_else(|| SysError::new("bind", shown(name), Errno::ENAMETOOLONG))?;
+    // SAFETY: the kernel reads `len` bytes, at most the size of `storage`.
+    let ret = unsafe { libc::bind(fd.as_raw_fd(), storage.as_ptr().cast(), len) };
+    if ret < 0 { Err(SysError::last("bind", shown(name))) } else { Ok(()) }
+}
+
+/// Connects a unix socket to a name as [`unix_name`] gives it.
+///
+/// # Errors
+/// ENOENT, ECONNREFUSED, EPROTOTYPE, EAGAIN (backlog full, on a non-blocking socket).
+pub fn connect_unix(fd: BorrowedFd<'_>, name: &[u8]) -> Result<(), SysError> {
+    let (storage, len) =
+        sockaddr(name).ok_or_else(|| SysError::new("connect", shown(name), Errno::ENAMETOOLONG))?;
+    // SAFETY: the kernel reads `len` bytes, at most the size of `storage`.
+    let ret = unsafe { libc::connect(fd.as_raw_fd(), storage.as_ptr().cast(), len) };
+    if ret < 0 { Err(SysError::last("connect", shown(name))) } else { Ok(()) }
+}
+
+/// listen(2) with any backlog.
+///
+/// # Errors
+/// EINVAL: not bound.
+pub fn listen(fd: BorrowedFd<'_>, backlog: i32) -> Result<(), SysError> {
+    // SAFETY: listen takes two integers.
+    let ret = unsafe { libc::listen(fd.as_raw_fd(), backlog) };
+    if ret < 0 { Err(SysError::last("listen", on(fd))) } else { Ok(()) }
+}
+
+/// The next connection, close-on-exec.
+///
+/// # Errors
+/// Those of accept(2).
+pub fn accept(fd: BorrowedFd<'_>) -> Result<OwnedFd, SysError> {
+    // SAFETY: null pointers say that the peer's address is not wanted.
+    let ret = unsafe {
+        libc::accept4(fd.as_raw_fd(), std::ptr::null_mut(), std::ptr::null_mut(), libc::SOCK_CLOEXEC)
+    };
+    if ret < 0 {
+        return Err(SysError::last("accept4", on(fd)));
+    }
+    // SAFETY: the kernel has just made this descriptor for us and nobody else knows its number.
+    Ok(unsafe { OwnedFd::from_raw_fd(ret) })
+}
+
+/// What one peek into a receive queue found.
+#[derive(Debug, Default)]
+pub struct Peeked {
+    /// Bytes put into the buffer.
+    pub len: usize,
+    /// Length of the message, which is more than `len` if the buffer was too short.
+    pub full_len: usize,
+    /// Descriptors were with it (copies of them came and have been closed).
+    pub rights: usize,
+    /// Control data did not fit.
+    pub control_truncated: bool,
+}
+
+/// Peeks at the queue of `fd` without waiting (`MSG_PEEK | MSG_DONTWAIT`), at the socket's
+/// `SO_PEEK_OFF` if it has one. `None` when there is nothing.
+///
+/// # Errors
+/// Those of recvmsg(2) other than EAGAIN.
+pub fn peek(fd: BorrowedFd<'_>, buffer: &mut [u8]) -> Result<Option<Peeked>, SysError> {
+    // Aligned as struct cmsghdr wants it.
+    let mut control = [0u64; 512];
+    let mut iov = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
+    // SAFETY: all-zero is a valid msghdr.
+    let mut msg: libc::msghdr = unsafe { std::mem::zeroed() };
+    msg.msg_iov = &raw mut iov;
+    msg.msg_iovlen = 1;
+    msg.msg_control = control.as_mut_ptr().cast();
+    msg.msg_controllen = size_of_val(&control);
+    let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT | libc::MSG_TRUNC | libc::MSG_CMSG_CLOEXEC;
+    // SAFETY: `msg` points to one iovec over `buffer` and to `control`, both with their true lengths.
+    let ret = unsafe { libc::recvmsg(fd.as_raw_fd(), &raw mut msg, flags) };
+    let Ok(full_len) = usize::try_from(ret) else {
+        return match Errno::last() {
+            Errno::EAGAIN => Ok(None),
+            errno => Err(SysError::new("recvmsg(MSG_PEEK)", on(fd), errno)),
+        };
+    };
+    let len = full_len.min(buffer.len());
+    let mut peeked =
+        Peeked { len, full_len, rights: 0, control_truncated: msg.msg_flags & libc::MSG_CTRUNC != 0 };
+    let words = control.map(u64::to_ne_bytes);
+    let bytes = words.as_flattened();
+    for raw in rights(&bytes[..msg.msg_controllen.min(bytes.len())]) {
+        // SAFETY: the kernel has just made this descriptor for us by SCM_RIGHTS, and it is told once.
+        drop(unsafe { OwnedFd::from_raw_fd(raw) });
+        peeked.rights += 1;
+    }
+    Ok(Some(peeked))
+}
+
+/// The descriptors in SCM_RIGHTS records of a control buffer.
+fn rights(control: &[u8]) -> Vec<i32> {
+    let word = |at: usize| control.get(at..at + 4).map(|b| i32::from_ne_bytes([b[0], b[1], b[2], b[3]]));
+    let mut found = Vec::new();
+    let mut at = 0;
+    // struct cmsghdr: size_t len, int level, int type; then data, all aligned to 8.
+    while let (Some(len), Some(level), Some(kind)) = (control.get(at..at + 8), word(at + 8), word(at + 12)) {
+        let len = usize::from_ne_bytes([len[0], len[1], len[2], len[3], len[4], len[5], len[6], len[7]]);
+        if len < 16 {
+            break;
+        }
+        if (level, kind) == (libc::SOL_SOCKET, libc::SCM_RIGHTS) {
+            found.extend((at + 16..at + len).step_by(4).filter_map(word));
+        }
+        at += len.next_multiple_of(8);
+    }
+    found
+}
+
+/// One unix socket of the network namespace.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct UnixSocket {
+    /// Its inode.
+    pub id: u64,
+    /// `SOCK_STREAM`, `SOCK_DGRAM`, `SOCK_SEQPACKET`.
+    pub kind: i32,
+    /// `TCP_ESTABLISHED` 1, `TCP_CLOSE` 7, `TCP_LISTEN` 10.
+    pub state: u8,
+    /// Address as it was bound: a path has a trailing NUL, an abstract name a leading one.
+    pub name: Vec<u8>,
+    /// Inode and device (major << 20 | minor) of the socket file.
+    pub file: Option<(u32, u32)>,
+    /// Inode of the peer; 0 is a peer that nobody holds any more.
+    pub peer: Option<u64>,
+    /// Inodes of connections that wait in a listener's backlog.
+    pub pending: Vec<u64>,
+    /// Listener: connections waiting. Otherwise bytes to be read (datagram: of the first message).
+    pub rqueue: u32,
+    /// Listener: the backlog. Otherwise memory taken by what was sent and not yet read.
+    pub wqueue: u32,
+    /// 1: reading is shut down, 2: writing.
+    pub shutdown: u8,
+}
+
+/// All unix sockets of the caller's network namespace.
+///
+/// # Errors
+/// EPROTONOSUPPORT, ENOENT (no CONFIG_UNIX_DIAG).
+pub fn unix_sockets() -> Result<Vec<UnixSocket>, SysError> {
+    const SOCK_DIAG_BY_FAMILY: u16 = 20;
+    const NLM_F_REQUEST_DUMP: u16 = 0x301;
+    const SHOW: u32 = 0x1f;
+    let failed = |call| move |errno| SysError::new(call, "NETLINK_SOCK_DIAG", errno);
+    let netlink =
+        socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkSockDiag)
+            .map_err(failed("socket"))?;
+    let mut request = Vec::with_capacity(40);
+    // nlmsghdr: length, type, flags, sequence, port.
+    request.extend_from_slice(&40u32.to_ne_bytes());
+    request.extend_from_slice(&SOCK_DIAG_BY_FAMILY.to_ne_bytes());
+    request.extend_from_slice(&NLM_F_REQUEST_DUMP.to_ne_bytes());
+    request.extend_from_slice(&[0; 8]);
+    // unix_diag_req: family, protocol, pad, states, inode, show, cookie.
+    request.extend_from_slice(&[u8::try_from(libc::AF_UNIX).unwrap_or(1), 0, 0, 0]);
+    request.extend_from_slice(&u32::MAX.to_ne_bytes());
+    request.extend_from_slice(&0u32.to_ne_bytes());
+    request.extend_from_slice(&SHOW.to_ne_bytes());
+    request.extend_from_slice(&[0; 8]);
+    send(netlink.as_raw_fd(), &request, MsgFlags::empty()).map_err(failed("send"))?;
+    let mut sockets = Vec::new();
+    let mut buffer = vec![0; 1 << 16];
+    loop {
+        let n = match recv(netlink.as_fd().as_raw_fd(), &mut buffer, MsgFlags::empty()) {
+            Ok(n) => n,
+            Err(Errno::EINTR) => continue,
+            Err(errno) => return Err(failed("recv")(errno)),
+        };
+        if parse_dump(&buffer[..n], &mut sockets).map_err(failed("sock_diag"))? {
+            return Ok(sockets);
+        }
+    }
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
+    bytes.get(at..at + 4).map(|b| u32::from_ne_bytes([b[0], b[1], b[2], b[3]]))
+}
+
+fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
+    bytes.get(at..at + 2).map(|b| u16::from_ne_bytes([b[0], b[1]]))
+}
+
+/// Reads one datagram of answers; true when the dump is complete.
+fn parse_dump(mut bytes: &[u8], sockets: &mut Vec<UnixSocket>) -> Result<bool, Errno> {
+    const NLMSG_ERROR: u16 = 2;
+    const NLMSG_DONE: u16 = 3;
+    while let (Some(len), Some(kind)) = (u32_at(bytes, 0), u16_at(bytes, 4)) {
+        let len = usize::try_from(len).map_err(|_| Errno::EBADMSG)?;
+        let body = bytes.get(16..len).ok_or(Errno::EBADMSG)?;
+        match kind {
+            NLMSG_DONE => return Ok(true),
+            NLMSG_ERROR => {
+                let errno = u32_at(body, 0).ok_or(Errno::EBADMSG)?.cast_signed();
+                return Err(Errno::from_raw(errno.saturating_neg()));
+            }
+            _ => sockets.push(parse_socket(body).ok_or(Errno::EBADMSG)?),
+        }
+        bytes = bytes.get(len.next_multiple_of(4)..).unwrap_or_default();
+    }
+    Ok(false)
+}
+
+/// unix_diag_msg (family, type, state, pad, inode, cookie) and its attributes.
+fn parse_socket(body: &[u8]) -> Option<UnixSocket> {
+    let mut socket = UnixSocket {
+        id: u64::from(u32_at(body, 4)?),
+        kind: i32::from(*body.get(1)?),
+        state: *body.get(2)?,
+        ..UnixSocket::default()
+    };
+    let mut attributes = body.get(16..)?;
+    while let (Some(len), Some(kind)) = (u16_at(attributes, 0), u16_at(attributes, 2)) {
+        let len = usize::from(len);
+        let value = attributes.get(4..len)?;
+        match kind {
+            0 => socket.name = value.to_vec(),
+            1 => socket.file = Some((u32_at(value, 0)?, u32_at(value, 4)?)),
+            2 => socket.peer = Some(u64::from(u32_at(value, 0)?)),
+            3 => {
+                socket.pending =
+                    (0..value.len() / 4).filter_map(|i| u32_at(value, 4 * i)).map(u64::from).collect()
+            }
+            4 => (socket.rqueue, socket.wqueue) = (u32_at(value, 0)?, u32_at(value, 4)?),
+            6 => socket.shutdown = *value.first()?,
+            _ => {}
+        }
+        attributes = attributes.get(len.next_multiple_of(4)..).unwrap_or_default();
+    }
+    Some(socket)
+}
+
+/// A socket's inode from `socket:[ID]`, `unix[ID]` or the bare number.
+#[must_use]
+pub fn parse_id(text: &str) -> Option<SocketId> {
+    let inner = |prefix: &str| text.strip_prefix(prefix).and_then(|t| t.strip_suffix(']'));
+    inner("socket:[").or_else(|| inner("unix[")).unwrap_or(text).parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::sys::socket::{ControlMessage, sendmsg, socketpair};
+    use std::io::IoSlice;
+
+    fn pair(kind: SockType) -> (OwnedFd, OwnedFd) {
+        socketpair(AddressFamily::Unix, kind, None, SockFlag::SOCK_CLOEXEC).unwrap()
+    }
+
+    fn inode(fd: &OwnedFd) -> u64 {
+        nix::sys::stat::fstat(fd).unwrap().st_ino
+    }
+
+    #[test]
+    fn dump_finds_a_pair_and_its_queue() {
+        let (a, b) = pair(SockType::Stream);
+        nix::unistd::write(&a, b"four").unwrap();
+        let all = unix_sockets().unwrap();
+        let of_b = all.iter().find(|s| s.id == inode(&b)).unwrap();
+        assert_eq!((of_b.peer, of_b.rqueue, of_b.state), (Some(inode(&a)), 4, 1));
+    }
+
+    #[test]
+    fn peek_takes_nothing_and_sees_descriptors() {
+        let (a, b) = pair(SockType::Stream);
+        nix::unistd::write(&a, b"one").unwrap();
+        nix::unistd::write(&a, b"two").unwrap();
+        let mut buffer = [0; 16];
+        for _ in 0..2 {
+            let peeked = peek(b.as_fd(), &mut buffer).unwrap().unwrap();
+            assert_eq!(&buffer[..peeked.len], b"onetwo");
+            assert_eq!(peeked.rights, 0);
+        }
+        let (c, d) = pair(SockType::Datagram);
+        assert!(peek(d.as_fd(), &mut buffer).unwrap().is_none());
+        let fds = [a.as_raw_fd(), b.as_raw_fd()];
+        let with = [ControlMessage::ScmRights(&fds)];
+        sendmsg::<()>(c.as_raw_fd(), &[IoSlice::new(b"x")], &with, MsgFlags::empty(), None).unwrap();
+        assert_eq!(peek(d.as_fd(), &mut buffer).unwrap().unwrap().rights, 2);
+    }
+
+    #[test]
+    fn ids_are_read_in_three_spellings() {
+        for text in ["48213", "socket:[48213]", "unix[48213]"] {
+            assert_eq!(parse_id(text), Some(SocketId(48213)));
+        }
+        for text in ["", "unix[", "unix[x]", "pipe:[1]", "-1"] {
+            assert_eq!(parse_id(text), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn damaged_answers_are_errors() {
+        let mut sockets = Vec::new();
+        assert!(parse_dump(&[255, 0, 0, 0, 20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], &mut sockets).is_err());
+        assert!(
+            parse_dump(&[20, 0, 0, 0, 20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1], &mut sockets)
+                .is_err()
+        );
+    }
+}
