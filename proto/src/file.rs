@@ -13,6 +13,7 @@
 
 use std::io::{self, Read, Write};
 
+pub use crate::check::{MessageError, check_message};
 use crate::{Image, MAX_MESSAGE, Payload, PayloadLen, catalogue::COMMON_MAGIC};
 
 /// Why an image file could not be read.
@@ -63,7 +64,7 @@ pub enum FileError {
         /// Name of the message type.
         message: &'static str,
         /// What the decoder said.
-        source: prost::DecodeError,
+        source: MessageError,
     },
     /// More or fewer entries than the kind has.
     #[error("offset {offset}: {what}")]
@@ -78,7 +79,7 @@ pub enum FileError {
 /// One entry of an image file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry {
-    /// The message, encoded. It has been decoded once, so it is well formed.
+    /// The message, encoded. It has been checked: well formed, nothing required missing.
     pub message: Vec<u8>,
     /// Where in the file the payload starts.
     pub payload_offset: u64,
@@ -172,6 +173,7 @@ impl<R: Read> Reader<R> {
             Ok(PayloadLen::Rest) => left,
             Err(source) => {
                 let message = self.image.message().unwrap_or("message");
+                let source = MessageError { message: message.to_owned(), offset: 0, what: source.to_string() };
                 return Err(FileError::Decode { offset: start, message, source });
             }
         };
@@ -210,17 +212,6 @@ impl<R: Read> Reader<R> {
             Err(source) => Err(FileError::Io { offset: entry.payload_offset, source }),
         }
     }
-}
-
-/// Decodes `bytes` by description: well formed, of this type, and nothing required missing.
-///
-/// # Errors
-/// What is wrong with it.
-pub fn check_message(name: &str, bytes: &[u8]) -> Result<(), prost::DecodeError> {
-    use prost::Message;
-    let Some(descriptor) = crate::message_descriptor(name) else { return Ok(()) };
-    let mut message = prost_reflect::DynamicMessage::new(descriptor);
-    message.merge(bytes)
 }
 
 /// Writes the magic of a file of kind `image`; nothing for raw images.

@@ -2,6 +2,7 @@
 //!
 //! - [`types`]: the messages of `schema/*.proto`, wire-compatible with CRIU 4.x.
 //! - [`catalogue`]: one table of image kinds that every reader and writer uses.
+//! - [`check`]: is a message what it is said to be?
 //! - [`file`]: image files, as they lie in a directory.
 //! - [`stream`]: the same contents as frames on a pipe.
 //!
@@ -9,6 +10,7 @@
 //! malformed byte is an error that names where it was found.
 
 pub mod catalogue;
+pub mod check;
 pub mod file;
 pub mod stream;
 
