@@ -460,7 +460,7 @@ impl<W: Write> Writer<W> {
 }
 
 /// Hands `frame`, the last one `reader` returned, and its payload on to `writer` unchanged.
-/// Payloads go through a small buffer; see `ckpt_sys::pipe::forward` for the way by splice(2).
+/// Payloads go through a small buffer; `ckpt_images::stage::forward` moves pages by splice(2).
 ///
 /// # Errors
 /// The input's, or the output's as `Io`.

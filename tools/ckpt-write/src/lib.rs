@@ -1,1 +1,233 @@
-//! Writes a checkpoint stream to an image directory.
+//! Writes a checkpoint stream to an image directory, atomically and durably.
+//!
+//! The directory is made beside its final name and renamed into place when the stream's end record
+//! has come, everything in it adds up and is on disk; only then does `ckpt-scan` hear COMMIT. Until
+//! then nothing is visible, and on any failure nothing stays (see [`ckpt_images::DirWriter`]).
+//!
+//! What makes a stream a restorable checkpoint is checked here, since here is the last chance while the
+//! target lives: nothing lacking, no socket left unread by `ckpt-sk`, all pages there that the
+//! pagemaps name.
+
+use std::{collections::BTreeMap, fs::File, os::fd::AsFd, path::PathBuf};
+
+use anyhow::Context;
+use ckpt_hold::{Hold, HoldError};
+use ckpt_images::{DirWriter, ImageError, stage};
+use ckpt_proto::{
+    Image, MAX_MESSAGE, Message,
+    stream::{Frame, Reader},
+    types::{FileEntry, Hello, PagemapEntry, PagemapHead},
+};
+use ckpt_sys::Refused;
+use clap::{CommandFactory, Parser};
+
+/// Writes a checkpoint stream to an image directory
+///
+/// The stream comes on standard input. DIR appears complete or not at all; one that
+/// exists is left alone.
+#[derive(Debug, Clone, Parser)]
+#[command(name = "ckpt-write", version, after_help = EXAMPLES)]
+pub struct Args {
+    /// Directory to make
+    #[arg(value_name = "DIR")]
+    pub dir: PathBuf,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub common: ckpt_cli::Common,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  ckpt-scan -t 4711 | ckpt-write /var/tmp/checkpoint
+  ssh host ckpt-read checkpoint | sk-rewrite --close 48213 | ckpt-write copy";
+
+/// The command, for man pages and completions.
+#[must_use]
+pub fn command() -> clap::Command {
+    Args::command()
+}
+
+/// Writes the stream from `input` to the directory.
+///
+/// # Errors
+/// Then there is no directory.
+pub fn run(args: &Args, input: File) -> anyhow::Result<()> {
+    ckpt_cli::not_a_terminal(&input, "standard input")?;
+    stage::grow_pipe(input.as_fd());
+    let (mut reader, hello) = Reader::open(input)?;
+    let hold = take_hold(&hello);
+    match write(args, &mut reader, &hello) {
+        Ok(()) => {
+            if let Some(Err(error)) = hold.map(Hold::commit) {
+                let error = ckpt_cli::describe(&error.into());
+                ckpt_cli::warn(&format!("{} is written, but: {error}", args.dir.display()));
+            }
+            Ok(())
+        }
+        Err(error) => {
+            if let Some(hold) = hold {
+                hold.fail(&ckpt_cli::describe(&error));
+            }
+            Err(error)
+        }
+    }
+}
+
+/// A hold on the tree behind the stream, if there still is one.
+fn take_hold(hello: &Hello) -> Option<Hold> {
+    match Hold::take(hello.control.as_deref()?, "write") {
+        Ok(hold) => Some(hold),
+        // A stream that was kept in a file has outlived its tree.
+        Err(HoldError::Gone) => {
+            ckpt_cli::note!(1, "the tree that this stream was made of is not held any more");
+            None
+        }
+        Err(error) => {
+            let error = ckpt_cli::describe(&error.into());
+            ckpt_cli::warn(&format!("{error}; ckpt-scan will not be told when the images are safe"));
+            None
+        }
+    }
+}
+
+fn write(args: &Args, reader: &mut Reader<File>, hello: &Hello) -> anyhow::Result<()> {
+    complete(hello)?;
+    let mut dir = DirWriter::create(&args.dir)?;
+    let cleanup = dir.cleanup();
+    ckpt_cli::on_termination(move || cleanup.remove()).context("start a thread")?;
+    let mut audit = Audit::default();
+    let mut progress = ckpt_cli::Progress::new("writing", None);
+    while let Some(frame) = reader.next_frame()? {
+        match frame {
+            Frame::Hello(_) | Frame::Bulk => {}
+            Frame::Entry { image, arg, .. } => {
+                let image = known(&image)?;
+                let message = reader.payload(u64::from(MAX_MESSAGE))?;
+                dir.entry(image, arg, &message)?;
+                audit.entry(image, arg, &message)?;
+            }
+            Frame::Data { image, arg, len } => {
+                let image = known(&image)?;
+                if len == 0 {
+                    dir.data(image, arg, &[])?;
+                } else if let Some(input) = reader.bulk_input() {
+                    let moved = dir.pages_from(arg, input.as_fd(), len)?;
+                    reader.moved(moved);
+                    if moved < len {
+                        return Err(reader.ended_in_bulk().into());
+                    }
+                    progress.inc(moved);
+                } else {
+                    contents(reader, &mut dir, image, arg)?;
+                }
+            }
+        }
+    }
+    audit.end(&dir, u64::from(hello.page_size))?;
+    dir.finish()?;
+    ckpt_cli::note!(1, "{} is complete", args.dir.display());
+    Ok(())
+}
+
+/// Refuses a stream that some stage should have completed.
+fn complete(hello: &Hello) -> Result<(), Refused> {
+    let Some(lack) = hello.lacks.first() else { return Ok(()) };
+    let (what, advice) = match lack.as_str() {
+        "mem" => {
+            ("the contents of memory", "put ckpt-mem before ckpt-write, or leave out ckpt-scan --no-mem")
+        }
+        "sk" => ("what is inside its sockets", "put ckpt-sk before ckpt-write"),
+        _ => ("a part that this release does not know", "use tools of one release in a pipeline"),
+    };
+    Err(Refused::new("stream", format!("it still lacks {what} ({lack:?})")).advise(advice))
+}
+
+fn known(name: &str) -> Result<Image, ImageError> {
+    Image::by_name(name).ok_or_else(|| ImageError::Stream {
+        file: "stream".to_owned(),
+        what: format!("images of kind {name:?} are unknown to this release"),
+    })
+}
+
+/// Contents that the stream's checksum covers: through memory, in small pieces.
+fn contents(reader: &mut Reader<File>, dir: &mut DirWriter, image: Image, arg: u64) -> anyhow::Result<()> {
+    struct Out<'a>(&'a mut DirWriter, Image, u64, Option<ImageError>);
+    impl std::io::Write for Out<'_> {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0.data(self.1, self.2, bytes).map_err(|error| {
+                self.3 = Some(error);
+                std::io::Error::other("directory")
+            })?;
+            Ok(bytes.len())
+        }
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+    let mut out = Out(dir, image, arg, None);
+    let copied = reader.copy_payload(&mut out);
+    match out.3 {
+        Some(error) => Err(error.into()),
+        None => copied.map(drop).map_err(Into::into),
+    }
+}
+
+/// Does it all add up?
+#[derive(Debug, Default)]
+struct Audit {
+    /// Pages id of each pagemap, and how many pages it says are there.
+    pagemaps: BTreeMap<(Image, u64), (u64, u64)>,
+}
+
+impl Audit {
+    fn entry(&mut self, image: Image, arg: u64, message: &[u8]) -> anyhow::Result<()> {
+        match image {
+            Image::Files => {
+                let file = FileEntry::decode(message)?;
+                if let Some(stub) = file.ckpt_stub {
+                    let subject = format!("pid {} fd {}: socket:[{}]", stub.pid, stub.fd, stub.ino);
+                    return Err(Refused::new(subject, "what is inside this socket has not been read")
+                        .advise("put ckpt-sk before ckpt-write")
+                        .into());
+                }
+            }
+            Image::Pagemap | Image::ShmemPagemap => match self.pagemaps.get_mut(&(image, arg)) {
+                None => {
+                    let id = u64::from(PagemapHead::decode(message)?.pages_id);
+                    self.pagemaps.insert((image, arg), (id, 0));
+                }
+                Some((_, pages)) => *pages = pages.saturating_add(present(&PagemapEntry::decode(message)?)),
+            },
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn end(&self, dir: &DirWriter, page_size: u64) -> Result<(), ImageError> {
+        for image in [Image::Inventory, Image::Pstree] {
+            if !dir.has(image, 0) {
+                return Err(ImageError::Missing { file: image.file_name(0) });
+            }
+        }
+        let mut expected: BTreeMap<u64, u64> = BTreeMap::new();
+        for &(id, pages) in self.pagemaps.values() {
+            let bytes = expected.entry(id).or_default();
+            *bytes = bytes.saturating_add(pages.saturating_mul(page_size));
+        }
+        for (id, bytes) in expected {
+            let there = dir.pages_len(id).unwrap_or(0);
+            if there != bytes {
+                let what = format!("{there} bytes of pages came, the pagemaps name {bytes}");
+                return Err(ImageError::Stream { file: Image::Pages.file_name(id), what });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// How many pages of this run lie in the pages image.
+fn present(run: &PagemapEntry) -> u64 {
+    const PRESENT: u32 = 4;
+    let here = run.flags.map_or(!run.in_parent.unwrap_or(false), |flags| flags & PRESENT != 0);
+    if here { run.nr_pages.unwrap_or(u64::from(run.compat_nr_pages)) } else { 0 }
+}

@@ -220,6 +220,19 @@ pub fn stdout() -> anyhow::Result<File> {
     io::stdout().as_fd().try_clone_to_owned().map(File::from).context("standard output")
 }
 
+/// Standard output as a descriptor of our own and the only one: standard output itself is
+/// /dev/null from here on, so that the reader sees the end as soon as the file is dropped.
+///
+/// # Errors
+/// It is closed, or there is no /dev/null.
+pub fn take_stdout() -> anyhow::Result<File> {
+    use anyhow::Context;
+    let own = stdout()?;
+    let null = File::options().write(true).open("/dev/null").context("/dev/null")?;
+    nix::unistd::dup2_stdout(&null).context("standard output: dup2")?;
+    Ok(own)
+}
+
 /// Refuses to read a stream from, or write one to, a terminal.
 ///
 /// # Errors
@@ -240,6 +253,29 @@ pub fn is_broken_pipe(error: &anyhow::Error) -> bool {
         cause.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe)
             || cause.downcast_ref::<nix::errno::Errno>() == Some(&nix::errno::Errno::EPIPE)
     })
+}
+
+/// Runs `f` when the process is told to end (SIGINT, SIGTERM, SIGHUP), and then ends it by that very
+/// signal, so that the shell sees what happened. To be called before other threads are made: the
+/// signals are blocked from here on and one thread waits for them. What was ignored (`nohup`) stays so.
+///
+/// # Errors
+/// No thread can be made.
+pub fn on_termination(f: impl FnOnce() + Send + 'static) -> io::Result<()> {
+    use nix::sys::signal::{SigSet, Signal, raise};
+    let mut set = SigSet::empty();
+    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
+        set.add(signal);
+    }
+    set.thread_block()?;
+    std::thread::Builder::new().name("signals".to_owned()).spawn(move || {
+        if let Ok(signal) = set.wait() {
+            f();
+            let _ = set.thread_unblock();
+            let _ = raise(signal);
+        }
+    })?;
+    Ok(())
 }
 
 /// A progress bar on stderr: only on a terminal, and only for work that takes more than a second.

@@ -10,6 +10,7 @@
 
 mod error;
 mod set;
+pub mod stage;
 mod write;
 
 use std::os::fd::BorrowedFd;
@@ -18,7 +19,7 @@ use ckpt_proto::{Image, PayloadLen};
 
 pub use error::ImageError;
 pub use set::{ImageSet, MAX_MEMORY};
-pub use write::DirWriter;
+pub use write::{Cleanup, DirWriter};
 
 /// Raw contents as a part of a file.
 #[derive(Debug, Clone, Copy)]

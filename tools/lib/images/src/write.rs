@@ -23,6 +23,7 @@ use std::{
         },
     },
     path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
 };
 
 use ckpt_proto::{Image, Message, file, types::ManifestEntry};
@@ -49,7 +50,8 @@ struct Output {
 pub struct DirWriter {
     target: PathBuf,
     parent: PathBuf,
-    staging: Option<PathBuf>,
+    staging: PathBuf,
+    cleanup: Cleanup,
     /// The staging directory, locked as long as we live.
     #[expect(dead_code, reason = "held, not used")]
     lock: Option<Flock<File>>,
@@ -94,24 +96,20 @@ impl DirWriter {
         let prefix = partial_prefix(name);
         remove_abandoned(&parent, &prefix);
         let (staging, lock) = make_staging(&parent, &prefix)?;
-        Ok(Self {
-            target,
-            parent,
-            staging: Some(staging),
-            lock,
-            outputs: BTreeMap::new(),
-            open: VecDeque::new(),
-        })
+        let cleanup = Cleanup { staging: staging.clone(), over: Arc::default() };
+        Ok(Self { target, parent, staging, cleanup, lock, outputs: BTreeMap::new(), open: VecDeque::new() })
     }
 
-    fn staging(&self) -> &Path {
-        self.staging.as_deref().unwrap_or(&self.target)
+    /// What removes the staging directory when the process is told to end.
+    #[must_use]
+    pub fn cleanup(&self) -> Cleanup {
+        self.cleanup.clone()
     }
 
     /// The output of an image, open; made with its header if it is new.
     fn output(&mut self, image: Image, arg: u64) -> Result<&mut Output, ImageError> {
         let key = (image, arg);
-        let path = self.staging().join(image.file_name(arg));
+        let path = self.staging.join(image.file_name(arg));
         let known = self.outputs.contains_key(&key);
         let is_open = self.outputs.get(&key).is_some_and(|output| output.file.is_some());
         if !is_open {
@@ -142,7 +140,7 @@ impl DirWriter {
     }
 
     fn close(&mut self, image: Image, arg: u64) -> Result<(), ImageError> {
-        let path = self.staging().join(image.file_name(arg));
+        let path = self.staging.join(image.file_name(arg));
         if let Some(mut file) = self.outputs.get_mut(&(image, arg)).and_then(|output| output.file.take()) {
             file.flush().map_err(ImageError::io(path, "write"))?;
         }
@@ -154,7 +152,7 @@ impl DirWriter {
     /// # Errors
     /// It does not belong there, or can't be written.
     pub fn entry(&mut self, image: Image, arg: u64, message: &[u8]) -> Result<(), ImageError> {
-        let path = self.staging().join(image.file_name(arg));
+        let path = self.staging.join(image.file_name(arg));
         let output = self.output(image, arg)?;
         output.order.entry(image, arg, message)?;
         let len = u32::try_from(message.len()).ok().filter(|&n| n <= ckpt_proto::MAX_MESSAGE);
@@ -172,7 +170,7 @@ impl DirWriter {
     /// # Errors
     /// They do not belong there, or can't be written.
     pub fn data(&mut self, image: Image, arg: u64, bytes: &[u8]) -> Result<(), ImageError> {
-        let path = self.staging().join(image.file_name(arg));
+        let path = self.staging.join(image.file_name(arg));
         let output = self.output(image, arg)?;
         output.order.data(image, arg, bytes.len() as u64)?;
         output.put(&path, bytes)
@@ -184,7 +182,7 @@ impl DirWriter {
     /// # Errors
     /// They can't be read or written.
     pub fn pages_from(&mut self, id: u64, from: BorrowedFd<'_>, len: u64) -> Result<u64, ImageError> {
-        let path = self.staging().join(Image::Pages.file_name(id));
+        let path = self.staging.join(Image::Pages.file_name(id));
         let output = self.output(Image::Pages, id)?;
         let Some(file) = &mut output.file else { return Ok(0) };
         file.flush().map_err(ImageError::io(&path, "write"))?;
@@ -219,13 +217,20 @@ impl DirWriter {
         let keys: Vec<_> = self.outputs.keys().copied().collect();
         for (image, arg) in keys {
             self.close(image, arg)?;
-            let path = self.staging().join(image.file_name(arg));
+            let path = self.staging.join(image.file_name(arg));
             File::open(&path).and_then(|file| file.sync_all()).map_err(ImageError::io(&path, "fsync"))?;
         }
-        let staging = self.staging().to_owned();
+        let staging = self.staging.clone();
         File::open(&staging).and_then(|dir| dir.sync_all()).map_err(ImageError::io(&staging, "fsync"))?;
+        // Nobody may be removing files from it while it gets its name.
+        let mut over = self.cleanup.over.lock().unwrap_or_else(PoisonError::into_inner);
+        if *over {
+            let gone = io::Error::new(io::ErrorKind::Interrupted, "told to end");
+            return Err(ImageError::io(&self.target, "finish")(gone));
+        }
         self.rename(&staging)?;
-        self.staging = None;
+        *over = true;
+        drop(over);
         File::open(&self.parent).and_then(|dir| dir.sync_all()).map_err(ImageError::io(
             &self.parent,
             "fsync, after the images were put in place (complete, but a power cut may lose them)",
@@ -281,8 +286,25 @@ impl Output {
 impl Drop for DirWriter {
     fn drop(&mut self) {
         self.outputs.clear();
-        if let Some(staging) = self.staging.take() {
-            let _ = fs::remove_dir_all(staging);
+        self.cleanup.remove();
+    }
+}
+
+/// Removes the staging directory of a [`DirWriter`], from another thread too.
+#[derive(Debug, Clone)]
+pub struct Cleanup {
+    staging: PathBuf,
+    /// The directory is gone, or has its final name.
+    over: Arc<Mutex<bool>>,
+}
+
+impl Cleanup {
+    /// Removes the staging directory, unless it has become the final one. The writer can't finish any more.
+    pub fn remove(&self) {
+        let mut over = self.over.lock().unwrap_or_else(PoisonError::into_inner);
+        if !*over {
+            *over = true;
+            let _ = fs::remove_dir_all(&self.staging);
         }
     }
 }
