@@ -1,1 +1,307 @@
-//! Freezes a process tree and writes it as a checkpoint stream.
+//! `ckpt-scan`: freezes a process tree, reads everything but the inside of sockets, and writes it
+//! as a checkpoint stream.
+//!
+//! This process is the tracer and so the holder of the freeze: it stays until the stages behind it
+//! are done with the live tree (ckpt-hold), then lets the tree run on, or kills it if that was
+//! asked for and a writer has said COMMIT. If it dies, the kernel lets the tree run on.
+
+mod ids;
+mod process;
+
+use std::{
+    fs::File,
+    os::fd::{AsFd, BorrowedFd},
+    time::Duration,
+};
+
+use anyhow::{Context, bail};
+use ckpt_hold::{Holder, Outcome};
+use ckpt_kinds::{
+    fd::{DumpOptions, External, FileTable},
+    mem::dump::{Plan, ShmemPlan},
+    sink::emit,
+    task,
+};
+use ckpt_proto::{
+    Image,
+    stream::Writer,
+    types::{Hello, InventoryEntry, PstreeEntry, SeccompEntry, TimensEntry, Timespec, core_entry::March},
+};
+use ckpt_remote::{Frozen, Release};
+use ckpt_sys::{Pid, Refused, transfer::Output};
+use clap::{CommandFactory, Parser};
+
+/// Freeze a process tree and write it as a checkpoint stream
+#[derive(Debug, Parser)]
+#[command(
+    name = "ckpt-scan",
+    version,
+    after_help = "\
+Examples:
+  ckpt-scan -t 4711 | ckpt-sk | ckpt-write /var/ckpt/1
+  ckpt-scan -t 4711 --kill | ckpt-sk --external 48213 | ckpt-write /var/ckpt/last
+  ckpt-scan -t 4711 --no-mem | ckpt-mem | zstd > state.zst
+
+The tree runs on when the last stage is done with it. See ckpt(7) for the pipeline."
+)]
+pub struct Args {
+    /// Root of the tree: this process and all its descendants
+    #[arg(short = 't', long = "tree", value_name = "PID", value_parser = positive_pid)]
+    pub tree: Pid,
+    /// Leave private memory to a ckpt-mem stage behind
+    #[arg(long)]
+    pub no_mem: bool,
+    /// Kill the tree once the images are durable (a writer said COMMIT)
+    #[arg(long, conflicts_with = "leave_stopped")]
+    pub kill: bool,
+    /// Leave the tree stopped, as after SIGSTOP
+    #[arg(long)]
+    pub leave_stopped: bool,
+    /// A resource whose other end is outside the tree: pipe:[ID]
+    #[arg(long, value_name = "RESOURCE")]
+    pub external: Vec<External>,
+    /// Largest deleted file that is stored in the images, bytes
+    #[arg(long, value_name = "BYTES", default_value_t = 1 << 20)]
+    pub ghost_limit: u64,
+    /// How long to try to stop a tree that resists (vfork, uninterruptible I/O), seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 10)]
+    pub freeze_timeout: u64,
+    /// How long to wait for stages that must come (ckpt-sk, ckpt-mem, ckpt-write), seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 10)]
+    pub attach_timeout: u64,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub common: ckpt_cli::Common,
+}
+
+fn positive_pid(text: &str) -> Result<Pid, String> {
+    text.parse().ok().filter(|p: &Pid| p.0 > 0).ok_or_else(|| "expected a process id".to_owned())
+}
+
+/// The command line, for man pages and completions.
+#[must_use]
+pub fn command() -> clap::Command {
+    Args::command()
+}
+
+/// Runs the tool with `output` as its standard output.
+///
+/// # Errors
+/// The tree is unharmed and runs on whatever went wrong.
+pub fn run(args: &Args, output: File) -> anyhow::Result<()> {
+    ckpt_cli::not_a_terminal(&output, "standard output")?;
+    let plain_file = output.metadata().is_ok_and(|m| m.is_file());
+    let durable = if plain_file { Some(output.try_clone().context("stdout")?) } else { None };
+    let holder = Holder::bind()?;
+    let mut frozen = Frozen::freeze(args.tree, Duration::from_secs(args.freeze_timeout))?;
+    ckpt_cli::note!(1, "froze {} processes", frozen.processes.len());
+    let needs = match what_lacks(args, &frozen, plain_file) {
+        Ok(needs) => needs,
+        Err(error) => return give_up(frozen, None::<Writer<Output>>, error),
+    };
+    let hello = Hello {
+        page_size: 4096,
+        arch: March::X8664 as u32,
+        control: (!plain_file).then(|| holder.address().to_vec()),
+        lacks: needs.iter().map(ToString::to_string).collect(),
+        root_pid: Some(args.tree.0.unsigned_abs()),
+    };
+    let mut writer = Writer::open(Output::new(output), hello).context("write the stream")?;
+    match dump(args, &mut frozen, &mut writer) {
+        Ok(()) => {}
+        Err(error) => return give_up(frozen, Some(writer), error),
+    }
+    // Closing the output lets programs that wait for its end (cat, zstd) finish.
+    drop(writer.end().context("write the stream")?);
+    settle(args, frozen, &holder, &needs, durable)
+}
+
+/// Lets the tree go before anything else, then tells the reader why.
+fn give_up(frozen: Frozen, writer: Option<Writer<Output>>, error: anyhow::Error) -> anyhow::Result<()> {
+    frozen.release(Release::Run);
+    if let Some(writer) = writer {
+        // If the reader is gone it knows already.
+        let _ = writer.abort(&format!("ckpt-scan: {error:#}"));
+    }
+    Err(error)
+}
+
+/// What stages have to follow.
+fn what_lacks(args: &Args, frozen: &Frozen, plain_file: bool) -> anyhow::Result<Vec<&'static str>> {
+    let live: Vec<Pid> = frozen.processes.iter().filter(|p| !p.zombie).map(|p| p.pid).collect();
+    let mut needs = Vec::new();
+    if args.no_mem {
+        needs.push("mem");
+    }
+    if FileTable::survey(&live)?.sockets {
+        needs.push("sk");
+    }
+    if plain_file && !needs.is_empty() {
+        let refused = Refused::new(
+            format!("pid {}", args.tree),
+            format!(
+                "a stream in a plain file can't be completed later, and ckpt-{} has to complete it",
+                needs[0]
+            ),
+        );
+        return Err(refused.advise(format!("pipe: ckpt-scan ... | ckpt-{} > FILE", needs[0])).into());
+    }
+    Ok(needs)
+}
+
+/// Ends the hold: waits for the stages behind, then does with the tree what was asked for.
+fn settle(
+    args: &Args,
+    frozen: Frozen,
+    holder: &Holder,
+    needs: &[&str],
+    durable: Option<File>,
+) -> anyhow::Result<()> {
+    let outcome = match &durable {
+        Some(file) => {
+            if args.kill {
+                file.sync_all().context("stdout: fsync")?;
+            }
+            Outcome::Committed
+        }
+        None => holder.wait(needs, args.kill, Duration::from_secs(args.attach_timeout)),
+    };
+    let held = frozen.since().elapsed();
+    let release = match (&outcome, args.kill, args.leave_stopped) {
+        (Outcome::Committed, true, _) => Release::Kill,
+        (Outcome::Committed | Outcome::Released, false, true) => Release::Stop,
+        _ => Release::Run,
+    };
+    frozen.release(release);
+    ckpt_cli::note!(1, "the tree was frozen for {:.3} s", held.as_secs_f64());
+    match outcome {
+        Outcome::Committed => Ok(()),
+        Outcome::Released if !args.kill => Ok(()),
+        Outcome::Released => {
+            bail!("pid {}: not killed: no writer has said that the images are durable", args.tree)
+        }
+        Outcome::Failed { stage, reason } => bail!("the checkpoint failed in ckpt-{stage}: {reason}"),
+        Outcome::NobodyCame { missing } => {
+            let stages = missing.iter().map(|s| format!("ckpt-{s}")).collect::<Vec<_>>().join(", ");
+            let reason = format!("no {stages} has come to this stream, so the checkpoint is incomplete");
+            let refused = Refused::new(format!("pid {}", args.tree), reason);
+            Err(refused.advise("ckpt-scan -t PID | ckpt-sk | ckpt-write DIR is the whole pipeline").into())
+        }
+    }
+}
+
+fn dump(args: &Args, frozen: &mut Frozen, writer: &mut Writer<Output>) -> anyhow::Result<()> {
+    let processes = frozen.processes.clone();
+    let live: Vec<Pid> = processes.iter().filter(|p| !p.zombie).map(|p| p.pid).collect();
+    for process in processes.iter().filter(|p| !p.zombie) {
+        task::check(process.pid).with_context(|| format!("pid {} ({})", process.pid, process.comm()))?;
+    }
+    let ids = ids::assign(&processes)?;
+    emit(writer, Image::Inventory, 0, &inventory(&ids)?)?;
+    emit(writer, Image::Timens, 0, &clocks()?)?;
+    emit(writer, Image::Seccomp, 0, &SeccompEntry::default())?;
+    for process in &processes {
+        emit(writer, Image::Pstree, 0, &pstree(process, args.tree)?)?;
+    }
+
+    let options = DumpOptions { external: args.external.clone(), ghost_limit: args.ghost_limit };
+    let mut files = FileTable::new(live, options);
+    let mut memory = Vec::new();
+    for process in &processes {
+        let what = || format!("pid {} ({})", process.pid, process.comm());
+        if process.zombie {
+            let core = task::dump_zombie(process.pid).with_context(what)?;
+            emit(writer, Image::Core, number(process.pid.0), &core)?;
+            continue;
+        }
+        let vmas =
+            process::dump(frozen, process, ids.of(process.pid), &mut files, writer).with_context(what)?;
+        memory.push((process, vmas));
+    }
+    let segments = files.shmem_segments()?;
+    files.finish(writer)?;
+
+    let mut pages_id = 0;
+    let mut next_id = || {
+        pages_id += 1;
+        pages_id
+    };
+    let mut shmem = Vec::new();
+    for segment in &segments {
+        let own = reopen(segment.fd.as_fd())?;
+        let plan = ShmemPlan::new(u64::from(segment.shmid), own.as_fd(), segment.size, next_id())?;
+        plan.emit(writer)?;
+        shmem.push((plan, own));
+    }
+    let mut plans = Vec::new();
+    if !args.no_mem {
+        for (process, vmas) in &memory {
+            let what = || format!("pid {} ({})", process.pid, process.comm());
+            let plan = Plan::new(process.pid, vmas, next_id()).with_context(what)?;
+            plan.emit(writer)?;
+            plans.push(plan);
+        }
+        writer.bulk().context("write the stream")?;
+    }
+    for (plan, own) in &shmem {
+        plan.copy(own.as_fd(), writer)?;
+    }
+    let mut progress = ckpt_cli::Progress::new("pages", Some(plans.iter().map(Plan::bytes).sum()));
+    for plan in &plans {
+        plan.copy(writer, |n| progress.inc(n))?;
+    }
+    Ok(())
+}
+
+/// The same file with a file position of its own: the descriptor at hand shares one with the target.
+fn reopen(fd: BorrowedFd<'_>) -> anyhow::Result<File> {
+    use std::os::fd::AsRawFd;
+    let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
+    File::open(&path).with_context(|| format!("reopen shared memory through {path}"))
+}
+
+/// A pid as it goes into file names and messages.
+pub(crate) fn number(pid: i32) -> u64 {
+    u64::from(pid.unsigned_abs())
+}
+
+fn pstree(process: &ckpt_remote::Process, root: Pid) -> anyhow::Result<PstreeEntry> {
+    let field =
+        |n: i32, name: &str| u32::try_from(n).with_context(|| format!("pid {}: {name} is {n}", process.pid));
+    let mut threads = process.threads.iter().map(|t| t.tid.0.unsigned_abs()).collect::<Vec<_>>();
+    if process.zombie {
+        threads.push(process.pid.0.unsigned_abs());
+    }
+    Ok(PstreeEntry {
+        pid: field(process.pid.0, "pid")?,
+        ppid: if process.pid == root { 0 } else { field(process.ppid.0, "ppid")? },
+        pgid: field(process.pgid, "pgid")?,
+        sid: field(process.sid, "sid")?,
+        threads,
+    })
+}
+
+fn inventory(ids: &ids::Ids) -> anyhow::Result<InventoryEntry> {
+    let kernel = nix::sys::utsname::uname().context("uname")?;
+    Ok(InventoryEntry {
+        img_version: 2,
+        fdinfo_per_id: Some(true),
+        root_ids: Some(ids.root()),
+        ns_per_id: Some(true),
+        root_cg_set: Some(1),
+        lsmtype: Some(0),
+        network_lock_method: Some(0),
+        ckpt_format: Some(1),
+        ckpt_kernel: Some(kernel.release().to_string_lossy().into_owned()),
+        ..InventoryEntry::default()
+    })
+}
+
+fn clocks() -> anyhow::Result<TimensEntry> {
+    use nix::time::{ClockId, clock_gettime};
+    let read = |id: ClockId| -> anyhow::Result<Timespec> {
+        let now = clock_gettime(id).context("clock_gettime")?;
+        Ok(Timespec { tv_sec: now.tv_sec().cast_unsigned(), tv_nsec: now.tv_nsec().cast_unsigned() })
+    };
+    Ok(TimensEntry { monotonic: read(ClockId::CLOCK_MONOTONIC)?, boottime: read(ClockId::CLOCK_BOOTTIME)? })
+}

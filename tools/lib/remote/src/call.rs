@@ -132,5 +132,6 @@ pub trait Syscalls {
 /// See [`RemoteError`].
 pub fn run_one(task: &mut (impl Syscalls + ?Sized), call: Call) -> Result<Done, RemoteError> {
     let mut done = task.run(std::slice::from_ref(&call))?;
-    done.pop().ok_or_else(|| RemoteError::Unusable { tid: task.tid(), what: format!("{}: no answer", call.name) })
+    done.pop()
+        .ok_or_else(|| RemoteError::Unusable { tid: task.tid(), what: format!("{}: no answer", call.name) })
 }

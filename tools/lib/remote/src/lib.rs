@@ -1,5 +1,10 @@
 //! Stopping a process tree, and running system calls inside its stopped tasks.
 
+mod borrow;
+pub mod build;
 mod call;
+mod freeze;
 
+pub use borrow::Borrowed;
 pub use call::{Arg, Call, Done, RemoteError, Syscalls, run_one};
+pub use freeze::{FreezeError, Frozen, Process, Release, Thread};

@@ -1,7 +1,11 @@
 //! Moving bytes between descriptors inside the kernel: splice(2) where one side is a pipe,
 //! copy_file_range(2) between files, and a buffer where neither is possible.
 
-use std::os::fd::BorrowedFd;
+use std::{
+    fs::File,
+    io::{self, Write},
+    os::fd::{AsFd, BorrowedFd},
+};
 
 use nix::{
     errno::Errno,
@@ -46,7 +50,9 @@ pub fn transfer(from: BorrowedFd<'_>, to: BorrowedFd<'_>, len: u64) -> Result<u6
                 moved += n as u64;
             }
             Err(Errno::EINTR) => {}
-            Err(Errno::EINVAL | Errno::EXDEV | Errno::EOPNOTSUPP | Errno::EBADF) if !matches!(way, Way::Buffer) => {
+            Err(Errno::EINVAL | Errno::EXDEV | Errno::EOPNOTSUPP | Errno::EBADF)
+                if !matches!(way, Way::Buffer) =>
+            {
                 way = if matches!(way, Way::Splice) { Way::Range } else { Way::Buffer };
             }
             Err(errno) => return Err(SysError::new(call, format!("after {moved} of {len} bytes"), errno)),
@@ -64,4 +70,54 @@ fn write_all(to: BorrowedFd<'_>, mut bytes: &[u8]) -> Result<(), SysError> {
         }
     }
     Ok(())
+}
+
+/// A tool's output: small writes are gathered, large ones go straight through, and the descriptor
+/// can be had for splice(2) after a flush.
+#[derive(Debug)]
+pub struct Output {
+    file: File,
+    buffer: Vec<u8>,
+}
+
+impl Output {
+    /// Takes the output over. A pipe is enlarged to 1 MiB if the kernel allows it
+    /// (`/proc/sys/fs/pipe-max-size`, pipe(7)): fewer switches between the stages.
+    #[must_use]
+    pub fn new(file: File) -> Self {
+        // Not a pipe, or not allowed: it works as it is.
+        let _ = nix::fcntl::fcntl(&file, nix::fcntl::FcntlArg::F_SETPIPE_SZ(1 << 20));
+        Self { file, buffer: Vec::with_capacity(1 << 16) }
+    }
+
+    /// The descriptor behind it; bytes that were not flushed are lost.
+    #[must_use]
+    pub fn into_file(self) -> File {
+        self.file
+    }
+}
+
+impl Write for Output {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.buffer.len() + bytes.len() > self.buffer.capacity() {
+            self.flush()?;
+        }
+        if bytes.len() >= self.buffer.capacity() {
+            return self.file.write(bytes);
+        }
+        self.buffer.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.write_all(&self.buffer)?;
+        self.buffer.clear();
+        Ok(())
+    }
+}
+
+impl AsFd for Output {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
 }

@@ -1,0 +1,88 @@
+//! One process of the tree.
+
+use std::{fs, path::PathBuf};
+
+use anyhow::Context;
+use ckpt_kinds::{
+    Sink,
+    fd::FileTable,
+    mem,
+    sink::emit,
+    task::{self, ThreadInput},
+};
+use ckpt_proto::{
+    Image,
+    types::{FsEntry, TaskKobjIdsEntry, VmaEntry},
+};
+use ckpt_remote::{Frozen, Process};
+use ckpt_sys::Pid;
+
+use crate::number;
+
+/// Emits everything of `process` but its pages; gives its mappings.
+///
+/// # Errors
+/// A refusal, or the kernel's.
+pub fn dump(
+    frozen: &mut Frozen,
+    process: &Process,
+    ids: TaskKobjIdsEntry,
+    files: &mut FileTable,
+    sink: &mut dyn Sink,
+) -> anyhow::Result<Vec<VmaEntry>> {
+    let pid = process.pid;
+    let arg = number(pid.0);
+    emit(sink, Image::Ids, arg, &ids)?;
+
+    let exe_file_id = files.add_path(pid, &link(pid, "exe"), libc_rdonly(), sink)?;
+    let vmas = mem::dump::dump_vmas(pid, &process.comm(), files, sink)?;
+    let mut mm = None;
+    for thread in &process.threads {
+        let what = || format!("tid {}", thread.tid);
+        let mut borrowed = frozen.borrow(pid, thread.tid).with_context(what)?;
+        let leader = thread.tid == pid.leader();
+        let input = ThreadInput {
+            pid,
+            tid: thread.tid,
+            remote: &mut borrowed,
+            regs: thread.regs,
+            sigmask: thread.sigmask,
+            stopped_by: process.stopped_by,
+        };
+        let core = if leader { task::dump_leader(input, ids) } else { task::dump_thread(input) }
+            .with_context(what)?;
+        if leader {
+            mm = Some(task::dump_mm_fields(pid, &mut borrowed).with_context(what)?);
+        }
+        borrowed.finish().with_context(what)?;
+        emit(sink, Image::Core, number(thread.tid.0), &core)?;
+    }
+    let mut mm = mm.context("its main thread is gone")?;
+    mm.exe_file_id = exe_file_id;
+    mm.vmas.clone_from(&vmas);
+    emit(sink, Image::Mm, arg, &mm)?;
+
+    let cwd_id = files.add_path(pid, &link(pid, "cwd"), libc_rdonly(), sink)?;
+    let root_id = files.add_path(pid, &link(pid, "root"), libc_rdonly(), sink)?;
+    emit(sink, Image::Fs, arg, &FsEntry { cwd_id, root_id, umask: Some(umask(pid)?) })?;
+    files.add_task(pid, &process.comm(), ids.files_id, sink)?;
+    Ok(vmas)
+}
+
+fn link(pid: Pid, name: &str) -> PathBuf {
+    PathBuf::from(format!("/proc/{pid}/{name}"))
+}
+
+/// O_RDONLY.
+fn libc_rdonly() -> u32 {
+    nix::fcntl::OFlag::O_RDONLY.bits().unsigned_abs()
+}
+
+/// The umask, octal in /proc/PID/status (Linux 4.7).
+fn umask(pid: Pid) -> anyhow::Result<u32> {
+    let path = format!("/proc/{pid}/status");
+    let status = fs::read(&path).with_context(|| path.clone())?;
+    let line = status.split(|&b| b == b'\n').find_map(|l| l.strip_prefix(b"Umask:"));
+    let text = line.and_then(|l| std::str::from_utf8(l).ok()).map(str::trim).unwrap_or_default();
+    u32::from_str_radix(text, 8).with_context(|| format!("{path}: no Umask"))
+}

@@ -1,0 +1,419 @@
+//! Reading the address space of a frozen process.
+//!
+//! Mappings come from /proc/PID/smaps (the only source of VmFlags), populated pages from
+//! `ioctl(PAGEMAP_SCAN)`, contents by process_vm_readv(2) in chunks of [`CHUNK`] that stay in the
+//! processor's cache between being read and being written. Memory that is mapped without PROT_READ
+//! is read through /proc/PID/mem.
+//!
+//! Not chosen: vmsplice(2) of a reused buffer. It saves a copy, but a stage that splices the pages
+//! on keeps referring to the buffer for an unknown time, and reuse would corrupt them.
+
+use std::{
+    fs::{self, File},
+    io::Write,
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::fs::FileExt,
+    },
+    path::PathBuf,
+};
+
+use anyhow::{Context, ensure};
+use ckpt_proc::maps::{self, Mapping};
+use ckpt_proto::{
+    Image,
+    stream::Writer,
+    types::{PagemapEntry, PagemapHead, VmaEntry},
+};
+use ckpt_sys::{
+    Pid, Refused, RemoteAddr,
+    memory::{self, Page, PageRange, Scan},
+    transfer::transfer,
+};
+use nix::unistd::{Whence, lseek64};
+
+use super::{page, status};
+use crate::{
+    fd::FileTable,
+    sink::{Sink, emit},
+};
+
+/// Bytes of memory that are moved at a time.
+pub const CHUNK: usize = 1 << 20;
+
+const PAGE: u64 = 4096;
+
+/// VmFlags whose advice a restore repeats: madvise(2) number for each.
+const ADVICE: &[(&[u8; 2], i32)] = &[
+    (b"dc", libc::MADV_DONTFORK),
+    (b"dd", libc::MADV_DONTDUMP),
+    (b"hg", libc::MADV_HUGEPAGE),
+    (b"nh", libc::MADV_NOHUGEPAGE),
+    (b"wf", libc::MADV_WIPEONFORK),
+    (b"mg", libc::MADV_MERGEABLE),
+    (b"sr", libc::MADV_SEQUENTIAL),
+    (b"rr", libc::MADV_RANDOM),
+];
+
+/// Mappings that can't be restored yet, by VmFlags, and how to say so.
+const REFUSED: &[(&[u8; 2], &str)] = &[
+    (b"ht", "huge pages of hugetlbfs"),
+    (b"um", "memory watched by userfaultfd (missing pages)"),
+    (b"uw", "memory watched by userfaultfd (write protection)"),
+    (b"ui", "memory watched by userfaultfd (minor faults)"),
+    (b"ss", "a shadow stack"),
+    (b"gu", "guard pages made by MADV_GUARD_INSTALL"),
+    (b"sl", "sealed memory (mseal)"),
+];
+
+/// Reads the mappings of `pid`, registers what they map in `files`, and gives them as image entries.
+///
+/// # Errors
+/// [`Refused`] for a mapping that can't be restored, naming its addresses.
+pub fn dump_vmas(
+    pid: Pid,
+    comm: &str,
+    files: &mut FileTable,
+    sink: &mut dyn Sink,
+) -> anyhow::Result<Vec<VmaEntry>> {
+    let path = format!("/proc/{pid}/smaps");
+    let text = fs::read(&path).with_context(|| path.clone())?;
+    let mappings = maps::parse(&text).with_context(|| path.clone())?;
+    let mut entries: Vec<VmaEntry> = Vec::with_capacity(mappings.len());
+    for mapping in &mappings {
+        let entry = dump_vma(pid, comm, mapping, files, sink)?;
+        match entries.last_mut() {
+            // The kernel shows the vvar area in parts, the images know it as one.
+            Some(last)
+                if last.status & entry.status & status::VVAR != 0 && last.end == entry.start && last.prot == entry.prot =>
+            {
+                last.end = entry.end;
+            }
+            _ => entries.push(entry),
+        }
+    }
+    Ok(entries)
+}
+
+fn dump_vma(
+    pid: Pid,
+    comm: &str,
+    m: &Mapping,
+    files: &mut FileTable,
+    sink: &mut dyn Sink,
+) -> anyhow::Result<VmaEntry> {
+    let refuse = |what: &str| {
+        let name = m.name.escape_ascii();
+        Refused::new(format!("pid {pid} ({comm}) memory {:#x}-{:#x} {name}", m.start, m.end), what.to_owned())
+    };
+    let bits = |pairs: &[(bool, i32)]| {
+        pairs.iter().filter(|(set, _)| *set).fold(0, |bits, (_, bit)| bits | bit.unsigned_abs())
+    };
+    let mut entry = VmaEntry {
+        start: m.start,
+        end: m.end,
+        pgoff: m.offset,
+        shmid: 0,
+        prot: bits(&[(m.read, libc::PROT_READ), (m.write, libc::PROT_WRITE), (m.exec, libc::PROT_EXEC)]),
+        flags: if m.shared { libc::MAP_SHARED } else { libc::MAP_PRIVATE }.unsigned_abs(),
+        status: status::REGULAR,
+        fd: -1,
+        madv: None,
+        fdflags: None,
+    };
+    if let Some((_, what)) = REFUSED.iter().find(|(flag, _)| m.has(flag)) {
+        return Err(refuse(&format!("{what} can't be checkpointed")).into());
+    }
+    let advice = ADVICE.iter().filter(|(flag, _)| m.has(flag)).fold(0, |bits, (_, advice)| bits | 1_u64 << advice);
+    let anonymous = bits(&[(true, libc::MAP_ANONYMOUS), (m.has(b"gd"), libc::MAP_GROWSDOWN), (m.has(b"lo"), libc::MAP_LOCKED), (m.has(b"nr"), libc::MAP_NORESERVE)]);
+    match m.name.as_slice() {
+        b"[vsyscall]" => {
+            entry.status = status::VSYSCALL | status::ANON_PRIVATE;
+            entry.flags |= anonymous;
+        }
+        b"[vdso]" => {
+            entry.status |= status::VDSO | status::ANON_PRIVATE;
+            entry.flags |= anonymous;
+            entry.pgoff = 0;
+        }
+        b"[vvar]" | b"[vvar_vclock]" => {
+            entry.status |= status::VVAR | status::ANON_PRIVATE;
+            entry.flags |= anonymous;
+            entry.pgoff = 0;
+            entry.madv = Some(1 << libc::MADV_DONTDUMP);
+        }
+        _ if m.has(b"io") || m.has(b"pf") => {
+            return Err(refuse("memory of a device can't be checkpointed").into());
+        }
+        name if name.starts_with(b"/[aio]") || name.starts_with(b"[aio]") => {
+            return Err(refuse("an AIO ring (io_setup) can't be checkpointed yet").into());
+        }
+        name if name.starts_with(b"/SYSV") && m.shared => {
+            return Err(refuse("System V shared memory can't be checkpointed yet").into());
+        }
+        _ if m.has(b"dp") => {
+            return Err(refuse("droppable memory (MAP_DROPPABLE) can't be checkpointed yet").into());
+        }
+        _ if !m.file() => {
+            entry.status |= status::ANON_PRIVATE;
+            if m.name == b"[heap]" {
+                entry.status |= status::HEAP;
+            }
+            entry.flags |= anonymous;
+            entry.pgoff = 0;
+            entry.madv = (advice != 0).then_some(advice);
+        }
+        name => {
+            let link = PathBuf::from(format!("/proc/{pid}/map_files/{:x}-{:x}", m.start, m.end));
+            entry.madv = (advice != 0).then_some(advice);
+            entry.flags |= bits(&[(m.has(b"lo"), libc::MAP_LOCKED), (m.has(b"nr"), libc::MAP_NORESERVE)]);
+            // VM_MAYWRITE tells that the descriptor which was mapped was open for writing.
+            let access = if m.shared && m.has(b"mw") { libc::O_RDWR } else { libc::O_RDONLY }.unsigned_abs();
+            entry.fdflags = Some(access);
+            if is_shmem(name) {
+                let segment = files.add_shmem(pid, &link, sink).with_context(|| refuse("mapped memory").subject)?;
+                entry.shmid = u64::from(segment.file_id);
+                entry.status |= status::MEMFD;
+            } else {
+                let file = files.add_path(pid, &link, access, sink).with_context(|| refuse("mapped file").subject)?;
+                entry.shmid = u64::from(file);
+            }
+            entry.status |= if m.shared { status::FILE_SHARED } else { status::FILE_PRIVATE };
+        }
+    }
+    Ok(entry)
+}
+
+/// Whether a mapped file's name is that of a memfd or of shared anonymous memory.
+fn is_shmem(name: &[u8]) -> bool {
+    name.starts_with(b"/memfd:") || name == b"/dev/zero (deleted)"
+}
+
+/// What will be stored of one process's memory.
+#[derive(Debug)]
+pub struct Plan {
+    pid: Pid,
+    /// Number of the pages image.
+    pub pages_id: u32,
+    /// Runs to store, in address order.
+    runs: Vec<Run>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Run {
+    start: u64,
+    end: u64,
+    lazy: bool,
+    readable: bool,
+}
+
+impl Plan {
+    /// Finds the pages of `pid` that are to be stored, by its mappings.
+    ///
+    /// # Errors
+    /// PAGEMAP_SCAN is missing or not permitted.
+    pub fn new(pid: Pid, vmas: &[VmaEntry], pages_id: u32) -> anyhow::Result<Self> {
+        let path = format!("/proc/{pid}/pagemap");
+        let pagemap = File::open(&path).with_context(|| path.clone())?;
+        let mut plan = Self { pid, pages_id, runs: Vec::new() };
+        let mut ranges: Vec<PageRange> = Vec::new();
+        for vma in vmas {
+            let Some(select) = selection(vma.status) else { continue };
+            ranges.clear();
+            match select {
+                Select::All => ranges.push(PageRange { start: vma.start, end: vma.end, categories: 0 }),
+                Select::Anonymous => {
+                    let scan = Scan {
+                        inverted: Page::FILE | Page::PFNZERO,
+                        all: Page::FILE | Page::PFNZERO,
+                        any: Page::PRESENT | Page::SWAPPED,
+                        report: Page::empty(),
+                    };
+                    memory::pagemap_scan(
+                        pagemap.as_fd(),
+                        RemoteAddr(vma.start),
+                        RemoteAddr(vma.end),
+                        scan,
+                        &mut ranges,
+                    )
+                    .with_context(|| path.clone())?;
+                }
+            }
+            let lazy = vma.status & status::ANON_PRIVATE != 0 && vma.status & status::VDSO == 0;
+            let readable = vma.prot & libc::PROT_READ.unsigned_abs() != 0;
+            for range in &ranges {
+                let run = Run { start: range.start, end: range.end, lazy, readable };
+                match plan.runs.last_mut() {
+                    Some(last) if last.end == run.start && last.lazy == lazy && last.readable == readable => {
+                        last.end = run.end;
+                    }
+                    _ => plan.runs.push(run),
+                }
+            }
+        }
+        Ok(plan)
+    }
+
+    /// How many bytes that is.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.runs.iter().map(|r| r.end - r.start).sum()
+    }
+
+    /// Emits the pagemap.
+    ///
+    /// # Errors
+    /// The sink's.
+    pub fn emit(&self, sink: &mut dyn Sink) -> anyhow::Result<()> {
+        let arg = u64::from(self.pid.0.unsigned_abs());
+        emit(sink, Image::Pagemap, arg, &PagemapHead { pages_id: self.pages_id })?;
+        let mut merged: Vec<Run> = Vec::new();
+        for run in &self.runs {
+            match merged.last_mut() {
+                Some(last) if last.end == run.start && last.lazy == run.lazy => last.end = run.end,
+                _ => merged.push(*run),
+            }
+        }
+        for run in merged {
+            let flags = page::PRESENT | if run.lazy { page::LAZY } else { 0 };
+            emit(sink, Image::Pagemap, arg, &pagemap_entry(run.start, (run.end - run.start) / PAGE, flags))?;
+        }
+        Ok(())
+    }
+
+    /// Writes the pages, in the order of the pagemap. `progress` is told of each chunk's bytes.
+    ///
+    /// # Errors
+    /// The output's, or the process died.
+    pub fn copy<W: Write>(&self, out: &mut Writer<W>, mut progress: impl FnMut(u64)) -> anyhow::Result<()> {
+        let mut buffer = vec![0; CHUNK.min(usize::try_from(self.bytes()).unwrap_or(CHUNK))];
+        let mut filled = 0;
+        let mem_path = format!("/proc/{}/mem", self.pid);
+        let mut mem = None;
+        for run in &self.runs {
+            let mut at = run.start;
+            while at < run.end {
+                let n = usize::try_from(run.end - at).unwrap_or(CHUNK).min(buffer.len() - filled);
+                let place = &mut buffer[filled..filled + n];
+                if run.readable {
+                    memory::read_exact(self.pid, RemoteAddr(at), place)?;
+                } else {
+                    if mem.is_none() {
+                        mem = Some(File::open(&mem_path).with_context(|| mem_path.clone())?);
+                    }
+                    if let Some(mem) = &mem {
+                        mem.read_exact_at(place, at).with_context(|| format!("{mem_path}: read at {at:#x}"))?;
+                    }
+                }
+                filled += n;
+                at += n as u64;
+                if filled == buffer.len() {
+                    self.flush(out, &buffer[..filled])?;
+                    progress(filled as u64);
+                    filled = 0;
+                }
+            }
+        }
+        if filled > 0 {
+            self.flush(out, &buffer[..filled])?;
+            progress(filled as u64);
+        }
+        Ok(())
+    }
+
+    fn flush<W: Write>(&self, out: &mut Writer<W>, bytes: &[u8]) -> anyhow::Result<()> {
+        out.data(Image::Pages, u64::from(self.pages_id), bytes).context("write the stream")
+    }
+}
+
+enum Select {
+    All,
+    Anonymous,
+}
+
+fn selection(vma_status: u32) -> Option<Select> {
+    if vma_status & (status::VVAR | status::VSYSCALL) != 0 {
+        None
+    } else if vma_status & status::VDSO != 0 {
+        Some(Select::All)
+    } else {
+        (vma_status & (status::ANON_PRIVATE | status::FILE_PRIVATE) != 0).then_some(Select::Anonymous)
+    }
+}
+
+fn pagemap_entry(vaddr: u64, pages: u64, flags: u32) -> PagemapEntry {
+    PagemapEntry { vaddr, compat_nr_pages: 0, in_parent: None, flags: Some(flags), nr_pages: Some(pages) }
+}
+
+/// A shared memory segment: its pagemap entries are offsets in it.
+#[derive(Debug)]
+pub struct ShmemPlan {
+    shmid: u64,
+    /// Number of the pages image.
+    pub pages_id: u32,
+    runs: Vec<(u64, u64)>,
+}
+
+impl ShmemPlan {
+    /// Finds the populated parts of segment `shmid`, whose file is `fd`, by SEEK_DATA and SEEK_HOLE.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn new(shmid: u64, fd: BorrowedFd<'_>, size: u64, pages_id: u32) -> anyhow::Result<Self> {
+        let what = || format!("shared memory segment {shmid}");
+        let mut plan = Self { shmid, pages_id, runs: Vec::new() };
+        let mut at = 0;
+        while at < size {
+            let offset = i64::try_from(at).with_context(what)?;
+            let data = match lseek64(fd, offset, Whence::SeekData) {
+                Ok(n) => n,
+                Err(nix::errno::Errno::ENXIO) => break,
+                Err(e) => return Err(e).with_context(what),
+            };
+            let hole = lseek64(fd, data, Whence::SeekHole).with_context(what)?;
+            let start = data.cast_unsigned() & !(PAGE - 1);
+            let end = hole.cast_unsigned().next_multiple_of(PAGE);
+            plan.runs.push((start, end));
+            at = end;
+        }
+        Ok(plan)
+    }
+
+    /// How many bytes are stored.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.runs.iter().map(|(start, end)| end - start).sum()
+    }
+
+    /// Emits the pagemap.
+    ///
+    /// # Errors
+    /// The sink's.
+    pub fn emit(&self, sink: &mut dyn Sink) -> anyhow::Result<()> {
+        emit(sink, Image::ShmemPagemap, self.shmid, &PagemapHead { pages_id: self.pages_id })?;
+        for &(start, end) in &self.runs {
+            emit(sink, Image::ShmemPagemap, self.shmid, &pagemap_entry(start, (end - start) / PAGE, page::PRESENT))?;
+        }
+        Ok(())
+    }
+
+    /// Writes the pages of the segment, whose file is `fd`.
+    ///
+    /// # Errors
+    /// The output's.
+    pub fn copy<W: Write + AsFd>(&self, fd: BorrowedFd<'_>, out: &mut Writer<W>) -> anyhow::Result<()> {
+        for &(start, end) in &self.runs {
+            let what = || format!("shared memory segment {} at {start:#x}", self.shmid);
+            out.bulk_data(u64::from(self.pages_id), end - start).context("write the stream")?;
+            out.output().flush().context("write the stream")?;
+            lseek64(fd, i64::try_from(start).with_context(what)?, Whence::SeekSet).with_context(what)?;
+            // The file may end inside its last page.
+            let moved = transfer(fd, out.output().as_fd(), end - start).with_context(what)?;
+            let missing = end - start - moved;
+            ensure!(missing < PAGE, "{}: it shrank while it was read", what());
+            let zeros = vec![0; usize::try_from(missing).unwrap_or(0)];
+            out.output().write_all(&zeros).context("write the stream")?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,513 @@
+//! Address spaces, on the way back.
+//!
+//! A task that is being built drops everything it inherited, maps what its image lists and reads
+//! its own pages straight from the image file or from the live stream, so no byte passes through the
+//! restoring process and no page is touched twice. What this module gives are the lists of calls
+//! for that, in the order they are to be run:
+//!
+//! 1. [`AddressSpace::clear_calls`]: unmap all but the runner's region and the vdso, which moves to
+//!    its recorded place (its code was compared by [`vdso`] before);
+//! 2. [`AddressSpace::map_calls`]: the mappings, writable where pages are to come;
+//! 3. the pages: [`AddressSpace::read_calls`] from a file, or [`AddressSpace::fills`] from a stream;
+//! 4. [`AddressSpace::finish_calls`]: recorded protection, advice, locks.
+//!
+//! Kernel facts relied on: MAP_FIXED_NOREPLACE (4.17) refuses to lay one mapping over another, so an image with
+//! overlapping areas is an error and not a surprise; `mremap` moves `[vvar]` and `[vdso]` mappings
+//! and tells the kernel's signal code where they went; a MAP_GROWSDOWN area is recorded without its
+//! guard gap and is mapped as it was, it grows on from there.
+
+use anyhow::{Context, bail, ensure};
+use ckpt_images::{ImageSet, Place};
+use ckpt_proto::{
+    Image,
+    types::{MmEntry, VmaEntry},
+};
+use ckpt_remote::{Arg, Call, Done, build::Fill};
+use ckpt_sys::{FileId, Pid, Refused, RemoteAddr};
+use std::{ops::Range, os::fd::AsRawFd};
+
+use super::{page, status};
+
+pub mod vdso;
+
+/// Kinds of areas that nobody can restore: bits of `vma_entry.status`.
+const UNSUPPORTED: [(u32, &str); 3] =
+    [(1 << 10, "System V shared memory"), (1 << 11, "a packet socket's ring"), (1 << 13, "an aio ring")];
+
+const PAGE: u64 = 4096;
+/// First address after user space (four-level page tables; the kernel maps above only on request).
+pub const USER_END: u64 = 0x7fff_ffff_f000;
+/// At most so many bytes by one read: the kernel's limit is 2 GiB - 4 KiB.
+const READ_MAX: u64 = 1 << 30;
+const IOV_MAX: usize = 1024;
+/// Unwritable areas larger than this are mapped without reserving memory while they are filled.
+const RESERVE_MAX: u64 = 1 << 30;
+
+/// A run of pages in a `pages-N.img`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Run {
+    /// Where it belongs: address, or offset in a shared segment.
+    pub addr: u64,
+    /// Bytes.
+    pub len: u64,
+    /// Whether these pages are the vdso's, kept only to be compared.
+    pub vdso: bool,
+}
+
+/// What a pagemap says: pages of one `pages-N.img` in order.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Pages {
+    /// N; `None` if there is no pagemap at all.
+    pub id: Option<u64>,
+    /// All stored runs, in order of storage and of address.
+    pub runs: Vec<Run>,
+}
+
+impl Pages {
+    /// Reads pagemap `arg` of kind `image`.
+    ///
+    /// # Errors
+    /// Malformed images; pages kept elsewhere are [`Refused`].
+    pub fn read(set: &ImageSet, image: Image, arg: u64) -> anyhow::Result<Self> {
+        let file = image.file_name(arg);
+        if set.entries(image, arg).is_empty() {
+            return Ok(Self::default());
+        }
+        let (id, entries) = set.pagemap(image, arg)?;
+        let mut runs: Vec<Run> = Vec::new();
+        let mut last_end = 0;
+        for entry in entries {
+            let pages = entry.nr_pages.unwrap_or(u64::from(entry.compat_nr_pages));
+            let addr = entry.vaddr;
+            let (Some(len), true) = (pages.checked_mul(PAGE), addr.is_multiple_of(PAGE)) else {
+                bail!("{file}: {pages} pages at {addr:#x}: no such range");
+            };
+            let Some(end) = addr.checked_add(len).filter(|_| addr >= last_end) else {
+                bail!("{file}: {pages} pages at {addr:#x}: overlap with the range before");
+            };
+            last_end = end;
+            let flags = entry.flags.unwrap_or(if entry.in_parent() { page::PARENT } else { page::PRESENT });
+            if flags & page::PARENT != 0 {
+                let what = format!("pages at {addr:#x} are in an earlier checkpoint");
+                return Err(Refused::new(file, what).advise("merge the chain first, with ckpt-merge").into());
+            }
+            if flags & (page::LAZY | page::PRESENT) == page::LAZY {
+                return Err(Refused::new(file, format!("pages at {addr:#x} were left at the source (lazy)")).into());
+            }
+            if flags & page::PRESENT == 0 || len == 0 {
+                continue;
+            }
+            match runs.last_mut() {
+                Some(last) if last.addr + last.len == addr => last.len += len,
+                _ => runs.push(Run { addr, len, vdso: false }),
+            }
+        }
+        Ok(Self { id: Some(id), runs })
+    }
+
+    /// Bytes of all runs.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.runs.iter().fold(0, |sum, run| sum.saturating_add(run.len))
+    }
+
+    /// The file with these pages, checked to be long enough.
+    ///
+    /// # Errors
+    /// It is missing or of another length.
+    pub fn place<'a>(&self, set: &'a ImageSet) -> anyhow::Result<Option<Place<'a>>> {
+        let (Some(id), true) = (self.id, !self.runs.is_empty()) else { return Ok(None) };
+        let name = Image::Pages.file_name(id);
+        let place = set.pages(id).with_context(|| format!("{name} is missing"))?;
+        let (have, want) = (place.len, self.bytes());
+        ensure!(have == want, "{name}: {have} bytes, the pagemap lists {want}");
+        Ok(Some(place))
+    }
+}
+
+/// One address space, read from its images and checked.
+#[derive(Debug, Clone)]
+pub struct AddressSpace {
+    /// Whose.
+    pub pid: Pid,
+    /// Everything but pages.
+    pub mm: MmEntry,
+    /// Its pages.
+    pub pages: Pages,
+    /// `[vvar]` start to `[vdso]` end, and where in it the code starts.
+    pub vdso: Option<vdso::Block>,
+}
+
+fn text(vma: &VmaEntry) -> String {
+    format!("{:#x}-{:#x}", vma.start, vma.end)
+}
+
+impl AddressSpace {
+    /// Reads and checks the address space of `pid`.
+    ///
+    /// # Errors
+    /// Malformed images; areas that can't be restored are [`Refused`].
+    pub fn read(set: &ImageSet, pid: Pid) -> anyhow::Result<Self> {
+        let arg = u64::from(pid.0.unsigned_abs());
+        let mm: MmEntry = set.one(Image::Mm, arg)?;
+        let mut pages = Pages::read(set, Image::Pagemap, arg)?;
+        let file = Image::Mm.file_name(arg);
+        let mut block = vdso::Collect::default();
+        let mut last_end = 0;
+        for vma in &mm.vmas {
+            let refuse = |why: &str| Refused::new(format!("pid {pid} area {}", text(vma)), why.to_owned());
+            if vma.status & status::VSYSCALL != 0 {
+                continue;
+            }
+            let aligned = [vma.start, vma.end].iter().all(|a| a.is_multiple_of(PAGE));
+            ensure!(
+                aligned && vma.start >= last_end && vma.end > vma.start && vma.end <= USER_END,
+                "{file}: area {}: not above the one before, or no such addresses",
+                text(vma)
+            );
+            last_end = vma.end;
+            for (bit, what) in UNSUPPORTED {
+                if vma.status & bit != 0 {
+                    return Err(refuse(&format!("{what} can't be restored")).into());
+                }
+            }
+            if vma.flags & libc::MAP_HUGETLB.unsigned_abs() != 0 {
+                return Err(refuse("huge page mappings (MAP_HUGETLB) can't be restored").into());
+            }
+            if vma.status & (status::VDSO | status::VVAR) != 0 {
+                block.add(vma)?;
+                continue;
+            }
+            let kinds = [status::FILE_PRIVATE, status::FILE_SHARED, status::ANON_PRIVATE, status::ANON_SHARED];
+            if kinds.iter().filter(|&&k| vma.status & k != 0).count() != 1 {
+                bail!("{file}: area {}: status {:#x} names no kind", text(vma), vma.status);
+            }
+            if vma.status & status::ANON_SHARED != 0 {
+                return Err(refuse("shared memory without a memfd entry (an image of CRIU before 3.17)").into());
+            }
+            ensure!(vma.pgoff.is_multiple_of(PAGE), "{file}: area {}: offset {:#x}", text(vma), vma.pgoff);
+            ensure!(vma.prot & !7 == 0, "{file}: area {}: protection {:#x}", text(vma), vma.prot);
+            advice(vma).with_context(|| file.clone())?;
+        }
+        let vdso = block.block()?;
+        pages.runs = split(&pages.runs, &mm.vmas).with_context(|| Image::Pagemap.file_name(arg))?;
+        Ok(Self { pid, mm, pages, vdso })
+    }
+
+    /// All addresses that are or may come to be in use: areas that grow down are given 8 MiB more.
+    #[must_use]
+    pub fn taken(&self) -> Vec<Range<u64>> {
+        let grow = |vma: &VmaEntry| if grows(vma) { 8 << 20 } else { 0 };
+        self.areas().map(|vma| vma.start.saturating_sub(grow(vma))..vma.end).chain(self.vdso_range()).collect()
+    }
+
+    fn vdso_range(&self) -> Option<Range<u64>> {
+        self.vdso.as_ref().map(|b| b.start..b.end)
+    }
+
+    /// The areas that are to be mapped.
+    fn areas(&self) -> impl Iterator<Item = &VmaEntry> {
+        const SPECIAL: u32 = status::VSYSCALL | status::VDSO | status::VVAR;
+        self.mm.vmas.iter().filter(|vma| vma.status & SPECIAL == 0)
+    }
+
+    /// Files that are mapped, with whether any mapping of it is executable.
+    pub fn files(&self) -> impl Iterator<Item = (FileId, &VmaEntry)> {
+        self.areas().filter(|vma| is_file(vma)).map(|vma| {
+            let id = u32::try_from(vma.shmid).unwrap_or(u32::MAX);
+            (FileId(id), vma)
+        })
+    }
+
+    /// The bytes of the vdso as stored, read from the pages file. `None` if they were not stored, or
+    /// are still to come on the stream.
+    ///
+    /// # Errors
+    /// The file's.
+    pub fn stored_vdso(&self, set: &ImageSet) -> anyhow::Result<Option<Vec<u8>>> {
+        let Some(place) = self.pages.place(set)? else { return Ok(None) };
+        let Some(block) = &self.vdso else { return Ok(None) };
+        let mut bytes = Vec::new();
+        let mut offset = place.offset;
+        for run in &self.pages.runs {
+            if run.vdso {
+                let at = bytes.len();
+                let len = usize::try_from(run.len).unwrap_or(0);
+                bytes.resize(at + len, 0);
+                read_at(&place, offset, &mut bytes[at..])?;
+            }
+            offset = offset.saturating_add(run.len);
+        }
+        Ok((bytes.len() as u64 == block.end - block.code).then_some(bytes))
+    }
+
+    /// Unmaps all but `keep` (the runner's region) and moves the vdso, which is at `ours`, by way of `stage`.
+    #[must_use]
+    pub fn clear_calls(&self, ours: Option<&vdso::Ours>, keep: &Range<u64>, stage: RemoteAddr) -> Vec<Call> {
+        let mut kept = vec![keep.clone()];
+        kept.extend(ours.map(|o| o.block.start..o.block.end));
+        kept.sort_by_key(|r| r.start);
+        let mut calls = Vec::new();
+        let mut at = 0;
+        for range in kept.into_iter().chain([USER_END..USER_END]) {
+            if range.start > at {
+                calls.push(unmap(at..range.start));
+            }
+            at = range.end;
+        }
+        match (ours, &self.vdso) {
+            (Some(ours), Some(block)) => calls.extend(ours.move_calls(stage.0, block.start)),
+            (Some(ours), None) => calls.push(unmap(ours.block.start..ours.block.end)),
+            _ => {}
+        }
+        calls
+    }
+
+    /// Maps all areas. `fd` gives the number that a file has in the task now.
+    ///
+    /// # Errors
+    /// A file is missing.
+    pub fn map_calls(&self, fd: &dyn Fn(FileId) -> Option<i32>) -> anyhow::Result<Vec<Call>> {
+        const KEPT: i32 =
+            libc::MAP_SHARED | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_GROWSDOWN | libc::MAP_NORESERVE;
+        let mut calls = Vec::new();
+        for vma in self.areas() {
+            let len = vma.end - vma.start;
+            let mut flags = (vma.flags & KEPT.unsigned_abs()) | libc::MAP_FIXED_NOREPLACE.unsigned_abs();
+            let prot = self.first_prot(vma);
+            if prot != vma.prot && len > RESERVE_MAX {
+                flags |= libc::MAP_NORESERVE.unsigned_abs();
+            }
+            let (fd, pgoff) = if is_file(vma) {
+                flags &= !libc::MAP_ANONYMOUS.unsigned_abs();
+                let id = u32::try_from(vma.shmid).unwrap_or(u32::MAX);
+                let number = fd(FileId(id))
+                    .with_context(|| format!("pid {} area {}: file {id} is in no image", self.pid, text(vma)))?;
+                (number, vma.pgoff)
+            } else {
+                flags |= libc::MAP_ANONYMOUS.unsigned_abs();
+                (-1, 0)
+            };
+            let args =
+                [Arg::Val(vma.start), len.into(), u64::from(prot).into(), u64::from(flags).into(), fd.into(), pgoff.into()];
+            calls.push(Call::new(format!("mmap({})", text(vma)), libc::SYS_mmap, args));
+            // Page size advice has to come before the pages.
+            calls.extend(advice_calls(vma, true));
+        }
+        Ok(calls)
+    }
+
+    /// Protection while pages are filled in.
+    fn first_prot(&self, vma: &VmaEntry) -> u32 {
+        let write = libc::PROT_WRITE.unsigned_abs();
+        if vma.prot & write == 0 && self.has_pages(vma) { vma.prot | write } else { vma.prot }
+    }
+
+    fn has_pages(&self, vma: &VmaEntry) -> bool {
+        let i = self.pages.runs.partition_point(|run| run.addr + run.len <= vma.start);
+        self.pages.runs.get(i).is_some_and(|run| run.addr < vma.end)
+    }
+
+    /// Reads all pages from the file at `place`, by preadv(2) of the task's descriptor of the same
+    /// number, in lists whose sizes [`check_reads`] expects.
+    #[must_use]
+    pub fn read_calls(&self, place: &Place<'_>) -> Vec<Call> {
+        let mut lists: Vec<(u64, u64, Vec<(u64, u64)>)> = Vec::new();
+        let mut offset = place.offset;
+        for run in &self.pages.runs {
+            let mut addr = run.addr;
+            let mut left = run.len;
+            while left > 0 {
+                let len = left.min(READ_MAX);
+                if !run.vdso {
+                    match lists.last_mut() {
+                        Some((start, sum, list))
+                            if *start + *sum == offset && list.len() < IOV_MAX && *sum + len <= READ_MAX =>
+                        {
+                            *sum += len;
+                            list.push((addr, len));
+                        }
+                        _ => lists.push((offset, len, vec![(addr, len)])),
+                    }
+                }
+                offset += len;
+                addr += len;
+                left -= len;
+            }
+        }
+        let fd = place.file.as_raw_fd();
+        lists
+            .into_iter()
+            .map(|(offset, sum, list)| {
+                let count = list.len() as u64;
+                let iov = list.iter().flat_map(|(a, n)| [a.to_ne_bytes(), n.to_ne_bytes()].concat()).collect();
+                let args = [fd.into(), Arg::In(iov), count.into(), offset.into(), Arg::Val(0)];
+                Call::new(format!("preadv({sum} bytes of pages)"), libc::SYS_preadv, args)
+            })
+            .collect()
+    }
+
+    /// Where the next pages of a stream go, from byte `from` of the pages on, `len` bytes of them;
+    /// pages of the vdso go to `shadow`.
+    #[must_use]
+    pub fn fills(&self, from: u64, len: u64, shadow: RemoteAddr) -> Vec<Fill> {
+        let mut fills = Vec::new();
+        let (mut at, end) = (0, from.saturating_add(len));
+        for run in &self.pages.runs {
+            let first = from.max(at);
+            let last = end.min(at + run.len);
+            if first < last {
+                let base = match &self.vdso {
+                    Some(block) if run.vdso => shadow.0 + (run.addr - block.code),
+                    _ => run.addr,
+                };
+                fills.push(Fill { addr: RemoteAddr(base + (first - at)), len: last - first });
+            }
+            at += run.len;
+        }
+        fills
+    }
+
+    /// What comes after the pages: recorded protection, advice, locks.
+    #[must_use]
+    pub fn finish_calls(&self) -> Vec<Call> {
+        let mut calls = Vec::new();
+        for vma in self.areas() {
+            let (start, len) = (Arg::Val(vma.start), Arg::Val(vma.end - vma.start));
+            if self.first_prot(vma) != vma.prot {
+                let args = [start.clone(), len.clone(), u64::from(vma.prot).into()];
+                calls.push(Call::new(format!("mprotect({})", text(vma)), libc::SYS_mprotect, args));
+            }
+            calls.extend(advice_calls(vma, false));
+            if vma.flags & libc::MAP_LOCKED.unsigned_abs() != 0 {
+                calls.push(Call::new(format!("mlock({})", text(vma)), libc::SYS_mlock, [start, len]));
+            }
+        }
+        calls
+    }
+}
+
+/// Checks that each of the calls made by [`AddressSpace::read_calls`] got everything.
+///
+/// # Errors
+/// A file ended early.
+pub fn check_reads(calls: &[Call], done: &[Done]) -> anyhow::Result<()> {
+    for (call, done) in calls.iter().zip(done) {
+        let want: u64 = match call.args.get(1) {
+            Some(Arg::In(iov)) => iov
+                .chunks_exact(16)
+                .filter_map(|pair| pair.get(8..16)?.try_into().ok().map(u64::from_ne_bytes))
+                .sum(),
+            _ => 0,
+        };
+        ensure!(done.ret.cast_unsigned() == want, "{}: {} of {want} bytes came", call.name, done.ret);
+    }
+    Ok(())
+}
+
+fn read_at(place: &Place<'_>, mut offset: u64, mut buffer: &mut [u8]) -> anyhow::Result<()> {
+    while !buffer.is_empty() {
+        let at = i64::try_from(offset).context("offset in a pages file")?;
+        let n = nix::sys::uio::pread(place.file, buffer, at).context("read pages")?;
+        ensure!(n > 0, "the pages file ends early");
+        offset += n as u64;
+        buffer = buffer.split_at_mut(n).1;
+    }
+    Ok(())
+}
+
+fn unmap(range: Range<u64>) -> Call {
+    let name = format!("munmap({:#x}-{:#x})", range.start, range.end);
+    Call::new(name, libc::SYS_munmap, [Arg::Val(range.start), Arg::Val(range.end - range.start)])
+}
+
+/// Whether the area grows down on faults below it.
+fn grows(vma: &VmaEntry) -> bool {
+    vma.flags & libc::MAP_GROWSDOWN.unsigned_abs() != 0
+}
+
+fn is_file(vma: &VmaEntry) -> bool {
+    vma.status & (status::FILE_PRIVATE | status::FILE_SHARED) != 0
+}
+
+/// The madvise(2) values in `vma.madv`, which has bit n set for advice n.
+fn advice(vma: &VmaEntry) -> anyhow::Result<Vec<i32>> {
+    const KNOWN: [i32; 6] = [
+        libc::MADV_DONTFORK,
+        libc::MADV_MERGEABLE,
+        libc::MADV_HUGEPAGE,
+        libc::MADV_NOHUGEPAGE,
+        libc::MADV_DONTDUMP,
+        libc::MADV_WIPEONFORK,
+    ];
+    let bits = vma.madv.unwrap_or(0);
+    let known = KNOWN.iter().fold(0, |all, advice| all | 1_u64 << advice);
+    ensure!(bits & !known == 0, "area {}: unknown advice {:#x}", text(vma), bits & !known);
+    Ok(KNOWN.iter().copied().filter(|advice| bits & (1 << advice) != 0).collect())
+}
+
+fn advice_calls(vma: &VmaEntry, early: bool) -> Vec<Call> {
+    let early_ones = [libc::MADV_HUGEPAGE, libc::MADV_NOHUGEPAGE];
+    advice(vma)
+        .unwrap_or_default()
+        .into_iter()
+        .filter(|advice| early_ones.contains(advice) == early)
+        .map(|advice| {
+            let args = [Arg::Val(vma.start), Arg::Val(vma.end - vma.start), Arg::from(advice)];
+            Call::new(format!("madvise({}, {advice})", text(vma)), libc::SYS_madvise, args)
+        })
+        .collect()
+}
+
+/// Cuts runs at the vdso's bounds and checks that every page has an area of its own kind to go to.
+fn split(runs: &[Run], vmas: &[VmaEntry]) -> anyhow::Result<Vec<Run>> {
+    let mut out: Vec<Run> = Vec::new();
+    for run in runs {
+        let (mut addr, end) = (run.addr, run.addr + run.len);
+        while addr < end {
+            let i = vmas.partition_point(|vma| vma.end <= addr);
+            let vma = vmas.get(i).filter(|vma| vma.start <= addr);
+            let Some(vma) = vma else { bail!("page at {addr:#x}: no area there") };
+            let private = vma.status & (status::ANON_PRIVATE | status::FILE_PRIVATE) != 0;
+            let special = vma.status & (status::VVAR | status::VSYSCALL) != 0;
+            ensure!(private && !special, "page at {addr:#x}: its area {} holds no private pages", text(vma));
+            let vdso = vma.status & status::VDSO != 0;
+            let len = end.min(vma.end) - addr;
+            match out.last_mut() {
+                Some(last) if last.addr + last.len == addr && last.vdso == vdso => last.len += len,
+                _ => out.push(Run { addr, len, vdso }),
+            }
+            addr += len;
+        }
+    }
+    Ok(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn vma(start: u64, end: u64, status: u32) -> VmaEntry {
+        VmaEntry { start, end, status: status | status::REGULAR, ..VmaEntry::default() }
+    }
+
+    #[test]
+    fn a_run_over_several_areas_is_cut_only_at_the_vdso() {
+        let vmas = [
+            vma(0x1000, 0x3000, status::ANON_PRIVATE),
+            vma(0x3000, 0x4000, status::FILE_PRIVATE),
+            vma(0x4000, 0x5000, status::ANON_PRIVATE | status::VDSO),
+        ];
+        let runs = split(&[Run { addr: 0x2000, len: 0x3000, vdso: false }], &vmas).unwrap();
+        let expected =
+            [Run { addr: 0x2000, len: 0x2000, vdso: false }, Run { addr: 0x4000, len: 0x1000, vdso: true }];
+        assert_eq!(runs, expected);
+    }
+
+    #[test]
+    fn pages_without_a_private_area_are_refused() {
+        let vmas = [vma(0x1000, 0x2000, status::FILE_SHARED)];
+        assert!(split(&[Run { addr: 0x1000, len: 0x1000, vdso: false }], &vmas).is_err());
+        assert!(split(&[Run { addr: 0x5000, len: 0x1000, vdso: false }], &vmas).is_err());
+    }
+}

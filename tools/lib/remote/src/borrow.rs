@@ -1,0 +1,755 @@
+//! System calls inside a frozen live task, which must come out of it as if nothing had happened,
+//! even if this process is killed in the middle.
+//!
+//! A stopped task's registers can be pointed at a `syscall` instruction and it will do our bidding.
+//! But the kernel's promise on a tracer's death is only that the task runs on *from where it is*.
+//! So before its registers are touched, the task is given a way home that needs nobody:
+//!
+//! ```text
+//! dead stack (unused bytes at the far end of the main thread's stack):
+//!     fpstate                     its FPU state, in the form of a signal frame
+//!     HOME:  &sigreturn | ucontext of its own registers and signal mask
+//!     UNMAP: &sigreturn | ucontext { rip = &syscall, munmap(page), rsp = HOME }
+//! ```
+//!
+//! `&syscall` is a `syscall; ret` in the vdso or libc, `&sigreturn` the `mov $15,%eax; syscall` to
+//! which every libc lets signal handlers return. Each remote call runs with `rip = &syscall` and
+//! `rsp = HOME` (or UNMAP): whenever we are gone, the `ret` after the call leads to rt_sigreturn(2),
+//! which restores every register, the FPU state and the signal mask in one step. No code of ours
+//! is in the task for this.
+//!
+//! For many calls a page with a small runner and a table of calls is mapped, so that a whole batch
+//! costs one stop. It tells us that it is done by a signal to itself that the task ignores (no
+//! handler, default action "ignore"), which a tracer sees and nobody else. If there is no tracer,
+//! the runner goes on: munmap of its own page by `&syscall`, `ret` to HOME. When no such signal is
+//! free (Go programs catch all), seccomp filters the task, or nothing can be mapped (address space
+//! full), calls are made one by one, two stops each.
+//!
+//! Ways not chosen: a page that is only mapped (it stays behind when the tracer is killed);
+//! PTRACE_SINGLESTEP (the trap flag survives the tracer and kills the task); `int3` at the end
+//! (deadly without a tracer); code poked into the program's text (left changed).
+//!
+//! The order of the steps at each end, and why:
+//!
+//! 1. The frames are written. Dead bytes of the stack change; nothing else.
+//! 2. Registers are set, then the signal mask (all blocked). Killed in between: the task goes home.
+//! 3. ... calls ...
+//! 4. PTRACE_INTERRUPT, so that the task passes through signal delivery once more, where the kernel
+//!    sees to an interrupted system call. Then the mask, then the registers: killed in between, the
+//!    frame at HOME still has both.
+//! 5. The stack bytes are put back.
+//!
+//! A system call that was interrupted for us restarts by itself in the orderly case. On the way
+//! home it is re-executed, so that a sleep may take longer after our violent death, but no call
+//! fails with an EINTR that nobody sent.
+
+use std::{collections::HashMap, fs};
+
+use ckpt_proc::maps::{self, Mapping};
+use ckpt_sys::{
+    Pid, RemoteAddr, SysError, Tid, memory,
+    ptrace::{self, NT_X86_XSTATE, Regs, Stop},
+};
+use memchr::memmem;
+
+use crate::{
+    Arg, Call, Done, RemoteError, Syscalls,
+    freeze::{Frozen, Thread, status_number},
+};
+
+/// Where a process can be sent home from: found once per address space.
+#[derive(Debug, Clone, Copy)]
+struct Landing {
+    /// Address of `syscall` followed by `ret` (clearing registers in between is harmless).
+    syscall: RemoteAddr,
+    /// Address of `mov $15,%eax; syscall`.
+    sigreturn: RemoteAddr,
+    /// Unused stack: lowest address and length.
+    dead: (RemoteAddr, u64),
+    /// A page-aligned hole in the address space, if one was found.
+    hole: Option<RemoteAddr>,
+    /// A signal that the process ignores without having asked to.
+    quiet: Option<i32>,
+    /// Its system calls are filtered.
+    seccomp: bool,
+}
+
+/// Landings of the processes looked at, and offsets found in files that several of them map.
+#[derive(Debug, Default)]
+pub(crate) struct Landings {
+    by_pid: HashMap<Pid, Landing>,
+    gadgets: HashMap<((u32, u32), u64, u64), Gadgets>,
+}
+
+#[derive(Debug, Clone, Copy, Default)]
+struct Gadgets {
+    syscall: Option<u64>,
+    sigreturn: Option<u64>,
+}
+
+const PAGE: u64 = 4096;
+/// Size of the mapped runner with table and arguments, bytes.
+const ARENA: u64 = 64 * 1024;
+/// The table starts here in the arena; the code before it is far shorter.
+const TABLE: u64 = 256;
+/// nr, six arguments, result, may_fail.
+const ROW: u64 = 72;
+/// How many calls a batch holds; the rest of the arena is for their data.
+const ROWS: usize = 256;
+const DATA: u64 = TABLE + ROW * ROWS as u64;
+/// Fewer calls than this are made one by one: mapping and unmapping costs four stops.
+const WORTH_A_BATCH: usize = 6;
+/// Bytes below the stack pointer that belong to the running function (System V AMD64 ABI).
+const RED_ZONE: u64 = 128;
+const UCONTEXT: usize = 304;
+const SYS_MUNMAP: u64 = 11;
+
+/// The runner. In: rbx = table, r12 = number of rows, r13 = tgid, r14 = tid, r15 = signal,
+/// rbp = &syscall, r8.. free, rsp = HOME. Position independent.
+#[rustfmt::skip]
+const RUNNER: &[u8] = &[
+    0x4d, 0x85, 0xe4,                         //  0: test r12, r12
+    0x74, 0x39,                               //  3: jz notify(62)
+    0x48, 0x8b, 0x03,                         //  5: mov rax, [rbx]
+    0x48, 0x8b, 0x7b, 0x08,                   //  8: mov rdi, [rbx+8]
+    0x48, 0x8b, 0x73, 0x10,                   // 12: mov rsi, [rbx+16]
+    0x48, 0x8b, 0x53, 0x18,                   // 16: mov rdx, [rbx+24]
+    0x4c, 0x8b, 0x53, 0x20,                   // 20: mov r10, [rbx+32]
+    0x4c, 0x8b, 0x43, 0x28,                   // 24: mov r8, [rbx+40]
+    0x4c, 0x8b, 0x4b, 0x30,                   // 28: mov r9, [rbx+48]
+    0x0f, 0x05,                               // 32: syscall
+    0x48, 0x89, 0x43, 0x38,                   // 34: mov [rbx+56], rax
+    0x48, 0x83, 0x7b, 0x40, 0x00,             // 38: cmp qword [rbx+64], 0
+    0x75, 0x08,                               // 43: jne next(53)
+    0x48, 0x3d, 0x01, 0xf0, 0xff, 0xff,       // 45: cmp rax, -4095
+    0x73, 0x09,                               // 51: jae notify(62)
+    0x48, 0x83, 0xc3, 0x48,                   // 53: add rbx, 72
+    0x49, 0xff, 0xcc,                         // 57: dec r12
+    0xeb, 0xc2,                               // 60: jmp 0
+    0xb8, 0xea, 0x00, 0x00, 0x00,             // 62: mov eax, 234 (tgkill)
+    0x4c, 0x89, 0xef,                         // 67: mov rdi, r13
+    0x4c, 0x89, 0xf6,                         // 70: mov rsi, r14
+    0x4c, 0x89, 0xfa,                         // 73: mov rdx, r15
+    0x0f, 0x05,                               // 76: syscall
+    // 78: nobody stopped us here: unmap ourselves and go home.
+    0xb8, 0x0b, 0x00, 0x00, 0x00,             // 78: mov eax, 11 (munmap)
+    0x48, 0x8d, 0x3d, 0xa6, 0xff, 0xff, 0xff, // 83: lea rdi, [rip-90] (start of this page)
+    0xbe, 0x00, 0x00, 0x01, 0x00,             // 90: mov esi, 65536 (ARENA)
+    0xff, 0xe5,                               // 95: jmp rbp
+];
+/// Address of the instruction after the notifying system call.
+const NOTIFIED: u64 = 78;
+
+impl Landings {
+    fn of(&mut self, frozen: &[Thread], pid: Pid) -> Result<Landing, RemoteError> {
+        if let Some(&landing) = self.by_pid.get(&pid) {
+            return Ok(landing);
+        }
+        let landing = self.find(frozen, pid)?;
+        self.by_pid.insert(pid, landing);
+        Ok(landing)
+    }
+
+    fn find(&mut self, threads: &[Thread], pid: Pid) -> Result<Landing, RemoteError> {
+        let unusable = |what: &str| RemoteError::Unusable { tid: pid.leader(), what: what.to_owned() };
+        let read = |file: &str| {
+            let path = format!("/proc/{pid}/{file}");
+            fs::read(&path).map_err(|e| {
+                let errno = nix::errno::Errno::from_raw(e.raw_os_error().unwrap_or(libc::EIO));
+                RemoteError::Sys(SysError::new("read", path, errno))
+            })
+        };
+        let maps = maps::parse(&read("maps")?).map_err(|e| unusable(&format!("/proc/{pid}/maps: {e}")))?;
+        let status = read("status")?;
+
+        let mut found = Gadgets::default();
+        let mut code: Vec<&Mapping> = maps.iter().filter(|m| m.exec && m.read).collect();
+        code.sort_by_key(|m| (m.name != b"[vdso]", m.file(), m.len()));
+        for mapping in code {
+            let gadgets = self.scan(pid, mapping)?;
+            found.syscall = found.syscall.or(gadgets.syscall.map(|o| mapping.start + o));
+            found.sigreturn = found.sigreturn.or(gadgets.sigreturn.map(|o| mapping.start + o));
+            if found.syscall.is_some() && found.sigreturn.is_some() {
+                break;
+            }
+        }
+        let (Some(syscall), Some(sigreturn)) = (found.syscall, found.sigreturn) else {
+            return Err(unusable(
+                "its code has no sequence that returns from a signal handler (mov $15,%eax; syscall), \
+                 so no system call can be run in it safely",
+            ));
+        };
+        let dead = dead_stack(&maps, threads)
+            .ok_or_else(|| unusable("no unused stack was found for a return frame (stack nearly full?)"))?;
+        let hex = |key: &[u8]| {
+            status
+                .split(|&b| b == b'\n')
+                .find_map(|l| l.strip_prefix(key))
+                .and_then(|v| u64::from_str_radix(std::str::from_utf8(v).ok()?.trim(), 16).ok())
+                .unwrap_or(u64::MAX)
+        };
+        let busy = hex(b"SigCgt:") | hex(b"SigPnd:") | hex(b"ShdPnd:");
+        let quiet =
+            [libc::SIGURG, libc::SIGWINCH, libc::SIGCHLD].into_iter().find(|s| busy & (1 << (s - 1)) == 0);
+        Ok(Landing {
+            syscall: RemoteAddr(syscall),
+            sigreturn: RemoteAddr(sigreturn),
+            dead,
+            hole: hole(&maps),
+            quiet,
+            seccomp: status_number(&status, b"Seccomp:").is_some_and(|mode| mode != 0),
+        })
+    }
+
+    /// Looks for the two sequences in one mapping; gives offsets.
+    fn scan(&mut self, pid: Pid, mapping: &Mapping) -> Result<Gadgets, RemoteError> {
+        let key = (mapping.dev, mapping.inode, mapping.offset);
+        if let Some(&known) = self.gadgets.get(&key).filter(|_| mapping.file()) {
+            return Ok(known);
+        }
+        const CHUNK: usize = 1 << 20;
+        const OVERLAP: usize = 64;
+        let mut gadgets = Gadgets::default();
+        let mut buffer = vec![0; CHUNK];
+        let mut at = 0;
+        while at < mapping.len() && (gadgets.syscall.is_none() || gadgets.sigreturn.is_none()) {
+            let n = usize::try_from(mapping.len() - at).unwrap_or(CHUNK).min(CHUNK);
+            // A mapping may reach beyond the end of its file: what can't be read holds no code.
+            if memory::read_exact(pid, RemoteAddr(mapping.start + at), &mut buffer[..n]).is_err() {
+                break;
+            }
+            let text = &buffer[..n];
+            gadgets.syscall = gadgets.syscall.or_else(|| find_syscall(text).map(|o| at + o));
+            gadgets.sigreturn = gadgets.sigreturn.or_else(|| find_sigreturn(text).map(|o| at + o));
+            at += (n - if n == CHUNK { OVERLAP } else { 0 }) as u64;
+        }
+        if mapping.file() {
+            self.gadgets.insert(key, gadgets);
+        }
+        Ok(gadgets)
+    }
+}
+
+/// `syscall`, then `ret`, with nothing between but `xor %reg,%reg`, which the vdso has there.
+fn find_syscall(text: &[u8]) -> Option<u64> {
+    memmem::find_iter(text, b"\x0f\x05").find(|&at| returns(&text[at + 2..])).map(|at| at as u64)
+}
+
+fn returns(mut code: &[u8]) -> bool {
+    loop {
+        match code {
+            [0xc3, ..] => return true,
+            // xor r32,r32 with the same register twice, and its form for r8d to r15d.
+            [0x31, m, rest @ ..] | [0x45, 0x31, m, rest @ ..]
+                if m >> 6 == 3 && (m >> 3) & 7 == m & 7 && m & 7 != 4 =>
+            {
+                code = rest;
+            }
+            _ => return false,
+        }
+    }
+}
+
+fn find_sigreturn(text: &[u8]) -> Option<u64> {
+    memmem::find(text, b"\xb8\x0f\x00\x00\x00\x0f\x05")
+        .or_else(|| memmem::find(text, b"\x48\xc7\xc0\x0f\x00\x00\x00\x0f\x05"))
+        .map(|at| at as u64)
+}
+
+/// The unused far end of a stack: below everything that any thread has there. The main thread's
+/// stack is preferred: the kernel made it, and nobody carves other things out of its far end.
+fn dead_stack(maps: &[Mapping], threads: &[Thread]) -> Option<(RemoteAddr, u64)> {
+    const WANTED: u64 = 12 * 1024;
+    const ENOUGH: u64 = 4 * 1024 + 2048;
+    let unused = |m: &Mapping| {
+        let used = threads.iter().map(|t| t.regs.rsp).filter(|rsp| (m.start..=m.end).contains(rsp)).min();
+        // Without a stack pointer in it, only the part that a fresh program's stack never reaches is safe.
+        let top = used.map_or(m.start + m.len() / 4, |rsp| rsp.saturating_sub(RED_ZONE + 512));
+        top.saturating_sub(m.start)
+    };
+    let main = maps.iter().find(|m| m.name == b"[stack]" && m.write && m.read);
+    let others = maps.iter().filter(|m| {
+        m.write && m.read && !m.shared && threads.iter().any(|t| (m.start..m.end).contains(&t.regs.rsp))
+    });
+    main.into_iter().chain(others).find_map(|m| {
+        let free = unused(m);
+        (free >= ENOUGH).then(|| (RemoteAddr(m.start), free.min(WANTED)))
+    })
+}
+
+/// A hole of [`ARENA`] bytes, not next to anything that may grow, and not where the kernel would
+/// put the next mapping.
+fn hole(maps: &[Mapping]) -> Option<RemoteAddr> {
+    const LOWEST: u64 = 0x10_0000;
+    const HIGHEST: u64 = 0x7fff_0000_0000;
+    const MARGIN: u64 = 2 << 20;
+    let mut end = LOWEST;
+    for mapping in maps.iter().filter(|m| m.start < HIGHEST) {
+        if mapping.start > end && mapping.start - end > ARENA + 2 * MARGIN {
+            let at = (mapping.start - ARENA - MARGIN) & !(PAGE - 1);
+            return Some(RemoteAddr(at));
+        }
+        end = end.max(mapping.end);
+    }
+    None
+}
+
+/// A frozen task that runs system calls for us; see the module's text for what it is promised.
+#[derive(Debug)]
+pub struct Borrowed<'a> {
+    pid: Pid,
+    tid: Tid,
+    original: Regs,
+    sigmask: u64,
+    landing: Landing,
+    held: &'a mut Vec<(Pid, i32)>,
+    /// Stack bytes as they were, at `landing.dead.0`.
+    saved: Vec<u8>,
+    home: RemoteAddr,
+    unmap: RemoteAddr,
+    /// Start and length of the dead stack that is left for arguments of single calls.
+    scratch: (RemoteAddr, u64),
+    /// Whether the task's registers are ours now.
+    away: bool,
+    mapped: bool,
+}
+
+impl Frozen {
+    /// Borrows thread `tid` of process `pid` for remote calls.
+    ///
+    /// # Errors
+    /// [`RemoteError::Unusable`] says why it can't be used; the task is untouched then.
+    pub fn borrow(&mut self, pid: Pid, tid: Tid) -> Result<Borrowed<'_>, RemoteError> {
+        let gone = || RemoteError::Died(tid);
+        let process = self.processes.iter().find(|p| p.pid == pid).ok_or_else(gone)?;
+        let thread = process.threads.iter().find(|t| t.tid == tid).ok_or_else(gone)?;
+        let (original, sigmask) = (thread.regs, thread.sigmask);
+        let landing = self.landings.of(&process.threads, pid)?;
+        if landing.seccomp {
+            // Filters of the task would judge our calls; until we are gone they don't.
+            let options = libc::PTRACE_O_TRACESYSGOOD | libc::PTRACE_O_SUSPEND_SECCOMP;
+            ptrace::set_options(tid, options.unsigned_abs())?;
+        }
+        let xstate = ptrace::get_regset(tid, NT_X86_XSTATE, 64 * 1024)?;
+
+        let base = landing.dead.0.0.next_multiple_of(64);
+        let fpstate = signal_fpstate(&xstate);
+        let home = (base + fpstate.len() as u64).next_multiple_of(16);
+        let unmap = (home + 8 + UCONTEXT as u64).next_multiple_of(16);
+        let scratch = (unmap + 8 + UCONTEXT as u64).next_multiple_of(64);
+        let end = landing.dead.0.0 + landing.dead.1;
+        if scratch + 256 > end {
+            let what = "its stack has too little unused space for a return frame".to_owned();
+            return Err(RemoteError::Unusable { tid, what });
+        }
+        let mut saved = vec![0; usize::try_from(end - base).unwrap_or(0)];
+        memory::read_exact(pid, RemoteAddr(base), &mut saved)?;
+
+        let back = going_back(pid, &original);
+        let mut frames = fpstate;
+        frames.resize(usize::try_from(scratch - base).unwrap_or(0), 0);
+        let mut place = |at: u64, regs: &Regs, mask: u64| {
+            let offset = usize::try_from(at - base).unwrap_or(0);
+            frames[offset..offset + 8].copy_from_slice(&landing.sigreturn.0.to_le_bytes());
+            frames[offset + 8..offset + 8 + UCONTEXT].copy_from_slice(&ucontext(regs, mask, base));
+        };
+        place(home, &back, sigmask);
+        if let Some(page) = landing.hole {
+            let unmapping = Regs {
+                rip: landing.syscall.0,
+                rsp: home,
+                rax: SYS_MUNMAP,
+                rdi: page.0,
+                rsi: ARENA,
+                ..original
+            };
+            place(unmap, &unmapping, !0);
+        }
+        memory::write_all(pid, RemoteAddr(base), &frames)?;
+        Ok(Borrowed {
+            pid,
+            tid,
+            original,
+            sigmask,
+            landing: Landing { dead: (RemoteAddr(base), end - base), ..landing },
+            held: &mut self.held,
+            saved,
+            home: RemoteAddr(home),
+            unmap: RemoteAddr(unmap),
+            scratch: (RemoteAddr(scratch), end - scratch),
+            away: false,
+            mapped: false,
+        })
+    }
+}
+
+/// The registers with which the task goes home without us. An interrupted system call (its result
+/// is one of the kernel's ERESTART values) is executed again.
+///
+/// One that had been interrupted before is restart_syscall(2) by now, whose kernel state does not
+/// survive rt_sigreturn(2): it would give EINTR. Its arguments are still in place, and its number
+/// is in the program's text, where nearly all code sets it right before the `syscall` instruction.
+fn going_back(pid: Pid, original: &Regs) -> Regs {
+    const RESTART_SYSCALL: u64 = 219;
+    let mut back = *original;
+    if original.orig_rax.cast_signed() >= 0 && (-516..=-512).contains(&original.rax.cast_signed()) {
+        back.rip -= 2;
+        back.rax = original.orig_rax;
+    }
+    if back.rax == RESTART_SYSCALL {
+        let mut text = [0; 48];
+        let before = RemoteAddr(back.rip.wrapping_sub(text.len() as u64 - 2));
+        if memory::read_exact(pid, before, &mut text).is_ok()
+            && let Some(nr) = restarted_number(&text)
+        {
+            back.rax = nr;
+        }
+    }
+    back
+}
+
+/// The number set by the last `mov $nr,%eax` before the `syscall` that ends `text`, if it is one of
+/// the calls that restart by restart_syscall(2): poll, nanosleep, futex, clock_nanosleep.
+fn restarted_number(text: &[u8]) -> Option<u64> {
+    let code = text.strip_suffix(b"\x0f\x05")?;
+    code.windows(5).rev().find_map(|w| match w {
+        [0xb8, nr @ (7 | 35 | 202 | 230), 0, 0, 0] => Some(u64::from(*nr)),
+        _ => None,
+    })
+}
+
+/// An XSAVE area from PTRACE_GETREGSET as rt_sigreturn(2) takes it: the software-reserved bytes tell
+/// its size and features, and a second magic word follows it (arch/x86/include/uapi/asm/sigcontext.h).
+fn signal_fpstate(xstate: &[u8]) -> Vec<u8> {
+    const MAGIC1: u32 = 0x4650_5853;
+    const MAGIC2: u32 = 0x4650_5845;
+    const SOFTWARE: usize = 464;
+    let mut area = xstate.to_vec();
+    let size = u32::try_from(area.len()).unwrap_or(0);
+    if area.len() >= 576 {
+        let mut software = [0; 48];
+        software[..4].copy_from_slice(&MAGIC1.to_le_bytes());
+        software[4..8].copy_from_slice(&(size + 4).to_le_bytes());
+        // GETREGSET leaves the mask of enabled features here.
+        software[8..16].copy_from_slice(&xstate[SOFTWARE..SOFTWARE + 8]);
+        software[16..20].copy_from_slice(&size.to_le_bytes());
+        area[SOFTWARE..SOFTWARE + 48].copy_from_slice(&software);
+    }
+    area.extend_from_slice(&MAGIC2.to_le_bytes());
+    area
+}
+
+/// `struct ucontext` for rt_sigreturn(2), with the FPU state at `fpstate`.
+fn ucontext(regs: &Regs, mask: u64, fpstate: u64) -> [u8; UCONTEXT] {
+    // UC_FP_XSTATE | UC_SIGCONTEXT_SS | UC_STRICT_RESTORE_SS
+    const FLAGS: u64 = 7;
+    // An alternate stack with impossible flags: the kernel then leaves the registered one alone
+    // (do_sigaltstack fails, and restore_altstack ignores all errors but EFAULT).
+    const NO_ALTSTACK: u64 = 4;
+    let segments = (regs.cs & 0xffff) | ((regs.ss & 0xffff) << 48);
+    let words = [
+        FLAGS,
+        0, // uc_link
+        0,
+        NO_ALTSTACK,
+        0, // uc_stack: ss_sp, ss_flags, ss_size
+        regs.r8,
+        regs.r9,
+        regs.r10,
+        regs.r11,
+        regs.r12,
+        regs.r13,
+        regs.r14,
+        regs.r15,
+        regs.rdi,
+        regs.rsi,
+        regs.rbp,
+        regs.rbx,
+        regs.rdx,
+        regs.rax,
+        regs.rcx,
+        regs.rsp,
+        regs.rip,
+        regs.eflags,
+        segments,
+        0,
+        0,
+        0,
+        0, // err, trapno, oldmask, cr2
+        fpstate,
+        0,
+        0,
+        0,
+        0,
+        0,
+        0,
+        0,
+        0, // reserved
+        mask,
+    ];
+    let mut bytes = [0; UCONTEXT];
+    for (place, word) in bytes.chunks_exact_mut(8).zip(words) {
+        place.copy_from_slice(&word.to_le_bytes());
+    }
+    bytes
+}
+
+/// What a batch's arguments became: addresses, and where the answers will be.
+struct Layout {
+    args: [u64; 6],
+    outs: Vec<(RemoteAddr, usize)>,
+}
+
+/// Places data arguments of `call` from `*at` on (16-byte aligned), below `end`; collects what is to be written.
+fn lay_out(call: &Call, at: &mut u64, end: u64, writes: &mut Vec<(u64, Vec<u8>)>) -> Option<Layout> {
+    let mut layout = Layout { args: [0; 6], outs: Vec::new() };
+    for (slot, arg) in layout.args.iter_mut().zip(&call.args) {
+        let bytes = match arg {
+            Arg::Val(n) => {
+                *slot = *n;
+                continue;
+            }
+            Arg::In(bytes) | Arg::InOut(bytes) => bytes.clone(),
+            Arg::Out(len) => vec![0; *len],
+        };
+        let start = at.next_multiple_of(16);
+        let len = bytes.len() as u64;
+        if start + len > end {
+            return None;
+        }
+        *slot = start;
+        *at = start + len;
+        if !matches!(arg, Arg::In(_)) {
+            layout.outs.push((RemoteAddr(start), bytes.len()));
+        }
+        writes.push((start, bytes));
+    }
+    Some(layout)
+}
+
+impl Borrowed<'_> {
+    fn unusable(&self, what: impl Into<String>) -> RemoteError {
+        RemoteError::Unusable { tid: self.tid, what: what.into() }
+    }
+
+    /// Takes the task over, or goes on with it, at `regs`.
+    fn steer(&mut self, regs: Regs, blocked: u64) -> Result<(), RemoteError> {
+        ptrace::set_regs(self.tid, Regs { orig_rax: !0, ..regs })?;
+        ptrace::set_sigmask(self.tid, blocked)?;
+        self.away = true;
+        Ok(())
+    }
+
+    /// Waits for the stop that `wanted` accepts. Signals that get through although all are blocked
+    /// (SIGSTOP) are held back and sent again at the end.
+    fn await_stop(&mut self, syscalls: bool, wanted: impl Fn(Stop) -> bool) -> Result<(), RemoteError> {
+        loop {
+            ptrace::resume(self.tid, 0, syscalls).map_err(|e| self.died(e))?;
+            match ptrace::wait(self.tid, false).map_err(|e| self.died(e))? {
+                Some(stop) if wanted(stop) => return Ok(()),
+                Some(Stop::Exited(_) | Stop::Killed(_)) | None => return Err(RemoteError::Died(self.tid)),
+                Some(Stop::Signal(signal)) if ptrace::is_stop_signal(signal) => {
+                    self.held.push((self.pid, signal))
+                }
+                Some(_) => {}
+            }
+        }
+    }
+
+    fn died(&self, error: SysError) -> RemoteError {
+        if error.vanished() { RemoteError::Died(self.tid) } else { error.into() }
+    }
+
+    /// One system call by itself: two stops.
+    fn single(&mut self, nr: u64, args: [u64; 6], home: RemoteAddr) -> Result<i64, RemoteError> {
+        let regs = Regs {
+            rip: self.landing.syscall.0,
+            rsp: home.0,
+            rax: nr,
+            rdi: args[0],
+            rsi: args[1],
+            rdx: args[2],
+            r10: args[3],
+            r8: args[4],
+            r9: args[5],
+            ..self.original
+        };
+        self.steer(regs, !0)?;
+        self.await_stop(true, |s| s == Stop::Syscall)?;
+        self.await_stop(true, |s| s == Stop::Syscall)?;
+        Ok(ptrace::regs(self.tid)?.rax.cast_signed())
+    }
+
+    fn way_home(&self) -> RemoteAddr {
+        if self.mapped { self.unmap } else { self.home }
+    }
+
+    fn one_by_one(&mut self, call: &Call) -> Result<Done, RemoteError> {
+        let mut writes = Vec::new();
+        let mut at = self.scratch.0.0;
+        let layout =
+            lay_out(call, &mut at, self.scratch.0.0 + self.scratch.1, &mut writes).ok_or_else(|| {
+                self.unusable(format!("{}: its arguments do not fit into the unused stack", call.name))
+            })?;
+        for (addr, bytes) in &writes {
+            memory::write_all(self.pid, RemoteAddr(*addr), bytes)?;
+        }
+        let ret = self.single(call.nr.cast_unsigned(), layout.args, self.way_home())?;
+        self.collect(ret, &layout.outs)
+    }
+
+    fn collect(&self, ret: i64, outs: &[(RemoteAddr, usize)]) -> Result<Done, RemoteError> {
+        let mut done = Done { ret, out: Vec::with_capacity(outs.len()) };
+        for &(addr, len) in outs {
+            let mut bytes = vec![0; len];
+            memory::read_exact(self.pid, addr, &mut bytes)?;
+            done.out.push(bytes);
+        }
+        Ok(done)
+    }
+
+    /// Maps the arena if that is possible; whether there is one.
+    fn arena(&mut self) -> Result<Option<(RemoteAddr, i32)>, RemoteError> {
+        let (Some(page), Some(quiet), false) = (self.landing.hole, self.landing.quiet, self.landing.seccomp)
+        else {
+            return Ok(None);
+        };
+        if !self.mapped {
+            let prot = (libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC).unsigned_abs();
+            let flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE).unsigned_abs();
+            let args = [page.0, ARENA, prot.into(), flags.into(), !0, 0];
+            // If we die right after this call, the way home leads over UNMAP.
+            let ret = self.single(libc::SYS_mmap.cast_unsigned(), args, self.unmap)?;
+            if ret.cast_unsigned() != page.0 {
+                self.landing.hole = None;
+                return Ok(None);
+            }
+            self.mapped = true;
+            memory::write_all(self.pid, page, RUNNER)?;
+        }
+        Ok(Some((page, quiet)))
+    }
+
+    /// As many of `calls` as fit, in one stop.
+    fn batch(&mut self, page: RemoteAddr, quiet: i32, calls: &[Call]) -> Result<Vec<Done>, RemoteError> {
+        let (mut at, end) = (page.0 + DATA, page.0 + ARENA);
+        let mut writes = Vec::new();
+        let mut rows = Vec::new();
+        let mut layouts = Vec::new();
+        for call in calls.iter().take(ROWS) {
+            let mut mine = Vec::new();
+            let Some(layout) = lay_out(call, &mut at, end, &mut mine) else { break };
+            writes.extend(mine);
+            let words =
+                [call.nr.cast_unsigned()].into_iter().chain(layout.args).chain([0, call.may_fail.into()]);
+            rows.extend(words.flat_map(u64::to_le_bytes));
+            layouts.push(layout);
+        }
+        if layouts.is_empty() {
+            return calls.first().map(|call| self.one_by_one(call)).into_iter().collect();
+        }
+        writes.push((page.0 + TABLE, rows));
+        for (addr, bytes) in &writes {
+            memory::write_all(self.pid, RemoteAddr(*addr), bytes)?;
+        }
+        let regs = Regs {
+            rip: page.0,
+            rsp: self.home.0,
+            rbx: page.0 + TABLE,
+            r12: layouts.len() as u64,
+            r13: u64::from(self.pid.0.unsigned_abs()),
+            r14: u64::from(self.tid.0.unsigned_abs()),
+            r15: u64::from(quiet.unsigned_abs()),
+            rbp: self.landing.syscall.0,
+            ..self.original
+        };
+        self.steer(regs, !(1 << (quiet - 1)))?;
+        loop {
+            self.await_stop(false, |s| s == Stop::Signal(quiet))?;
+            // The same signal may have come from elsewhere; the task ignores it, so do we.
+            if ptrace::regs(self.tid)?.rip == page.0 + NOTIFIED {
+                break;
+            }
+        }
+        let mut table = vec![0; layouts.len() * usize::try_from(ROW).unwrap_or(0)];
+        memory::read_exact(self.pid, RemoteAddr(page.0 + TABLE), &mut table)?;
+        let mut answers = Vec::new();
+        for ((call, layout), row) in
+            calls.iter().zip(&layouts).zip(table.chunks_exact(usize::try_from(ROW).unwrap_or(1)))
+        {
+            let ret = i64::from_le_bytes(row[56..64].try_into().unwrap_or_default());
+            let done = self.collect(ret, &layout.outs)?;
+            let failed = !call.may_fail && done.result().is_err();
+            answers.push(done);
+            if failed {
+                break;
+            }
+        }
+        Ok(answers)
+    }
+
+    /// Gives the task back as it was. Dropping does the same but can't tell of errors.
+    ///
+    /// # Errors
+    /// The task died, or ptrace failed.
+    pub fn finish(mut self) -> Result<(), RemoteError> {
+        self.give_back()
+    }
+
+    fn give_back(&mut self) -> Result<(), RemoteError> {
+        if self.away {
+            if self.mapped
+                && let Some(page) = self.landing.hole
+            {
+                self.single(SYS_MUNMAP, [page.0, ARENA, 0, 0, 0, 0], self.home)?;
+                self.mapped = false;
+            }
+            ptrace::interrupt(self.tid).map_err(|e| self.died(e))?;
+            ptrace::set_sigmask(self.tid, self.sigmask)?;
+            ptrace::set_regs(self.tid, self.original)?;
+            self.away = false;
+            self.await_stop(false, |s| matches!(s, Stop::Interrupted | Stop::Group(_)))?;
+        }
+        let saved = std::mem::take(&mut self.saved);
+        memory::write_all(self.pid, self.landing.dead.0, &saved)?;
+        Ok(())
+    }
+}
+
+impl Drop for Borrowed<'_> {
+    fn drop(&mut self) {
+        if !self.saved.is_empty() {
+            // Whoever wants to know of failures calls `finish`.
+            let _ = self.give_back();
+        }
+    }
+}
+
+impl Syscalls for Borrowed<'_> {
+    fn tid(&self) -> Tid {
+        self.tid
+    }
+
+    fn run(&mut self, calls: &[Call]) -> Result<Vec<Done>, RemoteError> {
+        let mut answers = Vec::with_capacity(calls.len());
+        while answers.len() < calls.len() {
+            let rest = &calls[answers.len()..];
+            let arena = if rest.len() >= WORTH_A_BATCH || self.mapped { self.arena()? } else { None };
+            let more = match arena {
+                Some((page, quiet)) => self.batch(page, quiet, rest)?,
+                None => vec![self.one_by_one(&rest[0])?],
+            };
+            if more.is_empty() {
+                return Err(self.unusable("a batch of calls made no progress"));
+            }
+            for done in more {
+                let call = &calls[answers.len()];
+                if let (Err(errno), false) = (done.result(), call.may_fail) {
+                    return Err(RemoteError::Call { tid: self.tid, name: call.name.clone(), errno });
+                }
+                answers.push(done);
+            }
+        }
+        Ok(answers)
+    }
+}

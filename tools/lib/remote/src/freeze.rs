@@ -1,0 +1,470 @@
+//! Stopping a whole process tree.
+//!
+//! Every thread is seized (PTRACE_SEIZE, which by itself changes nothing) and interrupted
+//! (PTRACE_INTERRUPT), and the tree is walked again until a pass finds no new task: a task that was
+//! forking when it was interrupted shows its child in the next pass, and a stopped task can't fork.
+//!
+//! What the kernel gives for free: when the tracer dies, whatever the reason, every tracee runs on
+//! (ptrace(2), "Death under ptrace"; `exit_ptrace` in kernel/ptrace.c), and a task that was in
+//! group-stop is put back into it. So the guard's `Drop` is only for the orderly path.
+//!
+//! A parent in vfork(2) waits uninterruptibly for its child to exec or exit, and a frozen child
+//! never will: such a tree can't be frozen at that instant. Then all are let go and it is tried
+//! again a little later, until a deadline. The same serves tasks in uninterruptible I/O.
+
+use std::{
+    collections::BTreeMap,
+    fs, thread,
+    time::{Duration, Instant},
+};
+
+use ckpt_proc::stat;
+use ckpt_sys::{
+    Pid, Refused, SysError, Tid,
+    ptrace::{self, Regs, Stop},
+};
+use nix::errno::Errno;
+
+use crate::borrow::Landings;
+
+/// Why a tree could not be stopped.
+#[derive(Debug, thiserror::Error)]
+pub enum FreezeError {
+    /// It can't be done, or not by us.
+    #[error(transparent)]
+    Refused(#[from] Refused),
+    /// The root is gone.
+    #[error("pid {0}: no such process")]
+    NoSuchProcess(Pid),
+    /// A call failed.
+    #[error(transparent)]
+    Sys(#[from] SysError),
+}
+
+/// A stopped thread.
+#[derive(Debug, Clone)]
+pub struct Thread {
+    /// Its id.
+    pub tid: Tid,
+    /// Registers as they were when it stopped; `rax` and `orig_rax` tell a system call that will be restarted.
+    pub regs: Regs,
+    /// Signals that it blocks.
+    pub sigmask: u64,
+}
+
+/// A process of the tree.
+#[derive(Debug, Clone)]
+pub struct Process {
+    /// Its id.
+    pub pid: Pid,
+    /// Its parent: a process of the tree, but for the root.
+    pub ppid: Pid,
+    /// Process group.
+    pub pgid: i32,
+    /// Session.
+    pub sid: i32,
+    /// Command name.
+    pub comm: Vec<u8>,
+    /// Dead, but not waited for; it has no threads.
+    pub zombie: bool,
+    /// Stopped by this signal (job control) when it was frozen.
+    pub stopped_by: Option<i32>,
+    /// Its threads, the leader first.
+    pub threads: Vec<Thread>,
+}
+
+impl Process {
+    /// Command name for messages.
+    #[must_use]
+    pub fn comm(&self) -> String {
+        self.comm.escape_ascii().to_string()
+    }
+}
+
+/// A frozen tree. Dropping it lets all tasks run on.
+#[derive(Debug)]
+pub struct Frozen {
+    /// All processes, parents before children, the root first.
+    pub processes: Vec<Process>,
+    pub(crate) landings: Landings,
+    /// SIGSTOPs that arrived while a task worked for us, to be sent again at the end.
+    pub(crate) held: Vec<(Pid, i32)>,
+    stopped: Vec<Tid>,
+    since: Instant,
+}
+
+/// What becomes of a frozen tree.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Release {
+    /// It runs on as before.
+    Run,
+    /// Every process is left in group-stop, as after SIGSTOP.
+    Stop,
+    /// It is killed.
+    Kill,
+}
+
+struct Attempt {
+    threads: BTreeMap<Tid, (Pid, Option<Stop>)>,
+    /// In the order in which they were met: parents first.
+    processes: Vec<Pid>,
+    zombies: Vec<Pid>,
+}
+
+impl Frozen {
+    /// Stops the tree under `root`, trying for at most `patience`.
+    ///
+    /// # Errors
+    /// See [`FreezeError`]. Nothing is left stopped then.
+    pub fn freeze(root: Pid, patience: Duration) -> Result<Self, FreezeError> {
+        check_root(root)?;
+        let deadline = Instant::now() + patience;
+        let mut pause = Duration::from_millis(5);
+        loop {
+            let mut attempt =
+                Attempt { threads: BTreeMap::new(), processes: Vec::new(), zombies: Vec::new() };
+            let since = Instant::now();
+            match attempt.stop_all(root) {
+                Ok(None) => return attempt.done(root, since),
+                Ok(Some(stuck)) => {
+                    attempt.let_go();
+                    if Instant::now() >= deadline {
+                        return Err(stuck_error(stuck).into());
+                    }
+                    thread::sleep(pause);
+                    pause = (pause * 2).min(Duration::from_millis(100));
+                }
+                Err(error) => {
+                    attempt.let_go();
+                    return Err(error);
+                }
+            }
+        }
+    }
+
+    /// How long the tree has been frozen.
+    #[must_use]
+    pub fn since(&self) -> Instant {
+        self.since
+    }
+
+    /// Ends the freeze. With [`Release::Kill`] every task is dead when this returns.
+    pub fn release(mut self, how: Release) {
+        self.let_go(how);
+    }
+
+    fn let_go(&mut self, how: Release) {
+        let tids = std::mem::take(&mut self.stopped);
+        if how != Release::Run {
+            let signal = if how == Release::Kill { libc::SIGKILL } else { libc::SIGSTOP };
+            // Children first, so that none is reparented to somebody who reaps it.
+            for process in self.processes.iter().rev().filter(|p| !p.zombie) {
+                // The task may be gone: then it needs no signal.
+                let _ = nix::sys::signal::kill(
+                    process.pid.nix(),
+                    nix::sys::signal::Signal::try_from(signal).ok(),
+                );
+            }
+        }
+        for (pid, signal) in std::mem::take(&mut self.held) {
+            let _ = nix::sys::signal::kill(pid.nix(), nix::sys::signal::Signal::try_from(signal).ok());
+        }
+        for tid in tids {
+            if how == Release::Kill {
+                while let Ok(Some(stop)) = ptrace::wait(tid, false) {
+                    if matches!(stop, Stop::Exited(_) | Stop::Killed(_)) {
+                        break;
+                    }
+                    let _ = ptrace::resume(tid, 0, false);
+                }
+            } else {
+                // ESRCH: killed meanwhile by somebody else, nothing to set free.
+                let _ = ptrace::detach(tid, 0);
+            }
+        }
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        self.let_go(Release::Run);
+    }
+}
+
+fn check_root(root: Pid) -> Result<(), FreezeError> {
+    let subject = format!("pid {root}");
+    let Ok(status) = fs::read(format!("/proc/{root}/status")) else {
+        return Err(FreezeError::NoSuchProcess(root));
+    };
+    if let Some(tgid) = status_number(&status, b"Tgid:").filter(|&t| t != i64::from(root.0)) {
+        let refused = Refused::new(subject, format!("is a thread of process {tgid}"));
+        return Err(refused.advise(format!("pass the process: -t {tgid}")).into());
+    }
+    if status_number(&status, b"Kthread:") == Some(1) {
+        return Err(Refused::new(subject, "is a kernel thread").into());
+    }
+    if state_of(root.leader()) == Some(b'Z') {
+        return Err(Refused::new(subject, "is a zombie: there is nothing left to checkpoint").into());
+    }
+    Ok(())
+}
+
+/// The number after `key` in a /proc status file.
+pub(crate) fn status_number(status: &[u8], key: &[u8]) -> Option<i64> {
+    let line = status.split(|&b| b == b'\n').find_map(|l| l.strip_prefix(key))?;
+    std::str::from_utf8(line).ok()?.split_whitespace().next()?.parse().ok()
+}
+
+fn state_of(tid: Tid) -> Option<u8> {
+    let text = fs::read(format!("/proc/{tid}/stat")).ok()?;
+    stat::parse(&text).ok().map(|s| s.state)
+}
+
+fn numbers_in(directory: &str) -> Vec<i32> {
+    let Ok(entries) = fs::read_dir(directory) else { return Vec::new() };
+    entries.flatten().filter_map(|e| e.file_name().to_str()?.parse().ok()).collect()
+}
+
+fn children_of(pid: Pid) -> Vec<Pid> {
+    let mut children = Vec::new();
+    for tid in numbers_in(&format!("/proc/{pid}/task")) {
+        if let Ok(text) = fs::read_to_string(format!("/proc/{pid}/task/{tid}/children")) {
+            children.extend(text.split_whitespace().filter_map(|n| n.parse().ok()).map(Pid));
+        }
+    }
+    children
+}
+
+fn stuck_error((tid, pid): (Tid, Pid)) -> Refused {
+    let read = |file: &str| fs::read_to_string(format!("/proc/{pid}/task/{tid}/{file}")).unwrap_or_default();
+    let (comm, wchan) = (read("comm"), read("wchan"));
+    let state = state_of(tid).map_or('?', char::from);
+    Refused::new(
+        format!("pid {pid} ({}) tid {tid}", comm.trim_end()),
+        format!("can't be stopped: it stays in state {state} (waiting in {})", wchan.trim()),
+    )
+    .advise("it is in vfork(2) or in uninterruptible I/O; try again when that is over")
+}
+
+impl Attempt {
+    /// Stops everything; `Some` names a task that would not stop in time.
+    fn stop_all(&mut self, root: Pid) -> Result<Option<(Tid, Pid)>, FreezeError> {
+        loop {
+            let mut grown = false;
+            let mut queue = vec![root];
+            while let Some(pid) = queue.pop() {
+                grown |= self.seize_process(pid, root)?;
+                queue.extend(children_of(pid));
+            }
+            if let Some(stuck) = self.wait_all()? {
+                return Ok(Some(stuck));
+            }
+            if !grown {
+                return Ok(None);
+            }
+        }
+    }
+
+    /// Seizes and interrupts those threads of `pid` that are new; whether there were any.
+    fn seize_process(&mut self, pid: Pid, root: Pid) -> Result<bool, FreezeError> {
+        if pid.0.unsigned_abs() == std::process::id() {
+            let refused =
+                Refused::new(format!("pid {root}"), "this tool is part of the tree that it should freeze");
+            return Err(refused.advise("run the pipeline from outside of that tree").into());
+        }
+        let known = self.processes.contains(&pid);
+        if self.zombies.contains(&pid) {
+            return Ok(false);
+        }
+        if state_of(pid.leader()) == Some(b'Z') && numbers_in(&format!("/proc/{pid}/task")).len() <= 1 {
+            if known {
+                self.processes.retain(|&p| p != pid);
+                self.threads.retain(|_, (owner, _)| *owner != pid);
+            }
+            if pid == root {
+                return Err(FreezeError::NoSuchProcess(root));
+            }
+            self.zombies.push(pid);
+            return Ok(true);
+        }
+        let mut grown = false;
+        for tid in numbers_in(&format!("/proc/{pid}/task")).into_iter().map(Tid) {
+            if self.threads.contains_key(&tid) {
+                continue;
+            }
+            match ptrace::seize(tid, libc::PTRACE_O_TRACESYSGOOD as u32) {
+                Ok(()) => {}
+                Err(e) if e.vanished() => continue,
+                Err(e) if e.errno == Errno::EPERM => match state_of(tid) {
+                    None => continue,
+                    Some(b'Z' | b'X') if tid.0 == pid.0 => {
+                        let subject = format!("pid {pid}");
+                        return Err(
+                            Refused::new(subject, "its main thread has exited while others go on").into()
+                        );
+                    }
+                    Some(b'Z' | b'X') => continue,
+                    Some(_) => return Err(not_ours(pid, tid).into()),
+                },
+                Err(e) => return Err(e.into()),
+            }
+            self.threads.insert(tid, (pid, None));
+            grown = true;
+            match ptrace::interrupt(tid) {
+                Err(e) if !e.vanished() => return Err(e.into()),
+                _ => {}
+            }
+        }
+        if !known && self.threads.values().any(|(owner, _)| *owner == pid) {
+            self.processes.push(pid);
+        } else if !known && pid == root {
+            return Err(FreezeError::NoSuchProcess(root));
+        }
+        Ok(grown)
+    }
+
+    fn wait_all(&mut self) -> Result<Option<(Tid, Pid)>, FreezeError> {
+        // A running task takes the interrupt within a scheduling tick; what does not stop in this
+        // time is waiting uninterruptibly, perhaps for a task that we hold.
+        let deadline = Instant::now() + Duration::from_millis(200);
+        let mut pause = Duration::from_micros(20);
+        loop {
+            let mut waiting = None;
+            let mut gone = Vec::new();
+            for (&tid, (pid, stop)) in &mut self.threads {
+                while stop.is_none() {
+                    match ptrace::wait(tid, true) {
+                        Ok(None) => {
+                            waiting = Some((tid, *pid));
+                            break;
+                        }
+                        // It is delivered now; the interrupt stops the task again before any instruction runs.
+                        Ok(Some(Stop::Signal(signal))) => ptrace::resume(tid, signal, false)?,
+                        Ok(Some(s @ (Stop::Interrupted | Stop::Group(_)))) => *stop = Some(s),
+                        Ok(Some(Stop::Exited(_) | Stop::Killed(_))) => {
+                            gone.push(tid);
+                            break;
+                        }
+                        Ok(Some(_)) => ptrace::resume(tid, 0, false)?,
+                        Err(e) if e.errno == Errno::ECHILD => {
+                            gone.push(tid);
+                            break;
+                        }
+                        Err(e) => return Err(e.into()),
+                    }
+                }
+            }
+            for tid in gone {
+                self.threads.remove(&tid);
+            }
+            match waiting {
+                None => return Ok(None),
+                Some(stuck) if Instant::now() >= deadline => return Ok(Some(stuck)),
+                Some(_) => {
+                    thread::sleep(pause);
+                    pause = (pause * 2).min(Duration::from_millis(1));
+                }
+            }
+        }
+    }
+
+    fn let_go(&mut self) {
+        for (&tid, (_, stop)) in &self.threads {
+            if stop.is_none() {
+                // Only a stopped task can be detached. One that never stops is freed when this
+                // process ends, or here if it stops just now.
+                let patience = Instant::now() + Duration::from_millis(1);
+                while matches!(ptrace::wait(tid, true), Ok(None)) && Instant::now() < patience {
+                    thread::yield_now();
+                }
+            }
+            let _ = ptrace::detach(tid, 0);
+        }
+        // Those that could not be detached above stop once their child goes on.
+        for (&tid, (_, stop)) in &self.threads {
+            if stop.is_none() {
+                let patience = Instant::now() + Duration::from_millis(500);
+                while ptrace::detach(tid, 0).is_err() && Instant::now() < patience {
+                    match ptrace::wait(tid, true) {
+                        Err(_) | Ok(Some(Stop::Exited(_) | Stop::Killed(_))) => break,
+                        _ => thread::sleep(Duration::from_millis(1)),
+                    }
+                }
+            }
+        }
+        self.threads.clear();
+    }
+
+    fn done(self, root: Pid, since: Instant) -> Result<Frozen, FreezeError> {
+        let mut frozen = Frozen {
+            processes: Vec::new(),
+            landings: Landings::default(),
+            held: Vec::new(),
+            stopped: self.threads.keys().copied().collect(),
+            since,
+        };
+        let mut pids: Vec<Pid> = self.processes.clone();
+        pids.extend(&self.zombies);
+        for pid in pids {
+            let text = fs::read(format!("/proc/{pid}/stat")).map_err(|_| FreezeError::NoSuchProcess(pid))?;
+            let stat = stat::parse(&text).map_err(|e| {
+                Refused::new(format!("/proc/{pid}/stat"), format!("can't be understood: {e}"))
+            })?;
+            let mut process = Process {
+                pid,
+                ppid: Pid(stat.ppid),
+                pgid: stat.pgrp,
+                sid: stat.session,
+                comm: stat.comm.clone(),
+                zombie: self.zombies.contains(&pid),
+                stopped_by: None,
+                threads: Vec::new(),
+            };
+            for (&tid, (owner, stop)) in &self.threads {
+                if *owner == pid {
+                    if let Some(Stop::Group(signal)) = stop {
+                        process.stopped_by = Some(*signal);
+                    }
+                    let thread = Thread { tid, regs: ptrace::regs(tid)?, sigmask: ptrace::sigmask(tid)? };
+                    process.threads.push(thread);
+                }
+            }
+            process.threads.sort_by_key(|t| (t.tid != pid.leader(), t.tid));
+            frozen.processes.push(process);
+        }
+        sort_parents_first(&mut frozen.processes, root);
+        Ok(frozen)
+    }
+}
+
+fn sort_parents_first(processes: &mut Vec<Process>, root: Pid) {
+    let mut sorted: Vec<Process> = Vec::with_capacity(processes.len());
+    let mut rest = std::mem::take(processes);
+    rest.sort_by_key(|p| p.pid);
+    let mut level = vec![root];
+    if let Some(at) = rest.iter().position(|p| p.pid == root) {
+        sorted.push(rest.remove(at));
+    }
+    while !level.is_empty() {
+        let (next, others): (Vec<_>, Vec<_>) = rest.into_iter().partition(|p| level.contains(&p.ppid));
+        level = next.iter().map(|p| p.pid).collect();
+        sorted.extend(next);
+        rest = others;
+    }
+    // Reparented while the tree was being stopped, to somebody outside: still ours to free, and
+    // told apart by their ppid.
+    sorted.extend(rest);
+    *processes = sorted;
+}
+
+fn not_ours(pid: Pid, tid: Tid) -> Refused {
+    let status = fs::read(format!("/proc/{pid}/task/{tid}/status")).unwrap_or_default();
+    let subject = format!("pid {pid} tid {tid}");
+    match status_number(&status, b"TracerPid:") {
+        Some(tracer) if tracer > 0 => Refused::new(subject, format!("is being traced by pid {tracer}"))
+            .advise("end that debugger or tracer first"),
+        _ => Refused::new(subject, "ptrace is not permitted (EPERM)").advise(
+            "run as the same user or with CAP_SYS_PTRACE; see also /proc/sys/kernel/yama/ptrace_scope",
+        ),
+    }
+}
