@@ -753,3 +753,40 @@ impl Syscalls for Borrowed<'_> {
         Ok(answers)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn vdso_and_libc_endings_return() {
+        assert!(returns(&[0xc3]));
+        // xor edx,edx; xor ecx,ecx; xor r11d,r11d; ret
+        assert!(returns(&[0x31, 0xd2, 0x31, 0xc9, 0x45, 0x31, 0xdb, 0xc3]));
+        // cmp rax,-4095 does something else first; xor edx,ecx is no clearing.
+        assert!(!returns(&[0x48, 0x3d, 0x01, 0xf0, 0xff, 0xff, 0xc3]));
+        assert!(!returns(&[0x31, 0xca, 0xc3]));
+        assert!(!returns(&[]));
+    }
+
+    #[test]
+    fn number_of_a_restarted_call_is_in_the_text() {
+        let text = |nr: u8, between: &[u8]| [&[0xb8, nr, 0, 0, 0], between, b"\x0f\x05"].concat();
+        assert_eq!(restarted_number(&text(7, &[])), Some(7));
+        assert_eq!(restarted_number(&text(230, &[0x48, 0x89, 0xe5])), Some(230));
+        assert_eq!(restarted_number(&text(1, &[])), None);
+        assert_eq!(restarted_number(b"\xb8\x07\0\0\0"), None);
+    }
+
+    #[test]
+    fn runner_is_consistent_with_its_constants() {
+        assert!(RUNNER.len() < usize::try_from(TABLE).expect("small"));
+        // The notifying syscall ends where NOTIFIED says, and the page's start is found from there.
+        let notified = usize::try_from(NOTIFIED).expect("small");
+        assert_eq!(&RUNNER[notified - 2..notified], b"\x0f\x05");
+        let lea_end = 90;
+        let displacement = i32::from_le_bytes(RUNNER[lea_end - 4..lea_end].try_into().expect("four bytes"));
+        assert_eq!(i32::try_from(lea_end).expect("small") + displacement, 0);
+        assert_eq!(RUNNER[91..95], u32::try_from(ARENA).expect("small").to_le_bytes());
+    }
+}

@@ -9,8 +9,10 @@
 //! group-stop is put back into it. So the guard's `Drop` is only for the orderly path.
 //!
 //! A parent in vfork(2) waits uninterruptibly for its child to exec or exit, and a frozen child
-//! never will: such a tree can't be frozen at that instant. Then all are let go and it is tried
-//! again a little later, until a deadline. The same serves tasks in uninterruptible I/O.
+//! never will: such a tree can't be frozen at that instant. Then all others are let go, and it is
+//! tried again when the parent, whose interrupt is still pending, has come out of vfork, until a
+//! deadline. The same serves tasks in uninterruptible I/O. A task that never stops can't be
+//! detached either (ptrace(2) wants it stopped): it is freed when this process ends.
 
 use std::{
     collections::BTreeMap,
@@ -104,8 +106,14 @@ pub enum Release {
     Kill,
 }
 
+/// Seized tasks and where they stopped, if they did.
+type Seized = BTreeMap<Tid, (Pid, Option<Stop>)>;
+
+#[derive(Default)]
 struct Attempt {
-    threads: BTreeMap<Tid, (Pid, Option<Stop>)>,
+    threads: Seized,
+    /// Seized in an earlier attempt and not stopped then.
+    pending: Seized,
     /// In the order in which they were met: parents first.
     processes: Vec<Pid>,
     zombies: Vec<Pid>,
@@ -119,23 +127,23 @@ impl Frozen {
     pub fn freeze(root: Pid, patience: Duration) -> Result<Self, FreezeError> {
         check_root(root)?;
         let deadline = Instant::now() + patience;
-        let mut pause = Duration::from_millis(5);
+        let mut attempt = Attempt::default();
         loop {
-            let mut attempt =
-                Attempt { threads: BTreeMap::new(), processes: Vec::new(), zombies: Vec::new() };
             let since = Instant::now();
             match attempt.stop_all(root) {
                 Ok(None) => return attempt.done(root, since),
                 Ok(Some(stuck)) => {
+                    let refused = stuck_error(stuck);
                     attempt.let_go();
                     if Instant::now() >= deadline {
-                        return Err(stuck_error(stuck).into());
+                        attempt.abandon();
+                        return Err(refused.into());
                     }
-                    thread::sleep(pause);
-                    pause = (pause * 2).min(Duration::from_millis(100));
+                    attempt.await_pending(deadline);
                 }
                 Err(error) => {
                     attempt.let_go();
+                    attempt.abandon();
                     return Err(error);
                 }
             }
@@ -292,6 +300,11 @@ impl Attempt {
             if self.threads.contains_key(&tid) {
                 continue;
             }
+            if let Some(pending) = self.pending.remove(&tid) {
+                self.threads.insert(tid, pending);
+                grown = true;
+                continue;
+            }
             match ptrace::seize(tid, libc::PTRACE_O_TRACESYSGOOD as u32) {
                 Ok(()) => {}
                 Err(e) if e.vanished() => continue,
@@ -368,31 +381,52 @@ impl Attempt {
         }
     }
 
+    /// Lets all stopped tasks run on; those that did not stop stay seized, with their interrupt pending.
     fn let_go(&mut self) {
-        for (&tid, (_, stop)) in &self.threads {
-            if stop.is_none() {
-                // Only a stopped task can be detached. One that never stops is freed when this
-                // process ends, or here if it stops just now.
-                let patience = Instant::now() + Duration::from_millis(1);
-                while matches!(ptrace::wait(tid, true), Ok(None)) && Instant::now() < patience {
-                    thread::yield_now();
-                }
+        for (tid, (pid, stop)) in std::mem::take(&mut self.threads) {
+            if stop.is_some() {
+                // ESRCH: it was killed meanwhile.
+                let _ = ptrace::detach(tid, 0);
+            } else {
+                self.pending.insert(tid, (pid, None));
             }
+        }
+        self.processes.clear();
+        self.zombies.clear();
+    }
+
+    /// Waits a while for a task that did not stop to do so after all.
+    fn await_pending(&mut self, deadline: Instant) {
+        let soon = (Instant::now() + Duration::from_millis(100)).min(deadline);
+        let mut pause = Duration::from_micros(50);
+        while Instant::now() < soon {
+            let mut stopped = false;
+            self.pending.retain(|&tid, (_, stop)| match ptrace::wait(tid, true) {
+                Ok(None) => true,
+                Ok(Some(Stop::Signal(signal))) => ptrace::resume(tid, signal, false).is_ok(),
+                Ok(Some(s @ (Stop::Interrupted | Stop::Group(_)))) => {
+                    *stop = Some(s);
+                    stopped = true;
+                    true
+                }
+                Ok(Some(Stop::Exited(_) | Stop::Killed(_))) | Err(_) => false,
+                Ok(Some(_)) => ptrace::resume(tid, 0, false).is_ok(),
+            });
+            if stopped || self.pending.is_empty() {
+                return;
+            }
+            thread::sleep(pause);
+            pause = (pause * 2).min(Duration::from_millis(2));
+        }
+    }
+
+    /// Gives up on those that did not stop: what has stopped by now is let go, the rest is freed
+    /// when this process ends.
+    fn abandon(&mut self) {
+        for &tid in self.pending.keys() {
+            let _ = ptrace::wait(tid, true);
             let _ = ptrace::detach(tid, 0);
         }
-        // Those that could not be detached above stop once their child goes on.
-        for (&tid, (_, stop)) in &self.threads {
-            if stop.is_none() {
-                let patience = Instant::now() + Duration::from_millis(500);
-                while ptrace::detach(tid, 0).is_err() && Instant::now() < patience {
-                    match ptrace::wait(tid, true) {
-                        Err(_) | Ok(Some(Stop::Exited(_) | Stop::Killed(_))) => break,
-                        _ => thread::sleep(Duration::from_millis(1)),
-                    }
-                }
-            }
-        }
-        self.threads.clear();
     }
 
     fn done(self, root: Pid, since: Instant) -> Result<Frozen, FreezeError> {
