@@ -9,11 +9,33 @@
 //!
 //! Each module holds one piece of state, dump and restore side by side.
 
+mod answers;
+mod check;
+mod creds;
+mod limits;
+mod misc;
+mod mm;
+mod regs;
 pub mod restore;
+mod sched;
+#[cfg(test)]
+mod selfcalls;
+mod signals;
+mod timers;
 
-use ckpt_proto::types::{CoreEntry, MmEntry, TaskKobjIdsEntry};
+use anyhow::Context;
+use ckpt_proto::types::{
+    CoreEntry, MmEntry, TaskCoreEntry, TaskKobjIdsEntry, ThreadCoreEntry, ThreadInfoX86, core_entry,
+};
 use ckpt_remote::Syscalls;
-use ckpt_sys::{Pid, Tid, ptrace::Regs};
+use ckpt_sys::{Pid, Tid, ptrace, ptrace::Regs};
+
+use answers::Answers;
+
+/// `task_core_entry.task_state`
+const ALIVE: u32 = 1;
+const DEAD: u32 = 2;
+const STOPPED: u32 = 3;
 
 /// A frozen thread that is to be dumped.
 pub struct ThreadInput<'a> {
@@ -23,7 +45,8 @@ pub struct ThreadInput<'a> {
     pub tid: Tid,
     /// Runs system calls in it.
     pub remote: &'a mut dyn Syscalls,
-    /// Its registers as the user state stood, before any remote call.
+    /// Its registers as the user state stood, before any remote call; moved to the abort handler if
+    /// it was inside a restartable sequence ([`ckpt_sys::rseq::abort_address`]).
     pub regs: Regs,
     /// Its signal mask, likewise.
     pub sigmask: u64,
@@ -31,13 +54,13 @@ pub struct ThreadInput<'a> {
     pub stopped_by: Option<i32>,
 }
 
-/// Refuses processes whose state could not be restored: seccomp, foreign tracers, other namespaces, ...
+/// Refuses processes whose state could not be restored: kernel threads, seccomp, foreign tracers, other
+/// namespaces, shadow stacks, unusual exit signals. Looks at all threads.
 ///
 /// # Errors
 /// [`ckpt_sys::Refused`] that names what it is; /proc can't be read.
 pub fn check(pid: Pid) -> anyhow::Result<()> {
-    let _ = pid;
-    Ok(())
+    check::check(pid)
 }
 
 /// The leader's core entry, with everything that belongs to the process. One remote batch.
@@ -45,8 +68,53 @@ pub fn check(pid: Pid) -> anyhow::Result<()> {
 /// # Errors
 /// Remote calls, ptrace, /proc; [`ckpt_sys::Refused`] for state that has no place in the images.
 pub fn dump_leader(input: ThreadInput<'_>, ids: TaskKobjIdsEntry) -> anyhow::Result<CoreEntry> {
-    let _ = (input.pid, ids);
-    anyhow::bail!("not yet")
+    let ThreadInput { pid, tid, sigmask, stopped_by, .. } = input;
+    leader(input, ids, sigmask, stopped_by).with_context(|| format!("pid {pid}: dump task {tid}"))
+}
+
+fn leader(
+    input: ThreadInput<'_>,
+    ids: TaskKobjIdsEntry,
+    sigmask: u64,
+    stopped_by: Option<i32>,
+) -> anyhow::Result<CoreEntry> {
+    let pid = input.pid;
+    let posix_timers = timers::list(pid)?;
+    let mut calls = Vec::new();
+    signals::ask_actions(&mut calls);
+    timers::ask(&posix_timers, &mut calls);
+    misc::ask_process(&mut calls);
+    ask_thread(&mut calls);
+    let mut answers = Answers::run(input.remote, calls)?;
+    let sigactions = signals::read_actions(&mut answers)?;
+    let timers = timers::read(&posix_timers, &mut answers)?;
+    let (child_subreaper, membarrier) = misc::read_process(&mut answers)?;
+    let (thread_info, thread_core) = read_thread(pid, input.tid, &input.regs, &mut answers)?;
+    let tc = TaskCoreEntry {
+        task_state: if stopped_by.is_some() { STOPPED } else { ALIVE },
+        exit_code: 0,
+        personality: misc::personality(pid)?,
+        flags: sched::stat_of(&format!("/proc/{pid}/stat"))?.flags,
+        blk_sigset: sigmask,
+        comm: misc::comm(pid, input.tid)?,
+        timers: Some(timers),
+        rlimits: Some(limits::dump(pid)?),
+        signals_s: Some(signals::dump_queue(input.tid, true)?),
+        loginuid: misc::number_if_any(&format!("/proc/{pid}/loginuid"))?,
+        oom_score_adj: misc::number_if_any(&format!("/proc/{pid}/oom_score_adj"))?,
+        sigactions,
+        child_subreaper: Some(child_subreaper),
+        stop_signo: stopped_by.map(i32::cast_unsigned),
+        membarrier_registration_mask: membarrier,
+        ..Default::default()
+    };
+    Ok(CoreEntry {
+        mtype: core_entry::March::X8664.into(),
+        thread_info: Some(thread_info),
+        tc: Some(tc),
+        ids: Some(ids),
+        thread_core: Some(thread_core),
+    })
 }
 
 /// The core entry of a thread that is not the leader. One remote batch.
@@ -54,8 +122,55 @@ pub fn dump_leader(input: ThreadInput<'_>, ids: TaskKobjIdsEntry) -> anyhow::Res
 /// # Errors
 /// As [`dump_leader`].
 pub fn dump_thread(input: ThreadInput<'_>) -> anyhow::Result<CoreEntry> {
-    let _ = input.pid;
-    anyhow::bail!("not yet")
+    let (pid, tid, sigmask) = (input.pid, input.tid, input.sigmask);
+    thread(input, sigmask).with_context(|| format!("pid {pid}: dump thread {tid}"))
+}
+
+fn thread(input: ThreadInput<'_>, sigmask: u64) -> anyhow::Result<CoreEntry> {
+    let mut calls = Vec::new();
+    ask_thread(&mut calls);
+    let mut answers = Answers::run(input.remote, calls)?;
+    let (thread_info, mut thread_core) = read_thread(input.pid, input.tid, &input.regs, &mut answers)?;
+    thread_core.blk_sigset = Some(sigmask);
+    Ok(CoreEntry {
+        mtype: core_entry::March::X8664.into(),
+        thread_info: Some(thread_info),
+        tc: None,
+        ids: None,
+        thread_core: Some(thread_core),
+    })
+}
+
+fn ask_thread(calls: &mut Vec<ckpt_remote::Call>) {
+    misc::ask_thread(calls);
+    signals::ask_altstack(calls);
+    creds::ask(calls);
+    sched::ask(calls);
+}
+
+fn read_thread(
+    pid: Pid,
+    tid: Tid,
+    regs: &Regs,
+    answers: &mut Answers,
+) -> anyhow::Result<(ThreadInfoX86, ThreadCoreEntry)> {
+    let status = check::status_of(pid, tid)?.with_context(|| format!("tid {tid} is gone"))?;
+    check::thread(&status, &format!("pid {pid}"), tid)?;
+    let (tid_address, pdeath_sig) = misc::read_thread(tid, answers)?;
+    let (robust_list, robust_len) = ptrace::robust_list(tid)?;
+    let mut core = ThreadCoreEntry {
+        futex_rla: robust_list,
+        futex_rla_len: u32::try_from(robust_len)?,
+        sas: Some(signals::read_altstack(answers)?),
+        pdeath_sig,
+        signals_p: Some(signals::dump_queue(tid, false)?),
+        creds: Some(creds::read(&status, answers)?),
+        comm: Some(misc::comm(pid, tid)?),
+        rseq_entry: misc::rseq(tid)?,
+        ..Default::default()
+    };
+    sched::read(tid, &sched::stat_of(&format!("/proc/{pid}/task/{tid}/stat"))?, answers, &mut core)?;
+    Ok((regs::dump(tid, regs, tid_address)?, core))
 }
 
 /// The core entry of a process that has ended and not been waited for.
@@ -63,8 +178,15 @@ pub fn dump_thread(input: ThreadInput<'_>) -> anyhow::Result<CoreEntry> {
 /// # Errors
 /// /proc can't be read.
 pub fn dump_zombie(pid: Pid) -> anyhow::Result<CoreEntry> {
-    let _ = pid;
-    anyhow::bail!("not yet")
+    let stat = sched::stat_of(&format!("/proc/{pid}/stat"))?;
+    let tc = TaskCoreEntry {
+        task_state: DEAD,
+        exit_code: stat.exit_code.cast_unsigned(),
+        flags: stat.flags,
+        comm: stat.comm,
+        ..Default::default()
+    };
+    Ok(CoreEntry { mtype: core_entry::March::X8664.into(), tc: Some(tc), ..Default::default() })
 }
 
 /// An mm entry without its mappings (`vmas`, `aios`) and with `exe_file_id` 0, which the caller fills in.
@@ -73,6 +195,5 @@ pub fn dump_zombie(pid: Pid) -> anyhow::Result<CoreEntry> {
 /// # Errors
 /// Remote calls, /proc; [`ckpt_sys::Refused`] for settings that have no place in the images.
 pub fn dump_mm_fields(pid: Pid, remote: &mut dyn Syscalls) -> anyhow::Result<MmEntry> {
-    let _ = (pid, remote.tid());
-    anyhow::bail!("not yet")
+    mm::dump(pid, remote).with_context(|| format!("pid {pid}: dump the address space"))
 }

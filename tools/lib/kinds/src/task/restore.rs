@@ -13,9 +13,14 @@
 //! The lists compare with the calling process where that spares a privilege: tasks being built have
 //! its credentials, limits and personality until they run these calls.
 
-use ckpt_proto::types::{CoreEntry, MmEntry};
+use std::fs;
+
+use anyhow::Context;
+use ckpt_proto::types::{CoreEntry, MmEntry, TaskCoreEntry};
 use ckpt_remote::Call;
-use ckpt_sys::{Pid, RemoteAddr, Tid, ptrace::Regs};
+use ckpt_sys::{Pid, Refused, RemoteAddr, Tid, ptrace::Regs};
+
+use super::{DEAD, STOPPED, creds, limits, misc, mm, regs, sched, signals, timers};
 
 /// Refuses what this machine or this process's privileges can't give: limits above the own hard limit,
 /// capabilities not held, processor state that this processor lacks; and malformed entries.
@@ -23,7 +28,44 @@ use ckpt_sys::{Pid, RemoteAddr, Tid, ptrace::Regs};
 /// # Errors
 /// [`ckpt_sys::Refused`], or what is wrong with the entry.
 pub fn check(core: &CoreEntry) -> anyhow::Result<()> {
-    let _ = core;
+    if let Some(tc) = &core.tc {
+        if tc.task_state == DEAD {
+            return Ok(());
+        }
+        process(tc)?;
+    }
+    let thread = core.thread_core.as_ref().context("the entry says nothing of the thread")?;
+    sched::check(thread)?;
+    if let Some(creds) = &thread.creds {
+        creds::check(creds)?;
+    }
+    if let Some(queue) = &thread.signals_p {
+        signals::check_queue(queue)?;
+    }
+    if thread.seccomp_mode.unwrap_or(0) != 0 {
+        return Err(Refused::new("the thread", "is confined by seccomp, which can't be restored").into());
+    }
+    if core.tc.is_none() {
+        signals::mask_of(thread.blk_sigset)?;
+    }
+    regs::restore(core)?;
+    regs::restore_xstate(core)?;
+    Ok(())
+}
+
+fn process(tc: &TaskCoreEntry) -> anyhow::Result<()> {
+    if let Some(rlimits) = &tc.rlimits {
+        limits::check(rlimits)?;
+    }
+    if let Some(timers) = &tc.timers {
+        timers::check(timers)?;
+    }
+    if let Some(queue) = &tc.signals_s {
+        signals::check_queue(queue)?;
+    }
+    if tc.old_seccomp_mode.unwrap_or(0) != 0 {
+        return Err(Refused::new("the process", "is confined by seccomp, which can't be restored").into());
+    }
     Ok(())
 }
 
@@ -31,59 +73,91 @@ pub fn check(core: &CoreEntry) -> anyhow::Result<()> {
 /// subreaper, membarrier registrations.
 #[must_use]
 pub fn process_calls(core: &CoreEntry) -> Vec<Call> {
-    let _ = core;
-    Vec::new()
+    let Some(tc) = &core.tc else { return Vec::new() };
+    let mut calls = Vec::new();
+    calls.extend(tc.rlimits.iter().flat_map(limits::restore));
+    calls.extend(signals::restore_actions(&tc.sigactions));
+    calls.push(misc::restore_personality(tc.personality));
+    calls.push(misc::restore_subreaper(tc.child_subreaper == Some(true)));
+    calls.extend(misc::restore_membarrier(tc.membarrier_registration_mask.unwrap_or(0)));
+    calls
 }
 
 /// In each thread: name, alternate stack, robust list, rseq, tid address, scheduling.
 #[must_use]
 pub fn thread_calls(core: &CoreEntry) -> Vec<Call> {
-    let _ = core;
-    Vec::new()
+    let Some(thread) = &core.thread_core else { return Vec::new() };
+    let mut calls = regs::restore_tls(core);
+    let comm = thread.comm.as_ref().or(core.tc.as_ref().map(|tc| &tc.comm));
+    calls.extend(comm.map(|c| misc::restore_comm(c)));
+    calls.extend(thread.sas.as_ref().and_then(signals::restore_altstack));
+    calls.extend(misc::restore_robust_list(thread.futex_rla));
+    calls.extend(thread.rseq_entry.as_ref().and_then(misc::restore_rseq));
+    calls.extend(core.thread_info.as_ref().map(|t| misc::restore_tid_address(t.clear_tid_addr)));
+    calls.extend(sched::restore(thread));
+    calls
 }
 
 /// Once per process, when all its threads exist: interval timers and POSIX timers.
 #[must_use]
 pub fn timer_calls(core: &CoreEntry) -> Vec<Call> {
-    let _ = core;
-    Vec::new()
+    core.tc.iter().filter_map(|tc| tc.timers.as_ref()).flat_map(timers::restore).collect()
 }
 
 /// In each thread, with all signals blocked: puts pending signals back, the process's by the leader.
 #[must_use]
 pub fn pending_calls(core: &CoreEntry, pid: Pid, tid: Tid, leader: bool) -> Vec<Call> {
-    let _ = (core, pid, tid, leader);
-    Vec::new()
+    let private = core.thread_core.as_ref().and_then(|t| t.signals_p.as_ref());
+    let shared = core.tc.as_ref().and_then(|tc| tc.signals_s.as_ref()).filter(|_| leader);
+    let mut calls: Vec<Call> =
+        private.iter().flat_map(|q| signals::restore_queue(q, pid, Some(tid))).collect();
+    calls.extend(shared.iter().flat_map(|q| signals::restore_queue(q, pid, None)));
+    calls
 }
 
 /// In each thread, last: user and group ids, capabilities, securebits, no_new_privs, parent-death signal.
 #[must_use]
 pub fn creds_calls(core: &CoreEntry) -> Vec<Call> {
-    let _ = core;
-    Vec::new()
+    let Some(thread) = &core.thread_core else { return Vec::new() };
+    let mut calls: Vec<Call> = thread.creds.iter().flat_map(creds::restore).collect();
+    calls.extend(thread.pdeath_sig.map(misc::restore_pdeathsig));
+    calls
 }
 
 /// In the leader after every thread's [`creds_calls`]: changes of credentials reset this setting.
 #[must_use]
 pub fn dumpable_calls(mm: &MmEntry) -> Vec<Call> {
-    let _ = mm;
-    Vec::new()
+    mm::restore_dumpable(mm).into_iter().collect()
 }
 
-/// From outside: the OOM killer's adjustment.
+/// From outside: the OOM killer's adjustment. The login uid stays that of `ckpt-restore`: an audit trail
+/// should lead to whoever started the restored task, and a process may set none but its own.
 ///
 /// # Errors
 /// [`ckpt_sys::Refused`] without the privilege to lower it.
 pub fn outside(pid: Pid, core: &CoreEntry) -> anyhow::Result<()> {
-    let _ = (pid, core);
-    Ok(())
+    let Some(wanted) = core.tc.as_ref().and_then(|tc| tc.oom_score_adj) else { return Ok(()) };
+    let path = format!("/proc/{pid}/oom_score_adj");
+    if misc::number_if_any(&path)? == Some(wanted) {
+        return Ok(());
+    }
+    match fs::write(&path, wanted.to_string()) {
+        Err(e) if e.kind() == std::io::ErrorKind::PermissionDenied => {
+            let reason = format!("can't be lowered to {wanted} without CAP_SYS_RESOURCE");
+            Err(Refused::new(path, reason)
+                .advise(format!(
+                    "start ckpt-restore with that value already (choom -n {wanted} -- ckpt-restore ...)"
+                ))
+                .into())
+        }
+        other => other.context(path),
+    }
 }
 
 /// The auxiliary vector that `/proc/PID/auxv` is to show: bytes for [`mm_calls`].
 #[must_use]
 pub fn auxv_bytes(mm: &MmEntry) -> Vec<u8> {
-    let _ = mm;
-    Vec::new()
+    mm::auxv_bytes(mm)
 }
 
 /// Once per address space: where code, heap, stack, arguments are, which file is the executable
@@ -93,8 +167,7 @@ pub fn auxv_bytes(mm: &MmEntry) -> Vec<u8> {
 /// in the task's memory at `auxv_at` (scratch memory, free again after the calls; at most 1024 bytes).
 #[must_use]
 pub fn mm_calls(mm: &MmEntry, exe_fd: i32, auxv_at: RemoteAddr) -> Vec<Call> {
-    let _ = (mm, exe_fd, auxv_at);
-    Vec::new()
+    mm::restore(mm, exe_fd, auxv_at)
 }
 
 /// General registers for PTRACE_SETREGS.
@@ -102,8 +175,7 @@ pub fn mm_calls(mm: &MmEntry, exe_fd: i32, auxv_at: RemoteAddr) -> Vec<Call> {
 /// # Errors
 /// The entry holds none.
 pub fn regs(core: &CoreEntry) -> anyhow::Result<Regs> {
-    let _ = core;
-    anyhow::bail!("not yet")
+    regs::restore(core)
 }
 
 /// Extended state for PTRACE_SETREGSET(NT_X86_XSTATE).
@@ -111,20 +183,23 @@ pub fn regs(core: &CoreEntry) -> anyhow::Result<Regs> {
 /// # Errors
 /// The entry is malformed; [`ckpt_sys::Refused`] for state that this processor lacks.
 pub fn xstate(core: &CoreEntry) -> anyhow::Result<Vec<u8>> {
-    let _ = core;
-    anyhow::bail!("not yet")
+    regs::restore_xstate(core)
 }
 
 /// Blocked signals, bit n-1 for signal n.
 #[must_use]
 pub fn sigmask(core: &CoreEntry) -> u64 {
-    let _ = core;
-    0
+    let process = core.tc.as_ref().map(|tc| tc.blk_sigset);
+    process.or(core.thread_core.as_ref().and_then(|t| t.blk_sigset)).unwrap_or(0)
 }
 
 /// The stop signal to send when all is in place, for a process that was stopped.
 #[must_use]
 pub fn stop_signal(core: &CoreEntry) -> Option<i32> {
-    let _ = core;
-    None
+    let tc = core.tc.as_ref()?;
+    if tc.task_state == STOPPED {
+        return Some(tc.stop_signo.map_or(libc::SIGSTOP, u32::cast_signed));
+    }
+    let private = core.thread_core.as_ref().and_then(|t| t.signals_p.as_ref());
+    [tc.signals_s.as_ref(), private].into_iter().flatten().any(signals::holds_stop).then_some(libc::SIGSTOP)
 }

@@ -1,0 +1,283 @@
+//! Credentials of a thread (credentials(7), capabilities(7)): user and group ids, groups, capability
+//! sets, securebits, no_new_privs.
+//!
+//! All but securebits is in `/proc/PID/task/TID/status`. Only the thread itself can change them, and the
+//! order is what the kernel's rules leave:
+//!
+//! 1. inheritable capabilities, while the bounding set still has them;
+//! 2. the bounding set, while CAP_SETPCAP is held;
+//! 3. groups and group ids, then user ids, with "keep capabilities" set so that leaving uid 0 does not
+//!    lose the permitted set; it clears the effective one, which is raised again;
+//! 4. the file system user id, which uid changes set too;
+//! 5. ambient capabilities, which must be permitted and inheritable at that time;
+//! 6. securebits, which need CAP_SETPCAP and may forbid what came before;
+//! 7. the final capability sets, no_new_privs, and the parent-death signal, which 3 resets.
+//!
+//! A task being built has the credentials of `ckpt-restore`. Only what differs from those is changed, so
+//! that a user can restore his own tasks without privileges.
+
+use ckpt_proc::status::{self, Caps, Ids, Status};
+use ckpt_proto::types::CredsEntry;
+use ckpt_remote::{Arg, Call};
+use ckpt_sys::{Refused, prctl};
+
+use super::answers::Answers;
+
+const CAP_SETGID: u32 = 6;
+const CAP_SETUID: u32 = 7;
+const CAP_SETPCAP: u32 = 8;
+const SECBIT_KEEP_CAPS: u32 = 1 << 4;
+/// linux/prctl.h
+const PR_GET_SECUREBITS: i32 = 27;
+const PR_SET_SECUREBITS: i32 = 28;
+const PR_SET_KEEPCAPS: i32 = 8;
+const PR_CAPBSET_DROP: i32 = 24;
+const PR_CAP_AMBIENT: i32 = 47;
+const PR_CAP_AMBIENT_RAISE: i32 = 2;
+const PR_CAP_AMBIENT_CLEAR_ALL: i32 = 4;
+const PR_SET_NO_NEW_PRIVS: i32 = 38;
+
+/// Names of capabilities by number, capabilities(7).
+const NAMES: [&str; 41] = [
+    "CHOWN",
+    "DAC_OVERRIDE",
+    "DAC_READ_SEARCH",
+    "FOWNER",
+    "FSETID",
+    "KILL",
+    "SETGID",
+    "SETUID",
+    "SETPCAP",
+    "LINUX_IMMUTABLE",
+    "NET_BIND_SERVICE",
+    "NET_BROADCAST",
+    "NET_ADMIN",
+    "NET_RAW",
+    "IPC_LOCK",
+    "IPC_OWNER",
+    "SYS_MODULE",
+    "SYS_RAWIO",
+    "SYS_CHROOT",
+    "SYS_PTRACE",
+    "SYS_PACCT",
+    "SYS_ADMIN",
+    "SYS_BOOT",
+    "SYS_NICE",
+    "SYS_RESOURCE",
+    "SYS_TIME",
+    "SYS_TTY_CONFIG",
+    "MKNOD",
+    "LEASE",
+    "AUDIT_WRITE",
+    "AUDIT_CONTROL",
+    "SETFCAP",
+    "MAC_OVERRIDE",
+    "MAC_ADMIN",
+    "SYSLOG",
+    "WAKE_ALARM",
+    "BLOCK_SUSPEND",
+    "AUDIT_READ",
+    "PERFMON",
+    "BPF",
+    "CHECKPOINT_RESTORE",
+];
+
+/// Names of the capabilities in `set`, for messages.
+pub(super) fn names(set: u64) -> String {
+    let held = (0..64_u32).filter(|n| set >> n & 1 == 1);
+    let name = |n: u32| match NAMES.get(n as usize) {
+        Some(name) => format!("CAP_{name}"),
+        None => format!("capability {n}"),
+    };
+    held.map(name).collect::<Vec<_>>().join(", ")
+}
+
+/// Whether `set` has capability `cap`.
+pub(super) fn has(set: u64, cap: u32) -> bool {
+    set >> cap & 1 == 1
+}
+
+pub(super) fn ask(calls: &mut Vec<Call>) {
+    calls.push(Call::new("prctl(PR_GET_SECUREBITS)", libc::SYS_prctl, [PR_GET_SECUREBITS.into()]));
+}
+
+fn halves(set: u64) -> Vec<u32> {
+    vec![(set & 0xffff_ffff) as u32, (set >> 32) as u32]
+}
+
+fn whole(set: &[u32]) -> u64 {
+    set.iter().take(2).rev().fold(0, |all, &half| all << 32 | u64::from(half))
+}
+
+pub(super) fn read(status: &Status, answers: &mut Answers) -> anyhow::Result<CredsEntry> {
+    let (uid, gid, caps) = (status.uid, status.gid, status.caps);
+    Ok(CredsEntry {
+        uid: uid.real,
+        gid: gid.real,
+        euid: uid.effective,
+        egid: gid.effective,
+        suid: uid.saved,
+        sgid: gid.saved,
+        fsuid: uid.fs,
+        fsgid: gid.fs,
+        cap_inh: halves(caps.inheritable),
+        cap_prm: halves(caps.permitted),
+        cap_eff: halves(caps.effective),
+        cap_bnd: halves(caps.bounding),
+        secbits: u32::try_from(answers.value()?)?,
+        groups: status.groups.clone(),
+        lsm_profile: None,
+        lsm_sockcreate: None,
+        apparmor_data: None,
+        no_new_privs: status.no_new_privs.then_some(1),
+        cap_amb: if caps.ambient == 0 { Vec::new() } else { halves(caps.ambient) },
+    })
+}
+
+/// Credentials in comparable form.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Creds {
+    uid: Ids,
+    gid: Ids,
+    groups: Vec<u32>,
+    caps: Caps,
+    securebits: u32,
+}
+
+/// The calling thread's status.
+pub(super) fn own_status() -> Status {
+    let text = std::fs::read("/proc/thread-self/status").unwrap_or_default();
+    status::parse(&text).unwrap_or_default()
+}
+
+impl Creds {
+    fn own() -> Self {
+        let status = own_status();
+        let mut groups = status.groups;
+        groups.sort_unstable();
+        Self { uid: status.uid, gid: status.gid, groups, caps: status.caps, securebits: prctl::securebits() }
+    }
+
+    fn of(entry: &CredsEntry) -> Self {
+        let mut groups = entry.groups.clone();
+        groups.sort_unstable();
+        Self {
+            uid: Ids { real: entry.uid, effective: entry.euid, saved: entry.suid, fs: entry.fsuid },
+            gid: Ids { real: entry.gid, effective: entry.egid, saved: entry.sgid, fs: entry.fsgid },
+            groups,
+            caps: Caps {
+                inheritable: whole(&entry.cap_inh),
+                permitted: whole(&entry.cap_prm),
+                effective: whole(&entry.cap_eff),
+                bounding: whole(&entry.cap_bnd),
+                ambient: whole(&entry.cap_amb),
+            },
+            securebits: entry.secbits,
+        }
+    }
+}
+
+/// Refuses credentials that this process can't pass on.
+pub(super) fn check(entry: &CredsEntry) -> anyhow::Result<()> {
+    check_with(&Creds::of(entry), &Creds::own())
+}
+
+fn check_with(want: &Creds, have: &Creds) -> anyhow::Result<()> {
+    let held = have.caps.permitted;
+    let subject = "credentials";
+    let missing = (want.caps.permitted | want.caps.effective | want.caps.ambient) & !held;
+    if missing != 0 {
+        let reason = format!("the task holds capabilities that this process doesn't: {}", names(missing));
+        return Err(Refused::new(subject, reason).advise("run ckpt-restore with these capabilities").into());
+    }
+    let lacks = |cap, what: &str| {
+        let reason = format!("{what} need {}", names(1_u64 << cap));
+        Err(Refused::new(subject, reason).advise("run ckpt-restore as root or with that capability").into())
+    };
+    if want.uid != have.uid && !has(held, CAP_SETUID) {
+        return lacks(CAP_SETUID, &format!("the task's user ids ({})", want.uid.real));
+    }
+    if (want.gid != have.gid || want.groups != have.groups) && !has(held, CAP_SETGID) {
+        return lacks(CAP_SETGID, &format!("the task's groups ({})", want.gid.real));
+    }
+    let changes_sets = want.securebits != have.securebits
+        || have.caps.bounding & !want.caps.bounding != 0
+        || want.caps.inheritable & !(have.caps.inheritable | held) != 0;
+    if changes_sets && !has(held, CAP_SETPCAP) {
+        return lacks(CAP_SETPCAP, "the task's securebits and capability bounds");
+    }
+    Ok(())
+}
+
+fn prctl_call(name: impl Into<String>, option: i32, args: &[u64]) -> Call {
+    let mut all: Vec<Arg> = vec![option.into()];
+    all.extend(args.iter().map(|&n| Arg::Val(n)));
+    all.resize(5, Arg::Val(0));
+    Call::new(name, libc::SYS_prctl, all)
+}
+
+fn capset(permitted: u64, effective: u64, inheritable: u64) -> Call {
+    const VERSION_3: u32 = 0x2008_0522;
+    let header = [VERSION_3, 0].into_iter().flat_map(u32::to_le_bytes).collect();
+    let (p, e, i) = (halves(permitted), halves(effective), halves(inheritable));
+    let data =
+        e.iter().zip(&p).zip(&i).flat_map(|((e, p), i)| [*e, *p, *i]).flat_map(u32::to_le_bytes).collect();
+    Call::new("capset", libc::SYS_capset, [Arg::In(header), Arg::In(data)])
+}
+
+pub(super) fn restore(entry: &CredsEntry) -> Vec<Call> {
+    let mut calls = change(&Creds::of(entry), &Creds::own(), &entry.groups);
+    if entry.no_new_privs == Some(1) {
+        calls.push(prctl_call("prctl(PR_SET_NO_NEW_PRIVS)", PR_SET_NO_NEW_PRIVS, &[1]));
+    }
+    calls
+}
+
+fn change(want: &Creds, have: &Creds, groups: &[u32]) -> Vec<Call> {
+    let mut calls = Vec::new();
+    // The bounding set can only shrink. What this process never had stays missing: it could be gained by
+    // executing a file only.
+    let drop = have.caps.bounding & !want.caps.bounding;
+    let mut target = want.clone();
+    target.caps.bounding = have.caps.bounding & !drop;
+    if target == *have {
+        return calls;
+    }
+    let all = have.caps.permitted;
+    calls.push(capset(all, all, want.caps.inheritable));
+    for cap in (0..64_u32).filter(|&c| has(drop, c)) {
+        let name = format!("prctl(PR_CAPBSET_DROP, {})", names(1 << cap));
+        calls.push(prctl_call(name, PR_CAPBSET_DROP, &[cap.into()]));
+    }
+    if want.uid != have.uid || want.gid != have.gid || want.groups != have.groups {
+        calls.push(prctl_call("prctl(PR_SET_KEEPCAPS)", PR_SET_KEEPCAPS, &[1]).may_fail());
+        if want.groups != have.groups {
+            let list = groups.iter().flat_map(|g| g.to_le_bytes()).collect();
+            let count = u64::try_from(groups.len()).unwrap_or(u64::MAX);
+            calls.push(Call::new("setgroups", libc::SYS_setgroups, [Arg::Val(count), Arg::In(list)]));
+        }
+        let three = |ids: Ids| [ids.real, ids.effective, ids.saved].map(|id| Arg::Val(id.into()));
+        calls.push(Call::new("setresgid", libc::SYS_setresgid, three(want.gid)));
+        calls.push(Call::new("setfsgid", libc::SYS_setfsgid, [Arg::Val(want.gid.fs.into())]));
+        calls.push(Call::new("setresuid", libc::SYS_setresuid, three(want.uid)));
+        calls.push(capset(all, all, want.caps.inheritable));
+        calls.push(Call::new("setfsuid", libc::SYS_setfsuid, [Arg::Val(want.uid.fs.into())]));
+    }
+    if have.caps.ambient != 0 || want.caps.ambient != 0 {
+        let clear = PR_CAP_AMBIENT_CLEAR_ALL.unsigned_abs().into();
+        calls.push(prctl_call("prctl(PR_CAP_AMBIENT_CLEAR_ALL)", PR_CAP_AMBIENT, &[clear]));
+    }
+    for cap in (0..64_u32).filter(|&c| has(want.caps.ambient, c)) {
+        let raise = PR_CAP_AMBIENT_RAISE.unsigned_abs().into();
+        let name = format!("prctl(PR_CAP_AMBIENT_RAISE, {})", names(1 << cap));
+        calls.push(prctl_call(name, PR_CAP_AMBIENT, &[raise, cap.into()]));
+    }
+    if (want.securebits ^ have.securebits) & !SECBIT_KEEP_CAPS == 0 {
+        let keep = u64::from(want.securebits & SECBIT_KEEP_CAPS != 0);
+        calls.push(prctl_call("prctl(PR_SET_KEEPCAPS)", PR_SET_KEEPCAPS, &[keep]).may_fail());
+    } else {
+        calls.push(prctl_call("prctl(PR_SET_SECUREBITS)", PR_SET_SECUREBITS, &[want.securebits.into()]));
+    }
+    calls.push(capset(want.caps.permitted, want.caps.effective, want.caps.inheritable));
+    calls
+}
