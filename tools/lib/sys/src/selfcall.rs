@@ -75,6 +75,11 @@ pub fn spawn(work: impl FnOnce() -> i32) -> Pid {
     match unsafe { fork() }.expect("fork") {
         ForkResult::Parent { child } => Pid(child.as_raw()),
         ForkResult::Child => {
+            // The harness would catch what a panic prints, and lose it with this process.
+            std::panic::set_hook(Box::new(|panic| {
+                let text = format!("child {}: {panic}\n", std::process::id());
+                let _ = nix::unistd::write(std::io::stderr(), text.as_bytes());
+            }));
             let code = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).unwrap_or(101);
             // SAFETY: ends the process at once; nothing of it is used afterwards.
             unsafe { libc::_exit(code) }

@@ -60,8 +60,8 @@ pub(super) fn status_of(pid: Pid, tid: Tid) -> anyhow::Result<Option<Status>> {
 /// Refuses by a thread's status. Also used when it is dumped: it may have changed since.
 pub(super) fn thread(status: &Status, process: &str, tid: Tid) -> anyhow::Result<()> {
     let subject = if status.tgid == tid.0 { process.to_owned() } else { format!("{process} thread {tid}") };
-    let own = i32::try_from(std::process::id()).unwrap_or(0);
-    if status.tracer_pid != 0 && status.tracer_pid != own {
+    // The kernel names the tracing thread; ours may be any.
+    if status.tracer_pid != 0 && !fs::exists(format!("/proc/self/task/{}", status.tracer_pid))? {
         let reason = format!("is traced by pid {}", status.tracer_pid);
         return Err(Refused::new(subject, reason).advise("detach the debugger or strace first").into());
     }

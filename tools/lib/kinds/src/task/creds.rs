@@ -281,3 +281,114 @@ fn change(want: &Creds, have: &Creds, groups: &[u32]) -> Vec<Call> {
     calls.push(capset(want.caps.permitted, want.caps.effective, want.caps.inheritable));
     calls
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{super::selfcalls::Own, *};
+    use ckpt_remote::Syscalls;
+    use ckpt_sys::selfcall;
+
+    fn dump_self() -> CredsEntry {
+        let mut calls = Vec::new();
+        ask(&mut calls);
+        read(&own_status(), &mut Answers::run(&mut Own, calls).unwrap()).unwrap()
+    }
+
+    fn privileged() -> bool {
+        let held = own_status().caps.effective;
+        let can = [CAP_SETUID, CAP_SETGID, CAP_SETPCAP].iter().all(|&c| has(held, c));
+        if !can {
+            eprintln!("skipped: needs {}", names(1 << CAP_SETUID | 1 << CAP_SETGID | 1 << CAP_SETPCAP));
+        }
+        can
+    }
+
+    /// `change` applied to the own credentials can be given to a task.
+    fn come_back(change: impl FnOnce(&mut CredsEntry)) {
+        if !privileged() {
+            return;
+        }
+        let code = selfcall::in_child(|| {
+            let mut want = dump_self();
+            change(&mut want);
+            check(&want).unwrap();
+            Own.run(&restore(&want)).unwrap();
+            assert_eq!(dump_self(), want);
+            0
+        });
+        assert_eq!(code, Some(0));
+    }
+
+    fn ids(entry: &mut CredsEntry, uids: [u32; 4], gids: [u32; 4]) {
+        [entry.uid, entry.euid, entry.suid, entry.fsuid] = uids;
+        [entry.gid, entry.egid, entry.sgid, entry.fsgid] = gids;
+    }
+
+    fn caps(entry: &mut CredsEntry, permitted: u64, effective: u64, inheritable: u64, ambient: u64) {
+        entry.cap_prm = halves(permitted);
+        entry.cap_eff = halves(effective);
+        entry.cap_inh = halves(inheritable);
+        entry.cap_amb = if ambient == 0 { Vec::new() } else { halves(ambient) };
+    }
+
+    #[test]
+    fn ordinary_users_come_back() {
+        come_back(|c| {
+            ids(c, [1000; 4], [100; 4]);
+            c.groups = vec![4, 24, 1000];
+            caps(c, 0, 0, 0, 0);
+            c.no_new_privs = Some(1);
+        });
+    }
+
+    #[test]
+    fn different_real_effective_saved_and_fs_ids_come_back() {
+        come_back(|c| {
+            ids(c, [1000, 1001, 0, 1003], [5, 6, 7, 8]);
+            let all = whole(&c.cap_prm);
+            caps(c, all, 0, 0, 0);
+        });
+    }
+
+    #[test]
+    fn ambient_and_bounded_capabilities_of_a_user_come_back() {
+        come_back(|c| {
+            ids(c, [1000; 4], [100; 4]);
+            let net = 1 << 10 | 1 << 12;
+            caps(c, net, 1 << 10, net, 1 << 10);
+            c.cap_bnd = halves(whole(&c.cap_bnd) & 0xffff);
+        });
+    }
+
+    #[test]
+    fn securebits_come_back_and_a_capability_survives_outside_the_bounding_set() {
+        come_back(|c| {
+            // noroot and its lock, no_setuid_fixup, no ambient raising
+            c.secbits = 1 | 2 | 4 | 1 << 6;
+            let few = 1 << 5 | 1 << 21;
+            caps(c, few, few, 1 << 5, 0);
+            c.cap_bnd = halves(0);
+        });
+    }
+
+    #[test]
+    fn equal_credentials_need_no_calls() {
+        let code = selfcall::in_child(|| i32::try_from(restore(&dump_self()).len()).unwrap());
+        assert_eq!(code, Some(0));
+    }
+
+    #[test]
+    fn what_we_do_not_hold_is_refused_by_name() {
+        let mut have = Creds::of(&dump_self());
+        let mut want = have.clone();
+        have.caps.permitted = 1 << 21;
+        want.caps.permitted = 1 << 21 | 1 << 24;
+        let text = format!("{:#}", check_with(&want, &have).unwrap_err());
+        assert!(text.contains("CAP_SYS_RESOURCE") && !text.contains("CAP_SYS_ADMIN"), "{text}");
+        want.caps.permitted = 0;
+        want.caps.effective = 0;
+        want.uid.real = 4242;
+        let text = format!("{:#}", check_with(&want, &have).unwrap_err());
+        assert!(text.contains("4242") && text.contains("CAP_SETUID"), "{text}");
+    }
+}

@@ -105,7 +105,11 @@ pub(super) fn restore(entry: &ThreadCoreEntry) -> Vec<Call> {
     if let Some(policy) = entry.sched_policy.filter(changed) {
         let priority = if is_real_time(policy) { entry.sched_prio.unwrap_or(1) } else { 0 };
         let args = [Arg::Val(0), Arg::Val(policy.into()), Arg::In(priority.to_le_bytes().to_vec())];
-        calls.push(Call::new(format!("sched_setscheduler(policy {policy})"), libc::SYS_sched_setscheduler, args));
+        calls.push(Call::new(
+            format!("sched_setscheduler(policy {policy})"),
+            libc::SYS_sched_setscheduler,
+            args,
+        ));
     }
     if let Some(nice) = entry.sched_nice.filter(|&n| n != own_nice) {
         let args = [Arg::Val(0), Arg::Val(0), nice.into()];

@@ -129,3 +129,101 @@ pub(super) fn restore_queue(queue: &SignalQueueEntry, pid: Pid, thread: Option<T
 pub(super) fn mask_of(mask: Option<u64>) -> anyhow::Result<u64> {
     mask.context("the thread's signal mask is missing")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{super::selfcalls::Own, *};
+    use ckpt_remote::Syscalls;
+    use ckpt_sys::{
+        ptrace::{Stop, wait},
+        selfcall,
+    };
+    use nix::sys::signal::{SigSet, Signal, kill, raise};
+
+    #[test]
+    fn handlers_and_alternate_stack_come_back() {
+        let code = selfcall::in_child(|| {
+            let dump = || {
+                let mut calls = Vec::new();
+                ask_actions(&mut calls);
+                ask_altstack(&mut calls);
+                let mut answers = Answers::run(&mut Own, calls).unwrap();
+                (read_actions(&mut answers).unwrap(), read_altstack(&mut answers).unwrap())
+            };
+            let (mut want, _) = dump();
+            assert_eq!(want.len(), 62);
+            // SA_RESTORER | SA_SIGINFO, as glibc has it; the addresses are never jumped to.
+            let handler = SaEntry {
+                sigaction: 0x1234_5678_9000,
+                flags: 0x0400_0004,
+                restorer: 0x1000,
+                mask: 0xf0,
+                compat_sigaction: Some(false),
+                mask_extended: None,
+            };
+            want[8] = handler; // SIGUSR1: entries skip SIGKILL
+            want[61] = SaEntry { mask: 1 << 63, ..handler };
+            want[12] = SaEntry { sigaction: 1, flags: 0, restorer: 0, mask: 0, ..handler };
+            let stack = ThreadSasEntry { ss_sp: 0x7000_0000_0000, ss_size: 65536, ss_flags: 1 << 31 };
+            let mut calls = restore_actions(&want);
+            calls.extend(restore_altstack(&stack));
+            Own.run(&calls).unwrap();
+            let found = dump();
+            Own.run(&restore_actions(&vec![SaEntry { sigaction: 0, flags: 0, ..handler }; 62])).unwrap();
+            assert_eq!(found, (want, stack));
+            0
+        });
+        assert_eq!(code, Some(0));
+    }
+
+    #[test]
+    fn entries_skip_kill_and_stop() {
+        let order: Vec<i32> = catchable().collect();
+        assert_eq!((order[7], order[8], order[16], order[17], order[61]), (8, 10, 18, 20, 64));
+    }
+
+    #[test]
+    fn queues_come_back_in_order_with_their_origin() {
+        fn siginfo(signal: i32, code: i32, value: u64) -> SiginfoEntry {
+            let mut info = vec![0; SIGINFO];
+            info[..4].copy_from_slice(&signal.to_le_bytes());
+            info[8..12].copy_from_slice(&code.to_le_bytes());
+            info[16..20].copy_from_slice(&4711_i32.to_le_bytes());
+            info[24..32].copy_from_slice(&value.to_le_bytes());
+            SiginfoEntry { siginfo: info }
+        }
+        // From a child that exited (SIGCHLD, CLD_EXITED), from sigqueue(3) twice, from kill(2).
+        let shared = SignalQueueEntry {
+            signals: vec![siginfo(17, 1, 0), siginfo(40, -1, 7), siginfo(40, -1, 6), siginfo(10, 0, 0)],
+        };
+        let private = SignalQueueEntry { signals: vec![siginfo(12, -6, 0), siginfo(11, 1, 0x1000)] };
+        check_queue(&shared).unwrap();
+        let (s, p) = (shared.clone(), private.clone());
+        let pid = selfcall::spawn(move || {
+            selfcall::trace_me();
+            SigSet::all().thread_block().unwrap();
+            let own = nix::unistd::getpid().as_raw();
+            Own.run(&restore_queue(&p, Pid(own), Some(Tid(own)))).unwrap();
+            Own.run(&restore_queue(&s, Pid(own), None)).unwrap();
+            raise(Signal::SIGSTOP).unwrap();
+            0
+        });
+        assert_eq!(wait(pid.leader(), false).unwrap(), Some(Stop::Signal(libc::SIGSTOP)));
+        let found = (dump_queue(pid.leader(), true).unwrap(), dump_queue(pid.leader(), false).unwrap());
+        kill(pid.nix(), Signal::SIGKILL).unwrap();
+        wait(pid.leader(), false).unwrap();
+        assert_eq!(found, (shared, private));
+    }
+
+    #[test]
+    fn malformed_queues_are_errors() {
+        let queue = |siginfo| SignalQueueEntry { signals: vec![SiginfoEntry { siginfo }] };
+        assert!(check_queue(&queue(vec![1; 127])).is_err());
+        assert!(check_queue(&queue(vec![0; 128])).is_err());
+        assert!(check_queue(&queue(vec![65; 128])).is_err());
+        // Neither can wait in a queue.
+        let mut stop = vec![0; SIGINFO];
+        stop[0] = 19;
+        assert!(restore_queue(&queue(stop.clone()), Pid(1), None).is_empty() && holds_stop(&queue(stop)));
+    }
+}
