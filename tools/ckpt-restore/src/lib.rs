@@ -1,1 +1,301 @@
-//! Rebuilds the processes of a checkpoint.
+//! Rebuilds the processes of a checkpoint, from an image directory or from a stream.
+//!
+//! All or nothing: what can be checked is checked before the first process is made; then all tasks
+//! are made and built under ptrace ([`make`]), and only when every one is complete do they run. Whatever
+//! fails on the way, and even if this process is killed, none of them stays.
+//!
+//! - [`tree`]: what the images say, checked
+//! - [`pids`]: pids in use, `--replace`
+//! - [`births`]: the order of forks, sessions and process groups
+//! - [`region`], [`make`], [`shared`]: building
+//! - [`outcome`]: signals meanwhile and afterwards
+
+use std::{fs::File, io::Write, path::PathBuf, process::ExitCode};
+
+use anyhow::{Context, bail};
+use ckpt_images::ImageSet;
+use ckpt_kinds::fd::{OpenFiles, RestoreOptions};
+use ckpt_remote::build::Area;
+use ckpt_sys::{Pid, Refused, SocketId};
+use clap::{CommandFactory, Parser, ValueEnum};
+use nix::{
+    libc,
+    sys::resource::{Resource, getrlimit, setrlimit},
+};
+
+pub mod births;
+pub mod make;
+pub mod outcome;
+pub mod pids;
+pub mod region;
+pub mod shared;
+pub mod tree;
+
+use crate::{births::Node, make::Family, outcome::Signals, region::Region, tree::Tree};
+
+/// Exit status for failures of ckpt-restore itself: all others are the restored root's.
+pub const FAILED: u8 = 125;
+
+/// What happens when a file that is open but not mapped has changed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum FilesMode {
+    /// Warn, naming the file.
+    Warn,
+    /// Fail.
+    Strict,
+}
+
+/// A descriptor handed in for something that lies outside the checkpoint.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Inherit {
+    /// Number in this process.
+    pub fd: i32,
+    /// `socket:[ID]`, `pipe:[ID]`, `tty[..]` or a path.
+    pub resource: String,
+}
+
+impl std::str::FromStr for Inherit {
+    type Err = String;
+    fn from_str(s: &str) -> Result<Self, String> {
+        s.strip_prefix("fd[")
+            .and_then(|rest| rest.split_once("]:"))
+            .and_then(|(fd, resource)| Some(Self { fd: fd.parse().ok()?, resource: resource.to_owned() }))
+            .filter(|inherit| !inherit.resource.is_empty() && inherit.fd >= 0)
+            .ok_or_else(|| "expected fd[N]:RESOURCE, as in fd[5]:socket:[48213]".to_owned())
+    }
+}
+
+/// Where the other end of an external unix connection is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct External {
+    /// The socket.
+    pub id: SocketId,
+    /// What to connect it to.
+    pub path: PathBuf,
+}
+
+impl std::str::FromStr for External {
+    type Err = String;
+    fn from_str(s: &str) -> Result<Self, String> {
+        s.strip_prefix("unix[")
+            .and_then(|rest| rest.split_once("]:"))
+            .and_then(|(id, path)| Some(Self { id: id.parse().ok()?, path: path.into() }))
+            .filter(|external| !external.path.as_os_str().is_empty())
+            .ok_or_else(|| "expected unix[ID]:PATH, as in unix[48213]:/run/b.sock".to_owned())
+    }
+}
+
+/// Rebuild the processes of a checkpoint
+///
+/// Reads an image directory, or a checkpoint stream on standard input. Without --detach it waits for
+/// the root process, forwards SIGINT, SIGTERM, SIGHUP and SIGQUIT to it, and ends with its status.
+#[derive(Debug, Parser)]
+#[command(name = "ckpt-restore", version, after_help = "\
+Examples:
+  ckpt-restore -D images                        restore, wait, give the root's status
+  ckpt-read images | ckpt-restore --detach      from a stream; leave the tree running
+  ckpt-restore --external 'unix[48213]:/run/b.sock' images
+  ckpt-restore --inherit-fd 'fd[5]:socket:[48213]' images 5<>/dev/tcp/...
+
+Exit status: the root's (128 + N if signal N killed it), 125 if the restore failed; with --detach 0 or 125.")]
+pub struct Args {
+    #[command(flatten)]
+    common: ckpt_cli::Common,
+    /// Image directory; without one the stream on standard input
+    #[arg(value_name = "DIR")]
+    pub dir: Option<PathBuf>,
+    /// The same, as an option
+    #[arg(short = 'D', long, value_name = "DIR", conflicts_with = "dir")]
+    pub images: Option<PathBuf>,
+    /// Do not wait: leave the processes running and end
+    #[arg(short, long)]
+    pub detach: bool,
+    /// Leave all processes stopped; SIGCONT lets them run
+    #[arg(long)]
+    pub leave_stopped: bool,
+    /// Write the root's pid to FILE once everything is restored
+    #[arg(long, value_name = "FILE")]
+    pub pidfile: Option<PathBuf>,
+    /// End the original processes first, if they still are the ones
+    #[arg(long)]
+    pub replace: bool,
+    /// Restore in a new pid namespace, beside whoever has the pids here
+    #[arg(long, conflicts_with = "replace")]
+    pub new_pidns: bool,
+    /// Use this process's descriptor N for an external RESOURCE
+    #[arg(long, value_name = "fd[N]:RESOURCE")]
+    pub inherit_fd: Vec<Inherit>,
+    /// Connect the external unix socket ID to PATH
+    #[arg(long, value_name = "unix[ID]:PATH")]
+    pub external: Vec<External>,
+    /// What to do about data files that have changed
+    #[arg(long, value_name = "MODE", default_value = "warn")]
+    pub files: FilesMode,
+}
+
+/// The command line, for man pages and completions.
+#[must_use]
+pub fn command() -> clap::Command {
+    Args::command()
+}
+
+/// Runs the tool; an error ends it with status [`FAILED`].
+#[must_use]
+pub fn main(args: Args) -> ExitCode {
+    match ckpt_cli::stdin().and_then(|input| run(args, input)) {
+        Ok(code) => code.into(),
+        Err(error) => {
+            let _ = ckpt_cli::finish("ckpt-restore", Err(error));
+            FAILED.into()
+        }
+    }
+}
+
+/// Restores, and waits if that is wanted; gives the exit status.
+///
+/// # Errors
+/// Nothing was restored, and why.
+pub fn run(args: Args, input: File) -> anyhow::Result<u8> {
+    let mut set = match args.dir.as_ref().or(args.images.as_ref()) {
+        Some(dir) => ImageSet::from_dir(dir)?,
+        None => {
+            ckpt_cli::not_a_terminal(&input, "standard input")?;
+            ImageSet::from_stream(input)?
+        }
+    };
+    let tree = Tree::read(&set)?;
+    ckpt_cli::note!(1, "{} processes, root {}", tree.processes.len(), tree.root().name());
+    if args.new_pidns {
+        bail!(Refused::new("--new-pidns", "not available yet"));
+    }
+    if args.replace {
+        pids::replace(&tree, &set)?;
+    }
+    pids::check_free(&tree)?;
+    let mut signals = Signals::hold()?;
+    let root = restore(&args, &tree, &mut set, &signals)?;
+    ckpt_cli::note!(1, "restored");
+    if args.detach { Ok(0) } else { signals.wait_for(root) }
+}
+
+fn restore(args: &Args, tree: &Tree, set: &mut ImageSet, signals: &Signals) -> anyhow::Result<Pid> {
+    raise_file_limit();
+    let options = RestoreOptions {
+        inherit: args.inherit_fd.iter().map(|i| (i.fd, i.resource.clone())).collect(),
+        external_unix: args.external.iter().map(|e| (e.id, path_bytes(&e.path))).collect(),
+        files_strict: args.files == FilesMode::Strict,
+        warn: ckpt_cli::warn,
+    };
+    let vdso = make::own_vdso()?;
+    for process in &tree.processes {
+        check_vdso(process, vdso.as_ref(), set)?;
+    }
+    let steps = births::plan(&nodes(tree), &mut pids::spare(tree.numbers()))?;
+    let mut files = OpenFiles::open_all(set, &options)?;
+    let built = build(args, tree, set, signals, &steps, vdso, &mut files);
+    if built.is_err() {
+        files.undo();
+    }
+    built?;
+    Ok(tree.root().pid)
+}
+
+fn build(
+    args: &Args,
+    tree: &Tree,
+    set: &mut ImageSet,
+    signals: &Signals,
+    steps: &[births::Step],
+    vdso: Option<ckpt_kinds::mem::restore::vdso::Ours>,
+    files: &mut OpenFiles,
+) -> anyhow::Result<()> {
+    let shared = shared::segments(set)?;
+    let spaces = tree.processes.iter().filter_map(|p| Some(&p.body.as_ref()?.space));
+    let region = Region::find(spaces, vdso, shared)?;
+    let area = Area::map(region.base())?;
+    let own_root = region::link("/proc/self/root")?;
+    let mut bulk = set.take_bulk();
+    let mut family = Family::new(area)?;
+    family.fork_all(steps)?;
+    family.bury(tree)?;
+    signals.check()?;
+    family.fill(tree, set, bulk.as_mut(), files, &region)?;
+    signals.check()?;
+    family.finish(tree, files, &own_root)?;
+    family.seal(tree, &region, args.leave_stopped)?;
+    signals.check()?;
+    let pidfile = args.pidfile.as_ref().map(|path| PidFile::write(path, tree.root().pid)).transpose()?;
+    family.go()?;
+    if let Some(pidfile) = pidfile {
+        pidfile.keep();
+    }
+    Ok(())
+}
+
+fn check_vdso(
+    process: &tree::Process,
+    ours: Option<&ckpt_kinds::mem::restore::vdso::Ours>,
+    set: &ImageSet,
+) -> anyhow::Result<()> {
+    let Some(space) = process.body.as_ref().map(|body| &body.space) else { return Ok(()) };
+    let Some(block) = &space.vdso else { return Ok(()) };
+    let Some(ours) = ours else {
+        return Err(Refused::new(process.name(), "it has a vdso, and this kernel runs without").into());
+    };
+    let on_stream = space.pages.id.is_some_and(|id| set.pages(id).is_none());
+    let stored = if on_stream { None } else { space.stored_vdso(set)? };
+    ours.check(&process.name(), block, stored.as_deref())
+}
+
+fn nodes(tree: &Tree) -> std::collections::BTreeMap<i32, Node> {
+    let node = |p: &tree::Process| Node {
+        pid: p.pid.0,
+        ppid: p.ppid,
+        pgid: p.pgid,
+        sid: p.sid,
+        subreaper: p.core().tc.as_ref().is_some_and(|tc| tc.child_subreaper()),
+    };
+    tree.processes.iter().map(|p| (p.pid.0, node(p))).collect()
+}
+
+/// The tasks' descriptors are open here all at once, besides our own.
+fn raise_file_limit() {
+    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+    }
+}
+
+fn path_bytes(path: &std::path::Path) -> Vec<u8> {
+    use std::os::unix::ffi::OsStrExt;
+    path.as_os_str().as_bytes().to_vec()
+}
+
+/// A pid file that is removed again unless the restore succeeds.
+struct PidFile {
+    path: PathBuf,
+    kept: bool,
+}
+
+impl PidFile {
+    fn write(path: &std::path::Path, pid: Pid) -> anyhow::Result<Self> {
+        let failed = || format!("{}: write the pid", path.display());
+        let mut file = File::create(path).with_context(failed)?;
+        let pidfile = Self { path: path.to_owned(), kept: false };
+        writeln!(file, "{pid}").with_context(failed)?;
+        Ok(pidfile)
+    }
+
+    fn keep(mut self) {
+        self.kept = true;
+    }
+}
+
+impl Drop for PidFile {
+    fn drop(&mut self) {
+        if !self.kept {
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+const _: () = assert!(libc::SIGCHLD == 17, "signal numbers of x86-64");

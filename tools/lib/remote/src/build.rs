@@ -366,12 +366,12 @@ impl Built {
         Ok(ret)
     }
 
-    /// Unmaps the runner. After this the process makes no more calls for us.
+    /// Unmaps `len` bytes from the runner's first one on. After this the process makes no more calls for us.
     ///
     /// # Errors
     /// See [`RemoteError`].
-    pub fn drop_runner(&mut self) -> Result<(), RemoteError> {
-        let args = [Arg::Val(self.area.base.0), Arg::Val(Area::LEN)];
+    pub fn drop_runner(&mut self, len: u64) -> Result<(), RemoteError> {
+        let args = [Arg::Val(self.area.base.0), Arg::Val(len)];
         self.step(&Call::new("munmap(runner)", libc::SYS_munmap, args)).map(drop)
     }
 

@@ -1,0 +1,530 @@
+//! Making the processes: a planned sequence of forks, then each task builds itself under our ptrace.
+//!
+//! All tasks are tracees with PTRACE_O_EXITKILL from their first instruction on, so however this
+//! process ends before [`Family::go`], the kernel removes them; [`Family`]'s drop does the same in the
+//! orderly way and waits until their pids are free. While that lasts this process is a subreaper,
+//! because the parents of tasks that fail may be gone before them.
+//!
+//! ```text
+//! R: clone3(set_tid) -> root waits in pause(2) -> PTRACE_SEIZE
+//!      root: clone3(set_tid) -> child             (remote call; traced from birth)
+//!      all:  setsid, setpgid, helpers end         (see `births`)
+//!      each: unmap R's memory, map, pages         (see `ckpt_kinds::mem::restore`)
+//!            descriptors, threads, then the task's own settings, credentials last
+//! R: registers, signal masks; then everything runs at once
+//! ```
+
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    os::fd::{AsFd, AsRawFd},
+};
+
+use anyhow::{Context, bail, ensure};
+use ckpt_images::ImageSet;
+use ckpt_kinds::{
+    fd::OpenFiles,
+    mem::restore::{self as mem, AddressSpace, vdso},
+    task::restore as task,
+};
+use ckpt_proto::stream;
+use ckpt_remote::{
+    Arg, Call, RemoteError, Syscalls,
+    build::{Area, Built},
+};
+use ckpt_sys::{
+    FileId, Pid, Refused, RemoteAddr, TargetFd, Tid, clone, memory,
+    ptrace::{self, Stop},
+};
+use nix::{
+    errno::Errno,
+    libc,
+    sys::{
+        prctl,
+        signal::{Signal, kill},
+    },
+};
+
+use crate::{
+    births::Step,
+    region::Region,
+    tree::{Body, Process, Thread, Tree},
+};
+
+const OPTIONS: i32 = libc::PTRACE_O_EXITKILL
+    | libc::PTRACE_O_TRACESYSGOOD
+    | libc::PTRACE_O_TRACECLONE
+    | libc::PTRACE_O_TRACEFORK
+    | libc::PTRACE_O_TRACEVFORK;
+
+/// The processes made so far. Dropping it removes them.
+#[derive(Debug)]
+pub struct Family {
+    area: Area,
+    /// Every thread that is being built; the leaders' keys are the pids.
+    tasks: BTreeMap<i32, Built>,
+    /// Every process made, helpers and zombies included.
+    made: Vec<Pid>,
+    /// Restartable-sequence pointers to be put back at the end: thread, address, value.
+    rseq: Vec<(Tid, RemoteAddr, u64)>,
+    done: bool,
+}
+
+impl Family {
+    /// Nobody yet. All signals of this process are blocked; the tasks inherit that.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn new(area: Area) -> anyhow::Result<Self> {
+        prctl::set_child_subreaper(true).context("prctl(PR_SET_CHILD_SUBREAPER)")?;
+        Ok(Self { area, tasks: BTreeMap::new(), made: Vec::new(), rseq: Vec::new(), done: false })
+    }
+
+    fn task(&mut self, pid: i32) -> anyhow::Result<&mut Built> {
+        self.tasks.get_mut(&pid).with_context(|| format!("pid {pid} has not been made"))
+    }
+
+    /// Makes all processes, and ends those that only helped.
+    ///
+    /// # Errors
+    /// A pid is taken; the kernel's.
+    pub fn fork_all(&mut self, steps: &[Step]) -> anyhow::Result<()> {
+        for &step in steps {
+            match step {
+                Step::Fork { parent: 0, child } => self.fork_root(Pid(child))?,
+                Step::Fork { parent, child } => {
+                    let new = self.task(parent)?.clone_task(Tid(child), false);
+                    let new = new.map_err(|error| name_taken(error, child))?;
+                    self.made.push(Pid(child));
+                    self.tasks.insert(child, new);
+                }
+                Step::Subreaper(pid) => {
+                    let args = [libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0].map(Arg::from);
+                    self.call(pid, Call::new("prctl(PR_SET_CHILD_SUBREAPER)", libc::SYS_prctl, args))?;
+                }
+                Step::Setsid(pid) => self.call(pid, Call::new("setsid", libc::SYS_setsid, []))?,
+                Step::Join { pid, pgid } => {
+                    let args = [Arg::from(0), Arg::from(pgid)];
+                    self.call(pid, Call::new(format!("setpgid({pgid})"), libc::SYS_setpgid, args))?;
+                }
+                Step::End { helper, parent } => {
+                    let task = self.tasks.remove(&helper);
+                    task.with_context(|| format!("helper {helper} has not been made"))?.exit(0)?;
+                    let args = [helper.into(), Arg::Val(0), libc::__WALL.into(), Arg::Val(0)];
+                    self.call(parent, Call::new(format!("wait4({helper})"), libc::SYS_wait4, args))?;
+                    self.made.retain(|pid| pid.0 != helper);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn call(&mut self, pid: i32, call: Call) -> anyhow::Result<()> {
+        self.task(pid)?.run(&[call])?;
+        Ok(())
+    }
+
+    fn fork_root(&mut self, pid: Pid) -> anyhow::Result<()> {
+        clone::spawn_waiting(pid).map_err(|error| {
+            let taken = error.errno == Errno::EEXIST;
+            let error = anyhow::Error::from(error);
+            if taken { error.context(taken_text(pid.0)) } else { error }
+        })?;
+        self.made.push(pid);
+        ptrace::seize(pid.leader(), OPTIONS.unsigned_abs())?;
+        ptrace::interrupt(pid.leader())?;
+        let mut root = Built::adopt(pid, pid.leader(), self.area)?;
+        // The child inherits our registration, whose memory it is about to lose.
+        let rseq = ptrace::rseq(root.tid())?;
+        let mut calls = Vec::new();
+        if rseq.abi_pointer != 0 {
+            const UNREGISTER: u64 = 1;
+            let args =
+                [rseq.abi_pointer, rseq.abi_size.into(), UNREGISTER, rseq.signature.into()].map(Arg::Val);
+            calls.push(Call::new("rseq(unregister)", libc::SYS_rseq, args));
+        }
+        let args = [libc::PR_SET_PDEATHSIG, 0, 0, 0, 0].map(Arg::from);
+        calls.push(Call::new("prctl(PR_SET_PDEATHSIG)", libc::SYS_prctl, args));
+        root.run(&calls)?;
+        self.tasks.insert(pid.0, root);
+        Ok(())
+    }
+
+    /// Ends the tasks that are dead in the images; their parents may wait for them.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn bury(&mut self, tree: &Tree) -> anyhow::Result<()> {
+        for process in tree.processes.iter().filter(|p| p.body.is_none()) {
+            let name = process.name();
+            let mut task = self.tasks.remove(&process.pid.0).with_context(|| format!("{name} has not been made"))?;
+            let tc = process.core().tc.as_ref().with_context(|| format!("{name}: no task entry"))?;
+            let mut comm = tc.comm.clone();
+            comm.truncate(15);
+            comm.push(0);
+            let args = [libc::PR_SET_NAME.into(), Arg::In(comm), Arg::Val(0), Arg::Val(0), Arg::Val(0)];
+            task.run(&[Call::new("prctl(PR_SET_NAME)", libc::SYS_prctl, args)])?;
+            // As wait(2) encodes it.
+            match i32::try_from(tc.exit_code & 0x7f).unwrap_or(0) {
+                0 => task.exit(i32::try_from(tc.exit_code >> 8 & 0xff).unwrap_or(0)),
+                signal => task.die_of(signal),
+            }
+            .with_context(|| format!("{name}: leave its exit status"))?;
+        }
+        Ok(())
+    }
+
+    /// Gives every task its memory: mappings first, then pages, then what they change.
+    ///
+    /// # Errors
+    /// Images, stream, kernel.
+    pub fn fill(
+        &mut self,
+        tree: &Tree,
+        set: &ImageSet,
+        bulk: Option<&mut stream::Reader<File>>,
+        files: &OpenFiles,
+        region: &Region,
+    ) -> anyhow::Result<()> {
+        for (process, body) in bodies(tree) {
+            let task = self.task(process.pid.0)?;
+            let mut calls = body.space.clear_calls(region.vdso.as_ref(), &region.range(), region.stage());
+            calls.extend(body.space.map_calls(&|id| files.fd(id).map(|fd| fd.as_raw_fd()))?);
+            if let (Some(_), Some(block)) = (&bulk, &body.space.vdso) {
+                calls.push(region.shadow_call(block));
+            }
+            task.run(&calls).with_context(|| process.name())?;
+        }
+        if let Some(reader) = bulk {
+            self.fill_from_stream(tree, reader, files, region)?;
+        } else {
+            for segment in &region.shared {
+                segment.fill_from_set(set, files)?;
+            }
+            for (process, body) in bodies(tree) {
+                let Some(place) = body.space.pages.place(set)? else { continue };
+                let calls = body.space.read_calls(&place);
+                let done = self.task(process.pid.0)?.run(&calls).with_context(|| process.name())?;
+                mem::check_reads(&calls, &done).with_context(|| process.name())?;
+            }
+        }
+        for (process, body) in bodies(tree) {
+            let calls = body.space.finish_calls();
+            self.task(process.pid.0)?.run(&calls).with_context(|| process.name())?;
+        }
+        Ok(())
+    }
+
+    /// The stream's order is the order of work: each frame's bytes are read by the task that they belong to.
+    fn fill_from_stream(
+        &mut self,
+        tree: &Tree,
+        reader: &mut stream::Reader<File>,
+        files: &OpenFiles,
+        region: &Region,
+    ) -> anyhow::Result<()> {
+        let mut owners: BTreeMap<u64, (&AddressSpace, u64)> = BTreeMap::new();
+        for (_, body) in bodies(tree) {
+            if let Some(id) = body.space.pages.id {
+                owners.insert(id, (&body.space, 0));
+            }
+        }
+        let mut shared = region.shared.iter().map(|s| (s.pages_id(), (s, 0))).collect::<BTreeMap<_, _>>();
+        while let Some(frame) = reader.next_frame()? {
+            let stream::Frame::Data { arg, len, .. } = frame else { continue };
+            if let Some((space, at)) = owners.get_mut(&arg) {
+                let fills = space.fills(*at, len, region.shadow());
+                let sum: u64 = fills.iter().map(|fill| fill.len).sum();
+                ensure!(sum == len, "pages-{arg}.img: more pages on the stream than the pagemap lists");
+                *at += len;
+                let Some(input) = reader.bulk_input().map(|input| TargetFd(input.as_raw_fd())) else { continue };
+                let task = self.tasks.get_mut(&space.pid.0).context("a task is missing")?;
+                let mut rest = &fills[..];
+                while !rest.is_empty() {
+                    let started = task.start_reading(input, rest)?;
+                    task.finish_reading(started).map_err(|error| match error {
+                        RemoteError::Call { errno: Errno::ENODATA, .. } => reader.ended_in_bulk().into(),
+                        other => anyhow::Error::from(other),
+                    })?;
+                    rest = &rest[started..];
+                }
+                reader.moved(len);
+            } else if let Some((segment, at)) = shared.get_mut(&arg) {
+                if let Some(input) = reader.bulk_input() {
+                    segment.fill_from_stream(input.as_fd(), *at, len, files)?;
+                }
+                *at += len;
+                reader.moved(len);
+            } else {
+                bail!("pages-{arg}.img: no pagemap tells where these pages belong");
+            }
+        }
+        for (id, (space, at)) in owners {
+            ensure!(at == space.pages.bytes(), "pages-{id}.img: {at} bytes came, the pagemap lists more");
+        }
+        for (id, (segment, at)) in shared {
+            ensure!(at == segment.pages.bytes(), "pages-{id}.img: {at} bytes came, the pagemap lists more");
+        }
+        for (process, body) in bodies(tree) {
+            let (Some(block), Some(ours)) = (&body.space.vdso, &region.vdso) else { continue };
+            let stored = body.space.pages.runs.iter().any(|run| run.vdso);
+            let mut code = vec![0; usize::try_from(block.end - block.code).context("size of the vdso")?];
+            memory::read_exact(process.pid, region.shadow(), &mut code)?;
+            ours.check(&process.name(), block, stored.then_some(&code))?;
+        }
+        Ok(())
+    }
+
+    /// Everything else, up to the point where only registers are missing.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn finish(&mut self, tree: &Tree, files: &mut OpenFiles, own_root: &[u8]) -> anyhow::Result<()> {
+        for (process, body) in bodies(tree) {
+            self.place_files(process, body, files, own_root).with_context(|| process.name())?;
+        }
+        for (process, _) in bodies(tree) {
+            for thread in process.threads.iter().skip(1) {
+                let new = self.task(process.pid.0)?.clone_task(thread.tid, true);
+                let new = new.map_err(|error| name_taken(error, thread.tid.0)).with_context(|| process.name())?;
+                self.tasks.insert(thread.tid.0, new);
+            }
+        }
+        for (process, _) in bodies(tree) {
+            self.settings(process).with_context(|| process.name())?;
+        }
+        // Now that every pid is there: owners of files.
+        for (process, body) in bodies(tree) {
+            let calls = files.placed(&body.fds, process.pid)?;
+            self.task(process.pid.0)?.run(&calls).with_context(|| process.name())?;
+        }
+        Ok(())
+    }
+
+    fn place_files(
+        &mut self,
+        process: &Process,
+        body: &Body,
+        files: &OpenFiles,
+        own_root: &[u8],
+    ) -> anyhow::Result<()> {
+        let number = |id: u32, what: &str| {
+            let fd = files.fd(FileId(id)).with_context(|| format!("{what}: file {id} is in no image"))?;
+            anyhow::Ok(fd.as_raw_fd())
+        };
+        let mm = &body.space.mm;
+        let exe = number(mm.exe_file_id, "the executable")?;
+        let mut targets = Vec::new();
+        let mut calls = Vec::new();
+        for entry in &body.fds {
+            let fd = i32::try_from(entry.fd).ok().with_context(|| format!("fd {}: no such number", entry.fd))?;
+            let source = number(entry.id, &format!("fd {fd}"))?;
+            ensure!(source != fd, "fd {fd}: its number is in use for the restore");
+            let cloexec = if entry.flags & 1 == 1 { libc::O_CLOEXEC } else { 0 };
+            calls.push(Call::new(format!("dup3(fd {fd})"), libc::SYS_dup3, [source, fd, cloexec].map(Arg::from)));
+            targets.push(fd);
+        }
+        let cwd = number(body.fs.cwd_id, "the working directory")?;
+        let root = number(body.fs.root_id, "the root directory")?;
+        let fchdir = |fd: i32| Call::new("fchdir", libc::SYS_fchdir, [Arg::from(fd)]);
+        if crate::region::link(&format!("/proc/self/fd/{root}"))? != own_root {
+            calls.push(fchdir(root));
+            calls.push(Call::new("chroot", libc::SYS_chroot, [Arg::In(b".\0".to_vec())]));
+        }
+        calls.push(fchdir(cwd));
+        if let Some(umask) = body.fs.umask {
+            calls.push(Call::new("umask", libc::SYS_umask, [Arg::from(u64::from(umask))]));
+        }
+        let built = self.task(process.pid.0)?;
+        let auxv_at = built.place(&task::auxv_bytes(mm))?;
+        built.run(&task::mm_calls(mm, exe, auxv_at))?;
+        targets.sort_unstable();
+        let mut from = 0;
+        for &fd in targets.iter().chain([&i32::MAX]) {
+            if fd > from {
+                let args = [Arg::from(from), if fd == i32::MAX { Arg::from(fd) } else { Arg::from(fd - 1) }, 0.into()];
+                calls.push(Call::new("close_range", libc::SYS_close_range, args));
+            }
+            from = fd.saturating_add(1);
+        }
+        built.run(&calls)?;
+        Ok(())
+    }
+
+    fn settings(&mut self, process: &Process) -> anyhow::Result<()> {
+        self.task(process.pid.0)?.run(&task::process_calls(process.core()))?;
+        for thread in &process.threads {
+            let core = &thread.core;
+            // Registering the area makes the kernel forget which critical section the thread is in.
+            let rseq = core.thread_core.as_ref().and_then(|t| t.rseq_entry.as_ref());
+            if let Some(rseq) = rseq.filter(|rseq| rseq.rseq_abi_pointer != 0) {
+                let at = RemoteAddr(rseq.rseq_abi_pointer).plus(8);
+                let mut word = [0; 8];
+                memory::read_exact(process.pid, at, &mut word)?;
+                let section = rseq.rseq_cs_pointer.unwrap_or(u64::from_ne_bytes(word));
+                if section != 0 {
+                    self.rseq.push((thread.tid, at, section));
+                }
+            }
+            self.task(thread.tid.0)?.run(&task::thread_calls(core))?;
+        }
+        task::outside(process.pid, process.core())
+    }
+
+    /// What has to come last: pending signals, credentials, and the end of the runner; then registers.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn seal(&mut self, tree: &Tree, region: &Region, stop: bool) -> anyhow::Result<()> {
+        // Children before parents: a child that stops sends its parent SIGCHLD, which is then drained.
+        for (process, body) in bodies(tree).collect::<Vec<_>>().into_iter().rev() {
+            self.drain(process, tree).with_context(|| process.name())?;
+            self.task(process.pid.0)?.run(&task::timer_calls(process.core())).with_context(|| process.name())?;
+            self.seal_one(process, body, region).with_context(|| process.name())?;
+            let signal = task::stop_signal(process.core()).or(stop.then_some(libc::SIGSTOP));
+            if let Some(signal) = signal {
+                self.stop(process, signal).with_context(|| format!("{}: stop it", process.name()))?;
+            }
+        }
+        for (process, _) in bodies(tree) {
+            for thread in &process.threads {
+                ptrace::set_sigmask(thread.tid, task::sigmask(&thread.core))?;
+            }
+        }
+        for &(tid, at, section) in &self.rseq {
+            memory::write_all(Pid(tid.0), at, &section.to_ne_bytes())?;
+        }
+        check_family(tree)
+    }
+
+    /// Takes away what helpers, zombies, stopped children and our own doings have left behind.
+    fn drain(&mut self, process: &Process, tree: &Tree) -> anyhow::Result<()> {
+        let task = self.task(process.pid.0)?;
+        for (child, _) in bodies(tree).filter(|(p, _)| p.ppid == process.pid.0) {
+            let flags = Arg::from(libc::WUNTRACED | libc::WNOHANG);
+            let args = [child.pid.0.into(), Arg::Val(0), flags, Arg::Val(0)];
+            task.run(&[Call::new("wait4", libc::SYS_wait4, args).may_fail()])?;
+        }
+        let any = Arg::In((!0_u64).to_ne_bytes().to_vec());
+        let args = [any, Arg::Val(0), Arg::In(vec![0; 16]), Arg::Val(8)];
+        let take = Call::new("rt_sigtimedwait", libc::SYS_rt_sigtimedwait, args).may_fail();
+        while ckpt_remote::run_one(task, take.clone())?.ret > 0 {}
+        Ok(())
+    }
+
+    fn seal_one(&mut self, process: &Process, body: &Body, region: &Region) -> anyhow::Result<()> {
+        for thread in &process.threads {
+            self.task(thread.tid.0)?.run(&task::creds_calls(&thread.core))?;
+        }
+        self.task(process.pid.0)?.run(&task::dumpable_calls(&body.space.mm))?;
+        for Thread { tid, core } in &process.threads {
+            let leader = tid.0 == process.pid.0;
+            let built = self.task(tid.0)?;
+            for call in task::pending_calls(core, process.pid, *tid, leader) {
+                built.step(&call)?;
+            }
+        }
+        self.task(process.pid.0)?.drop_runner(region.range().end - region.range().start)?;
+        for Thread { tid, core } in &process.threads {
+            let on = || format!("tid {tid}");
+            ptrace::set_regs(*tid, task::regs(core).with_context(on)?)?;
+            ptrace::set_regset(*tid, ptrace::NT_X86_XSTATE, &task::xstate(core).with_context(on)?)?;
+        }
+        Ok(())
+    }
+
+    /// Puts all threads into a group-stop, without letting them run an instruction of their own.
+    fn stop(&mut self, process: &Process, signal: i32) -> anyhow::Result<()> {
+        let leader = process.pid.leader();
+        ptrace::set_sigmask(leader, !(1 << (signal - 1)))?;
+        kill(process.pid.nix(), Signal::try_from(signal)?).context("kill")?;
+        for thread in &process.threads {
+            ptrace::resume(thread.tid, 0, false)?;
+        }
+        // The leader first: it takes the signal, which stops the others.
+        for thread in &process.threads {
+            loop {
+                match ptrace::wait(thread.tid, false)? {
+                    Some(Stop::Group(_)) => break,
+                    Some(Stop::Signal(got)) if got == signal => ptrace::resume(thread.tid, signal, false)?,
+                    Some(Stop::Exited(_) | Stop::Killed(_)) => return Err(RemoteError::Died(thread.tid).into()),
+                    Some(_) => ptrace::resume(thread.tid, 0, false)?,
+                    None => {}
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets everything run. From the first detach on there is no way back.
+    ///
+    /// # Errors
+    /// A task was killed from outside.
+    pub fn go(mut self) -> anyhow::Result<()> {
+        prctl::set_child_subreaper(false).context("prctl(PR_SET_CHILD_SUBREAPER)")?;
+        for &tid in self.tasks.keys() {
+            ptrace::set_options(Tid(tid), 0)?;
+        }
+        for &tid in self.tasks.keys() {
+            ptrace::detach(Tid(tid), 0)?;
+        }
+        self.done = true;
+        Ok(())
+    }
+}
+
+impl Drop for Family {
+    fn drop(&mut self) {
+        if !self.done {
+            for pid in &self.made {
+                let _ = kill(pid.nix(), Signal::SIGKILL);
+            }
+            // Whoever it was, their parents may be gone already, and then they are ours: wait for any.
+            while let Ok(Some(_)) = ptrace::wait(Tid(-1), false) {}
+            let _ = prctl::set_child_subreaper(false);
+        }
+    }
+}
+
+fn bodies(tree: &Tree) -> impl Iterator<Item = (&Process, &Body)> {
+    tree.processes.iter().filter_map(|process| Some((process, process.body.as_ref()?)))
+}
+
+fn taken_text(pid: i32) -> String {
+    format!("pid {pid} was taken in the meantime")
+}
+
+fn name_taken(error: RemoteError, pid: i32) -> anyhow::Error {
+    let taken = matches!(error, RemoteError::Call { errno: Errno::EEXIST, .. });
+    let error = anyhow::Error::from(error);
+    if taken { error.context(taken_text(pid)) } else { error }
+}
+
+/// The relations that [`crate::births`] planned, as the kernel sees them.
+fn check_family(tree: &Tree) -> anyhow::Result<()> {
+    let inside = |n: i32| tree.processes.iter().any(|p| p.pid.0 == n);
+    for process in &tree.processes {
+        let path = format!("/proc/{}/stat", process.pid);
+        let text = std::fs::read_to_string(&path).with_context(|| path.clone())?;
+        let mut fields = text.rsplit_once(") ").map_or("", |(_, rest)| rest).split(' ').skip(1);
+        for (what, want) in [("parent", process.ppid), ("process group", process.pgid), ("session", process.sid)] {
+            let got: Option<i32> = fields.next().and_then(|f| f.parse().ok());
+            if inside(want) && got != Some(want) {
+                let why = format!("its {what} would be {}, it was {want}", got.unwrap_or(0));
+                return Err(Refused::new(process.name(), why).into());
+            }
+        }
+    }
+    Ok(())
+}
+
+/// This process's vdso, if there is one.
+///
+/// # Errors
+/// /proc can't be read.
+pub fn own_vdso() -> anyhow::Result<Option<vdso::Ours>> {
+    use std::os::unix::fs::FileExt;
+    let maps = std::fs::read_to_string("/proc/self/maps").context("/proc/self/maps")?;
+    let memory = File::open("/proc/self/mem").context("/proc/self/mem")?;
+    vdso::Ours::find(&maps, |at, buffer| memory.read_exact_at(buffer, at))
+}

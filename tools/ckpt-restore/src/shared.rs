@@ -1,0 +1,161 @@
+//! Contents of shared memory (shared anonymous mappings and memfds), which belong to no single task:
+//! this process fills them through the descriptor before any task uses them.
+
+use std::os::fd::BorrowedFd;
+
+use anyhow::{Context, ensure};
+use ckpt_images::ImageSet;
+use ckpt_kinds::{fd::OpenFiles, mem::restore::Pages};
+use ckpt_proto::Image;
+use nix::{
+    errno::Errno,
+    fcntl::{SpliceFFlags, copy_file_range, splice},
+    sys::uio::{pread, pwrite},
+    unistd::read,
+};
+
+/// One segment.
+#[derive(Debug)]
+pub struct Segment {
+    /// Its number.
+    shmid: u32,
+    /// What is stored of it; addresses are offsets.
+    pub pages: Pages,
+}
+
+/// All segments with stored pages.
+///
+/// # Errors
+/// Malformed images.
+pub fn segments(set: &ImageSet) -> anyhow::Result<Vec<Segment>> {
+    let mut segments = Vec::new();
+    for arg in set.args(Image::ShmemPagemap) {
+        let pages = Pages::read(set, Image::ShmemPagemap, arg)?;
+        let shmid = u32::try_from(arg).with_context(|| Image::ShmemPagemap.file_name(arg))?;
+        if pages.id.is_some() {
+            segments.push(Segment { shmid, pages });
+        }
+    }
+    Ok(segments)
+}
+
+impl Segment {
+    /// N of its `pages-N.img`.
+    pub fn pages_id(&self) -> u64 {
+        self.pages.id.unwrap_or(0)
+    }
+
+    fn memory<'a>(&self, files: &'a OpenFiles) -> anyhow::Result<BorrowedFd<'a>> {
+        let name = Image::ShmemPagemap.file_name(self.shmid.into());
+        let (fd, size) = files.shmem(self.shmid).with_context(|| format!("{name}: no such shared memory"))?;
+        let end = self.pages.runs.last().map_or(0, |run| run.addr + run.len);
+        ensure!(end <= size.next_multiple_of(4096), "{name}: pages up to {end:#x} in memory of {size} bytes");
+        Ok(fd)
+    }
+
+    /// Pieces of the runs that hold bytes `from..from + len` of the pages file: (offset in the segment, length).
+    fn pieces(&self, from: u64, len: u64) -> Vec<(u64, u64)> {
+        let (mut at, end) = (0, from.saturating_add(len));
+        let mut pieces = Vec::new();
+        for run in &self.pages.runs {
+            let (first, last) = (from.max(at), end.min(at + run.len));
+            if first < last {
+                pieces.push((run.addr + (first - at), last - first));
+            }
+            at += run.len;
+        }
+        pieces
+    }
+
+    /// Fills it from the image directory.
+    ///
+    /// # Errors
+    /// Images, or the kernel.
+    pub fn fill_from_set(&self, set: &ImageSet, files: &OpenFiles) -> anyhow::Result<()> {
+        let Some(place) = self.pages.place(set)? else { return Ok(()) };
+        let memory = self.memory(files)?;
+        let mut from = i64::try_from(place.offset).context("offset of pages")?;
+        for run in &self.pages.runs {
+            let mut to = i64::try_from(run.addr).context("offset in shared memory")?;
+            let mut left = run.len;
+            let mut buffer = Vec::new();
+            while left > 0 {
+                let want = usize::try_from(left).unwrap_or(usize::MAX).min(1 << 20);
+                let n = if buffer.is_empty() {
+                    match copy_file_range(place.file, Some(&mut from), memory, Some(&mut to), want) {
+                        Ok(n) => n,
+                        // Not between these two file systems.
+                        Err(_) => {
+                            buffer.resize(1 << 20, 0);
+                            continue;
+                        }
+                    }
+                } else {
+                    let n = pread(place.file, &mut buffer[..want], from).context("read pages")?;
+                    write_all(memory, to, &buffer[..n])?;
+                    from += i64::try_from(n)?;
+                    to += i64::try_from(n)?;
+                    n
+                };
+                ensure!(n > 0, "{} ends early", Image::Pages.file_name(self.pages_id()));
+                left = left.saturating_sub(n as u64);
+            }
+        }
+        Ok(())
+    }
+
+    /// Fills it with the next `len` bytes of a stream, which are bytes `from..` of its pages.
+    ///
+    /// # Errors
+    /// More bytes than there is room for; the input's.
+    pub fn fill_from_stream(
+        &self,
+        input: BorrowedFd<'_>,
+        from: u64,
+        len: u64,
+        files: &OpenFiles,
+    ) -> anyhow::Result<()> {
+        let memory = self.memory(files)?;
+        let name = Image::Pages.file_name(self.pages_id());
+        let pieces = self.pieces(from, len);
+        let sum: u64 = pieces.iter().map(|(_, len)| len).sum();
+        ensure!(sum == len, "{name}: more pages on the stream than the pagemap lists");
+        for (offset, mut left) in pieces {
+            let mut to = i64::try_from(offset).context("offset in shared memory")?;
+            let mut buffer = Vec::new();
+            while left > 0 {
+                let want = usize::try_from(left).unwrap_or(usize::MAX).min(1 << 20);
+                let n = if buffer.is_empty() {
+                    match splice(input, None, memory, Some(&mut to), want, SpliceFFlags::empty()) {
+                        Ok(n) => n,
+                        Err(Errno::EINTR) => continue,
+                        // The input is no pipe.
+                        Err(_) => {
+                            buffer.resize(1 << 16, 0);
+                            continue;
+                        }
+                    }
+                } else {
+                    let want = want.min(buffer.len());
+                    let n = read(input, &mut buffer[..want]).context("read the stream")?;
+                    write_all(memory, to, &buffer[..n])?;
+                    to += i64::try_from(n)?;
+                    n
+                };
+                ensure!(n > 0, "{name}: the stream ends inside it");
+                left = left.saturating_sub(n as u64);
+            }
+        }
+        Ok(())
+    }
+}
+
+fn write_all(to: BorrowedFd<'_>, mut at: i64, mut bytes: &[u8]) -> anyhow::Result<()> {
+    while !bytes.is_empty() {
+        let n = pwrite(to, bytes, at).context("write shared memory")?;
+        ensure!(n > 0, "write shared memory: nothing was written");
+        at += i64::try_from(n)?;
+        bytes = &bytes[n..];
+    }
+    Ok(())
+}

@@ -1,0 +1,245 @@
+//! Making processes with chosen pids (clone3(2), Linux 5.5), and the *runner*: machine code that a
+//! stopped task executes to run a whole table of system calls per stop.
+//!
+//! The runner uses no stack and no memory but its table, and touches no register that a system call
+//! keeps besides these:
+//!
+//! ```text
+//! rbx  next entry of the table         r13  thread group id   } for the tgkill(2)
+//! r12  entries left                    r14  thread id         } that ends the run
+//! r15  0 while it runs, 1 once it is done
+//!
+//! entry, 9 words: number | 6 arguments | result | flags
+//!        flags: 1 = go on if the call fails
+//!               2 = a read(2): repeat it until the whole length has come; the result is what came
+//! ```
+//!
+//! A run ends with a SIGSTOP that the task sends to itself and its tracer swallows. A breakpoint
+//! would be the obvious end, but the kernel forces SIGTRAP: where it is ignored or blocked, it resets
+//! the handler and the mask, and these are what is being restored. SIGSTOP can be neither ignored
+//! nor blocked, and a stop swallowed by the tracer changes nothing (but for a pending SIGCONT, which
+//! is therefore queued after the last run).
+
+use std::{
+    arch::global_asm,
+    os::fd::{FromRawFd, OwnedFd},
+};
+
+use nix::errno::Errno;
+
+use crate::{Pid, RemoteAddr, SysError};
+
+global_asm!(
+    ".pushsection .rodata.ckpt_runner,\"a\",@progbits",
+    ".globl ckpt_runner_start, ckpt_runner_syscall, ckpt_runner_end",
+    ".hidden ckpt_runner_start, ckpt_runner_syscall, ckpt_runner_end",
+    "ckpt_runner_start:",
+    "2: test r12, r12",
+    "   jz 9f",
+    "3: mov rax, [rbx]",
+    "   mov rdi, [rbx + 8]",
+    "   mov rsi, [rbx + 16]",
+    "   mov rdx, [rbx + 24]",
+    "   mov r10, [rbx + 32]",
+    "   mov r8,  [rbx + 40]",
+    "   mov r9,  [rbx + 48]",
+    "ckpt_runner_syscall:",
+    "   syscall",
+    "   cmp rax, -4095",
+    "   jae 6f",
+    "   test qword ptr [rbx + 64], 2",
+    "   jz 4f",
+    // A partial read: go on behind what has come. At the end of the input (0) the run ends here.
+    "   test rax, rax",
+    "   jz 9f",
+    "   add [rbx + 56], rax",
+    "   add [rbx + 16], rax",
+    "   sub [rbx + 24], rax",
+    "   jnz 3b",
+    "   jmp 5f",
+    "4: mov [rbx + 56], rax",
+    "5: add rbx, 72",
+    "   dec r12",
+    "   jmp 2b",
+    "6: mov [rbx + 56], rax",
+    "   test qword ptr [rbx + 64], 1",
+    "   jnz 5b",
+    "9: mov r15d, 1",
+    "   mov eax, 234", // tgkill
+    "   mov edi, r13d",
+    "   mov esi, r14d",
+    "   mov edx, 19", // SIGSTOP
+    "   syscall",
+    "   jmp 9b",
+    "ckpt_runner_end:",
+    ".popsection",
+);
+
+unsafe extern "C" {
+    static ckpt_runner_start: u8;
+    static ckpt_runner_syscall: u8;
+    static ckpt_runner_end: u8;
+}
+
+/// Words in a table entry of the runner.
+pub const ENTRY_WORDS: usize = 9;
+/// Entry flag: a failing call does not end the run.
+pub const MAY_FAIL: u64 = 1;
+/// Entry flag: a read(2) that is repeated until its whole length has come.
+pub const UNTIL_FULL: u64 = 2;
+
+fn runner_code() -> &'static [u8] {
+    let start = &raw const ckpt_runner_start;
+    let end = &raw const ckpt_runner_end;
+    // SAFETY: both symbols bound one run of bytes in .rodata, defined above.
+    unsafe { std::slice::from_raw_parts(start, end as usize - start as usize) }
+}
+
+/// Where the runner's `syscall` instruction is, bytes from its start.
+#[must_use]
+pub fn runner_syscall_offset() -> u64 {
+    ((&raw const ckpt_runner_syscall) as usize - (&raw const ckpt_runner_start) as usize) as u64
+}
+
+/// Maps the runner at `addr`: one page of code, then `data_len` bytes (whole pages) for its table.
+/// It stays mapped for good, to be inherited by fork.
+///
+/// # Errors
+/// EEXIST if something lies there already.
+pub fn map_runner(addr: RemoteAddr, data_len: usize) -> Result<(), SysError> {
+    const PAGE: usize = 4096;
+    let failed = |call, errno| Err(SysError::new(call, format!("address {addr:#x}"), errno));
+    let at = addr.0 as usize as *mut libc::c_void;
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
+    // SAFETY: FIXED_NOREPLACE maps only where nothing is, so no memory of ours changes.
+    let got = unsafe { libc::mmap(at, PAGE + data_len, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
+    if got == libc::MAP_FAILED {
+        return failed("mmap", Errno::last());
+    }
+    if got != at {
+        return failed("mmap", Errno::EEXIST);
+    }
+    let code = runner_code();
+    // SAFETY: the page was mapped just now, is writable, and the code is shorter than it.
+    unsafe { std::ptr::copy_nonoverlapping(code.as_ptr(), at.cast(), code.len()) };
+    // SAFETY: the page is ours and nothing refers to it.
+    if unsafe { libc::mprotect(at, PAGE, libc::PROT_READ | libc::PROT_EXEC) } == -1 {
+        return failed("mprotect", Errno::last());
+    }
+    Ok(())
+}
+
+/// `struct clone_args`, as far as Linux 5.7 has it.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct CloneArgs {
+    /// `CLONE_*`.
+    pub flags: u64,
+    /// Where the pidfd goes (`CLONE_PIDFD`).
+    pub pidfd: u64,
+    /// `CLONE_CHILD_*TID`.
+    pub child_tid: u64,
+    /// `CLONE_PARENT_SETTID`.
+    pub parent_tid: u64,
+    /// Signal to the parent when the child ends.
+    pub exit_signal: u64,
+    /// Lowest address of the stack; 0 keeps the parent's stack pointer.
+    pub stack: u64,
+    /// Its length.
+    pub stack_size: u64,
+    /// Thread-local storage (`CLONE_SETTLS`).
+    pub tls: u64,
+    /// Address of an array of pids, innermost pid namespace first.
+    pub set_tid: u64,
+    /// How many.
+    pub set_tid_size: u64,
+    /// `CLONE_INTO_CGROUP`.
+    pub cgroup: u64,
+}
+
+impl CloneArgs {
+    /// As the kernel reads it.
+    #[must_use]
+    pub fn bytes(&self) -> Vec<u8> {
+        [
+            self.flags,
+            self.pidfd,
+            self.child_tid,
+            self.parent_tid,
+            self.exit_signal,
+            self.stack,
+            self.stack_size,
+            self.tls,
+            self.set_tid,
+            self.set_tid_size,
+            self.cgroup,
+        ]
+        .iter()
+        .flat_map(|word| word.to_ne_bytes())
+        .collect()
+    }
+}
+
+/// Makes a child with pid `pid`: a copy of the calling process that waits in pause(2) to be seized. It dies with its parent.
+/// The caller has one thread and all signals blocked.
+///
+/// # Errors
+/// EEXIST if the pid is taken, EPERM without CAP_CHECKPOINT_RESTORE, ENOSYS before Linux 5.5.
+pub fn spawn_waiting(pid: Pid) -> Result<(), SysError> {
+    let set_tid = pid.0;
+    let args = CloneArgs {
+        exit_signal: libc::SIGCHLD.unsigned_abs().into(),
+        set_tid: (&raw const set_tid) as u64,
+        set_tid_size: 1,
+        ..CloneArgs::default()
+    };
+    let parent = std::process::id().cast_signed();
+    // SAFETY: without CLONE_VM this is fork(2): the child has its own copy of everything, and runs
+    // nothing but the system calls below. `args` and `set_tid` outlive the call.
+    let ret = unsafe { libc::syscall(libc::SYS_clone3, &raw const args, size_of::<CloneArgs>()) };
+    match ret {
+        -1 => Err(SysError::last("clone3", format!("pid {pid}"))),
+        0 => {
+            // SAFETY: takes integers only.
+            unsafe { libc::syscall(libc::SYS_prctl, libc::PR_SET_PDEATHSIG, libc::SIGKILL, 0, 0, 0) };
+            loop {
+                // SAFETY: takes nothing.
+                let now = unsafe { libc::syscall(libc::SYS_getppid) };
+                if now != i64::from(parent) {
+                    // SAFETY: ends this copy at once; there is nothing to clean up in it.
+                    unsafe { libc::syscall(libc::SYS_exit_group, 1) };
+                }
+                // SAFETY: takes nothing. All signals are blocked, so only the tracer ends the wait.
+                unsafe { libc::syscall(libc::SYS_pause) };
+            }
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Splits this process in two, as fork(2). `None` in the child. The caller has one thread.
+///
+/// # Errors
+/// EAGAIN, ENOMEM.
+pub fn fork() -> Result<Option<Pid>, SysError> {
+    // SAFETY: the process has one thread, so the child finds every lock as it was left.
+    match unsafe { libc::fork() } {
+        -1 => Err(SysError::last("fork", "this process")),
+        0 => Ok(None),
+        pid => Ok(Some(Pid(pid))),
+    }
+}
+
+/// Takes over the descriptor `fd`, which was handed to this process by number on its command line.
+///
+/// # Errors
+/// EBADF if there is none.
+pub fn adopt_fd(fd: i32) -> Result<OwnedFd, SysError> {
+    // SAFETY: F_DUPFD_CLOEXEC takes integers only.
+    let copy = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 3) };
+    if copy < 0 {
+        return Err(SysError::last("fcntl(F_DUPFD_CLOEXEC)", format!("fd {fd}")));
+    }
+    // SAFETY: made just now, nobody else knows its number.
+    Ok(unsafe { OwnedFd::from_raw_fd(copy) })
+}
