@@ -275,7 +275,13 @@ impl Server {
                         continue;
                     }
                     self.next += 1;
-                    self.peers.push(Peer { id: self.next, socket, buffer: Vec::new(), stage: None, over: false });
+                    self.peers.push(Peer {
+                        id: self.next,
+                        socket,
+                        buffer: Vec::new(),
+                        stage: None,
+                        over: false,
+                    });
                 }
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}

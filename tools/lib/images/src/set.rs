@@ -104,6 +104,21 @@ impl ImageSet {
         Ok(set)
     }
 
+    /// A set of one image, read from `input`. Without its neighbours nothing but itself is checked.
+    ///
+    /// # Errors
+    /// See [`ImageError`].
+    pub fn from_file(image: Image, arg: u64, input: File) -> Result<Self, ImageError> {
+        let name = image.file_name(arg);
+        let meta = input.metadata().map_err(ImageError::io(&name, "fstat"))?;
+        if !meta.is_file() {
+            return Err(ImageError::NotAFile { file: name });
+        }
+        let mut set = Self::default();
+        set.read_file(image, arg, input, meta.len())?;
+        Ok(set)
+    }
+
     /// Reads one file; its checksum, unless it holds pages.
     fn read_file(&mut self, image: Image, arg: u64, input: File, size: u64) -> Result<u64, ImageError> {
         let name = image.file_name(arg);
