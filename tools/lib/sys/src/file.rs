@@ -237,6 +237,16 @@ pub fn timerfd_set_ticks(fd: BorrowedFd<'_>, ticks: u64) -> Result<(), SysError>
     if ret < 0 { Err(SysError::last("ioctl(TFD_IOC_SET_TICKS)", on(fd))) } else { Ok(()) }
 }
 
+/// A new signalfd for the signals of `mask` (bit 0 is signal 1), close-on-exec.
+///
+/// # Errors
+/// EMFILE, ENOMEM.
+pub fn signalfd(mask: u64) -> Result<OwnedFd, SysError> {
+    // SAFETY: signalfd4 reads 8 bytes, the size of `mask` and of the kernel's signal set.
+    let ret = unsafe { libc::syscall(libc::SYS_signalfd4, -1, &raw const mask, 8, libc::SFD_CLOEXEC) };
+    owned(libc::c_int::try_from(ret).unwrap_or(-1), "signalfd4", || format!("mask {mask:#x}"))
+}
+
 /// State of a terminal.
 #[derive(Debug, Clone, Copy)]
 pub struct Terminal {

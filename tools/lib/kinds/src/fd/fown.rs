@@ -1,0 +1,67 @@
+//! Who is told by a signal that a file is ready: F_SETOWN and F_SETSIG (fcntl(2)).
+//!
+//! The owner is a pid, so it can be set only once all processes are there again, and the kernel
+//! notes the caller's user ids with it: the call runs inside a task.
+
+use std::os::fd::BorrowedFd;
+
+use ckpt_proto::types::{FdTypes, FileEntry, FownEntry};
+use ckpt_remote::{Arg, Call};
+use ckpt_sys::file;
+
+const F_SETSIG: i32 = 10;
+const F_SETOWN_EX: i32 = 15;
+
+/// The owner of an open file with these flags.
+pub(super) fn dump(fd: BorrowedFd<'_>, flags: u32) -> anyhow::Result<FownEntry> {
+    if flags & libc::O_PATH.cast_unsigned() != 0 {
+        return Ok(FownEntry::default());
+    }
+    let owner = file::owner(fd)?;
+    if owner.pid == 0 {
+        return Ok(FownEntry { signum: owner.signal.unsigned_abs(), ..FownEntry::default() });
+    }
+    Ok(FownEntry {
+        uid: owner.uid,
+        euid: owner.euid,
+        signum: owner.signal.unsigned_abs(),
+        pid_type: owner.kind,
+        pid: owner.pid.unsigned_abs(),
+    })
+}
+
+/// Flags and owner of an entry.
+pub(super) fn of(entry: &FileEntry) -> Option<(u32, &FownEntry)> {
+    Some(match entry.r#type() {
+        FdTypes::Reg => entry.reg.as_ref().map(|e| (e.flags, &e.fown))?,
+        FdTypes::Pipe => entry.pipe.as_ref().map(|e| (e.flags, &e.fown))?,
+        FdTypes::Unixsk => entry.usk.as_ref().map(|e| (e.flags, &e.fown))?,
+        FdTypes::Eventfd => entry.efd.as_ref().map(|e| (e.flags, &e.fown))?,
+        FdTypes::Eventpoll => entry.epfd.as_ref().map(|e| (e.flags, &e.fown))?,
+        FdTypes::Signalfd => entry.sgfd.as_ref().map(|e| (e.flags, &e.fown))?,
+        FdTypes::Timerfd => entry.tfd.as_ref().map(|e| (e.flags, &e.fown))?,
+        FdTypes::Memfd => entry.memfd.as_ref().map(|e| (e.flags, &e.fown))?,
+        FdTypes::Tty => entry.tty.as_ref().map(|e| (e.flags, &e.fown))?,
+        _ => return None,
+    })
+}
+
+/// The calls that give descriptor `fd` its owner, signal and O_ASYNC, in that order: signals are
+/// sent from the moment O_ASYNC is set.
+pub(super) fn calls(fd: u32, flags: u32, fown: &FownEntry) -> Vec<Call> {
+    let fcntl = |name: String, command: i32, arg: Arg| {
+        Call::new(name, libc::SYS_fcntl, [Arg::Val(fd.into()), Arg::from(command), arg])
+    };
+    let mut calls = Vec::new();
+    if fown.signum != 0 {
+        calls.push(fcntl(format!("fcntl({fd}, F_SETSIG)"), F_SETSIG, Arg::Val(fown.signum.into())));
+    }
+    if fown.pid != 0 {
+        let owner = [fown.pid_type.to_ne_bytes(), fown.pid.to_ne_bytes()].concat();
+        calls.push(fcntl(format!("fcntl({fd}, F_SETOWN_EX, {})", fown.pid), F_SETOWN_EX, Arg::In(owner)));
+    }
+    if flags & libc::O_ASYNC.cast_unsigned() != 0 {
+        calls.push(fcntl(format!("fcntl({fd}, F_SETFL, O_ASYNC)"), libc::F_SETFL, Arg::Val(flags.into())));
+    }
+    calls
+}

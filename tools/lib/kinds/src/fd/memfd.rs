@@ -1,0 +1,256 @@
+//! Shared memory without a name: memfd_create(2), and what mmap(MAP_SHARED | MAP_ANONYMOUS) makes.
+//!
+//! Both are files on a file system that the kernel keeps for itself; the inode is the segment's
+//! identity, shared by descriptors and mappings of all tasks. The images hold a MEMFD_INODE entry for
+//! the segment, a FILES entry for each way it is open, and its pages as SHMEM_PAGEMAP with the
+//! inode as number (`shmid`). Anonymous memory goes by the name "/dev/zero", which is what the kernel calls it
+//! in /proc/PID/maps.
+//!
+//! At restore anonymous memory is made as such, so that it has its name again; where that is
+//! forbidden (opening map_files needs CAP_CHECKPOINT_RESTORE) a memfd takes its place, which differs in name only.
+//! Seals are applied by the task after its descriptors are in place, when contents and mappings are there.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    ffi::CString,
+    os::fd::{AsFd, OwnedFd},
+    path::{Path, PathBuf},
+    sync::OnceLock,
+};
+
+use anyhow::{Context, bail};
+use ckpt_proto::{
+    Image,
+    types::{FdTypes, FileEntry, FownEntry, MemfdFileEntry, MemfdInodeEntry},
+};
+use ckpt_remote::{Arg, Call};
+use ckpt_sys::{FileId, Pid, Refused, file};
+use nix::{
+    fcntl::{FcntlArg, fcntl},
+    sys::{
+        memfd::{MFdFlags, memfd_create},
+        stat::FileStat,
+    },
+    unistd::{Gid, Uid, Whence, lseek64},
+};
+
+use super::{
+    Descriptor, FileTable, Opening, Shmem, ShmemSegment,
+    dump::{read_link, reopen, self_path},
+};
+use crate::{Sink, sink::emit};
+
+const ANONYMOUS: &[u8] = b"/dev/zero";
+const DEFAULT_MODE: u32 = 0o777;
+const SEAL_SEAL: u32 = libc::F_SEAL_SEAL.cast_unsigned();
+
+/// Segments met so far, by inode.
+#[derive(Debug, Default)]
+pub(super) struct Memory {
+    segments: BTreeMap<u64, Segment>,
+    mapped: HashMap<u64, FileId>,
+}
+
+#[derive(Debug)]
+struct Segment {
+    inode_id: u32,
+    shmid: u32,
+    size: u64,
+    place: PathBuf,
+}
+
+impl Memory {
+    pub(super) fn segments(&self) -> anyhow::Result<Vec<ShmemSegment>> {
+        self.segments
+            .values()
+            .map(|s| Ok(ShmemSegment { shmid: s.shmid, size: s.size, fd: reopen(&s.place, libc::O_RDONLY)? }))
+            .collect()
+    }
+}
+
+/// The device number of the kernel's own shared memory file system.
+fn shared_memory_device() -> Option<u64> {
+    static DEVICE: OnceLock<Option<u64>> = OnceLock::new();
+    *DEVICE.get_or_init(|| {
+        let fd = memfd_create(c"ckpt", MFdFlags::MFD_CLOEXEC).ok()?;
+        nix::sys::stat::fstat(&fd).ok().map(|s| s.st_dev)
+    })
+}
+
+fn name_of(link: &[u8], stat: &FileStat) -> Option<Vec<u8>> {
+    if Some(stat.st_dev) != shared_memory_device() {
+        return None;
+    }
+    let name = link.strip_suffix(b" (deleted)")?;
+    match name.strip_prefix(b"/memfd:") {
+        Some(name) => Some(name.to_vec()),
+        None => (name == ANONYMOUS).then(|| name.to_vec()),
+    }
+}
+
+pub(super) fn recognise(d: &Descriptor) -> bool {
+    name_of(&d.link, &d.stat).is_some()
+}
+
+pub(super) fn dump(
+    table: &mut FileTable,
+    d: &Descriptor,
+    id: FileId,
+    sink: &mut dyn Sink,
+) -> anyhow::Result<Option<FileEntry>> {
+    let name = name_of(&d.link, &d.stat).unwrap_or_default();
+    let (inode_id, ..) = add_segment(table, &d.subject(), name, &d.stat, &d.proc_path(), sink)?;
+    let memfd = MemfdFileEntry { id: id.0, flags: d.flags(), pos: d.info.pos, fown: d.fown()?, inode_id };
+    Ok(Some(FileEntry {
+        r#type: FdTypes::Memfd.into(),
+        id: id.0,
+        memfd: Some(memfd),
+        ..FileEntry::default()
+    }))
+}
+
+/// Notes a segment: its number, `shmid`, and whether it is new.
+fn add_segment(
+    table: &mut FileTable,
+    subject: &str,
+    name: Vec<u8>,
+    stat: &FileStat,
+    place: &Path,
+    sink: &mut dyn Sink,
+) -> anyhow::Result<(u32, u32, bool)> {
+    if let Some(segment) = table.memory.segments.get(&stat.st_ino) {
+        return Ok((segment.inode_id, segment.shmid, false));
+    }
+    let inode_id = u32::try_from(table.memory.segments.len()).context("too many memory segments")? + 1;
+    let shmid = u32::try_from(stat.st_ino)
+        .map_err(|_| Refused::new(subject, "shared memory whose inode does not fit into the images"))?;
+    let fd = reopen(place, libc::O_RDONLY).with_context(|| subject.to_owned())?;
+    let seals = fcntl(&fd, FcntlArg::F_GET_SEALS).with_context(|| format!("{subject}: F_GET_SEALS"))?;
+    let mode = stat.st_mode & 0o7777;
+    let entry = MemfdInodeEntry {
+        name,
+        uid: stat.st_uid,
+        gid: stat.st_gid,
+        size: stat.st_size.cast_unsigned(),
+        shmid,
+        seals: seals.cast_unsigned(),
+        inode_id: inode_id.into(),
+        hugetlb_flag: None,
+        mode: (mode != DEFAULT_MODE).then_some(mode),
+    };
+    emit(sink, Image::MemfdInode, 0, &entry)?;
+    let segment = Segment { inode_id, shmid, size: entry.size, place: place.to_owned() };
+    table.memory.segments.insert(stat.st_ino, segment);
+    Ok((inode_id, shmid, true))
+}
+
+/// See [`FileTable::add_shmem`].
+pub(super) fn add_mapped(
+    table: &mut FileTable,
+    pid: Pid,
+    link: &Path,
+    sink: &mut dyn Sink,
+) -> anyhow::Result<Shmem> {
+    let target = read_link(link)?;
+    let stat = nix::sys::stat::stat(link).with_context(|| format!("stat {}", link.display()))?;
+    let subject = format!("pid {pid} mapping {}", link.file_name().unwrap_or_default().display());
+    let Some(name) = name_of(&target, &stat) else {
+        let what = if target.starts_with(b"/SYSV") {
+            "System V shared memory"
+        } else {
+            "shared memory of this kind"
+        };
+        return Err(
+            Refused::new(subject, format!("{}: {what}: not supported yet", target.escape_ascii())).into()
+        );
+    };
+    let (inode_id, shmid, new) = add_segment(table, &subject, name, &stat, link, sink)?;
+    if let Some(&id) = table.memory.mapped.get(&stat.st_ino) {
+        return Ok(Shmem { file_id: id.0, shmid, new: false });
+    }
+    let id = table.new_id();
+    table.memory.mapped.insert(stat.st_ino, id);
+    let memfd = MemfdFileEntry { id: id.0, flags: 0, pos: 0, fown: FownEntry::default(), inode_id };
+    let entry =
+        FileEntry { r#type: FdTypes::Memfd.into(), id: id.0, memfd: Some(memfd), ..FileEntry::default() };
+    emit(sink, Image::Files, 0, &entry)?;
+    Ok(Shmem { file_id: id.0, shmid, new })
+}
+
+/// Segments made at restore.
+#[derive(Debug, Default)]
+pub(super) struct Restored {
+    /// By `shmid`: the memory, open for reading and writing, and its size.
+    pub(super) segments: HashMap<u32, (OwnedFd, u64)>,
+    /// Seals still to be applied, by file id.
+    seals: HashMap<u32, u32>,
+}
+
+impl Restored {
+    /// The call that seals the memory behind descriptor `fd`, if file `id` is one that has to be.
+    pub(super) fn seal(&mut self, id: FileId, fd: u32) -> Option<Call> {
+        let seals = self.seals.remove(&id.0)?;
+        let args = [Arg::Val(fd.into()), Arg::from(libc::F_ADD_SEALS), Arg::Val(seals.into())];
+        Some(Call::new(format!("fcntl({fd}, F_ADD_SEALS, {seals:#x})"), libc::SYS_fcntl, args))
+    }
+}
+
+pub(super) fn restore(opening: &mut Opening<'_>, entries: &[FileEntry]) -> anyhow::Result<()> {
+    let inodes: Vec<MemfdInodeEntry> = opening.set.all(Image::MemfdInode, 0)?;
+    for inode in &inodes {
+        let what = || format!("shared memory {} ({})", inode.shmid, inode.name.escape_ascii());
+        let fd = make(inode).with_context(what)?;
+        opening.keep_segment(inode.shmid, fd, inode.size)?;
+    }
+    for entry in entries {
+        let memfd = entry.memfd.as_ref().context("a memfd without its entry")?;
+        let inode = inodes
+            .iter()
+            .find(|i| i.inode_id == u64::from(memfd.inode_id))
+            .with_context(|| format!("file {}: no memory segment {}", entry.id, memfd.inode_id))?;
+        let segment = opening.segment(inode.shmid).context("a segment made above")?;
+        // An entry that stands behind no descriptor serves mappings, which may write.
+        let flags =
+            if opening.has_descriptor(FileId(entry.id)) { memfd.flags } else { libc::O_RDWR.cast_unsigned() };
+        let fd = file::open(&self_path(segment), flags & !libc::O_ASYNC.cast_unsigned(), 0)?;
+        if memfd.pos != 0 {
+            lseek64(&fd, memfd.pos.cast_signed(), Whence::SeekSet).context("lseek")?;
+        }
+        opening.keep(FileId(entry.id), fd)?;
+        let at_creation =
+            if inode.seals & SEAL_SEAL != 0 && inode.seals & !SEAL_SEAL == 0 { SEAL_SEAL } else { 0 };
+        let seals = inode.seals & !at_creation;
+        if seals != 0 {
+            opening.memory.seals.insert(entry.id, seals);
+        }
+    }
+    Ok(())
+}
+
+fn make(inode: &MemfdInodeEntry) -> anyhow::Result<OwnedFd> {
+    if inode.hugetlb_flag.is_some_and(|f| f != 0) {
+        bail!("huge page memory is not supported yet");
+    }
+    let size = usize::try_from(inode.size).context("size")?;
+    if inode.name == ANONYMOUS && size > 0 {
+        match file::shared_anonymous(size) {
+            Ok(fd) => return Ok(fd),
+            Err(e) if matches!(e.errno, nix::errno::Errno::EPERM | nix::errno::Errno::EACCES) => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
+    let mut flags = MFdFlags::MFD_CLOEXEC;
+    flags.set(MFdFlags::MFD_ALLOW_SEALING, inode.seals != SEAL_SEAL);
+    let name = CString::new(inode.name.clone()).context("a NUL in its name")?;
+    let fd = memfd_create(name.as_c_str(), flags).context("memfd_create")?;
+    nix::unistd::ftruncate(&fd, i64::try_from(inode.size).context("size")?).context("ftruncate")?;
+    if let Some(mode) = inode.mode {
+        let mode = nix::sys::stat::Mode::from_bits_truncate(mode);
+        nix::sys::stat::fchmod(fd.as_fd(), mode).context("fchmod")?;
+    }
+    if inode.name != ANONYMOUS {
+        nix::unistd::fchown(&fd, Some(Uid::from_raw(inode.uid)), Some(Gid::from_raw(inode.gid)))
+            .context("fchown")?;
+    }
+    Ok(fd)
+}

@@ -1,0 +1,659 @@
+//! Files with a name: regular files, directories, symbolic links (O_PATH), and devices that have no
+//! state of their own.
+//!
+//! Their contents stay where they are; the images hold the name, and how the file was open. Three
+//! things can be wrong with a name:
+//!
+//! - **The file was deleted** and no name is left. Its contents go into the images (a *ghost*), with
+//!   its holes, and at restore a file is made under the old name, opened, and deleted again.
+//! - **The name was deleted, others are left** (hard links). The other name is looked for in the
+//!   same directory and stored beside it (a *linked* remap). If it is not there the file is refused: a copy
+//!   of it would no longer be the same file as the one under its other name, and to give it a name
+//!   at dump time would be to change the target's files.
+//! - **The file has changed since.** What was mapped as private memory (programs, libraries) must be
+//!   the very same, since clean pages are read from it again: told by the build-id, an ELF note that
+//!   linkers compute from the contents, else by size and modification time. Of data files a
+//!   change is told, as they are expected to live on; `files_strict` makes it an error.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    fs,
+    io::{Seek, SeekFrom, Write},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::{
+            ffi::OsStrExt,
+            fs::{FileExt, MetadataExt},
+        },
+    },
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, bail};
+use ckpt_images::ImageSet;
+use ckpt_proto::{
+    Image, Message,
+    types::{
+        FdTypes, FileEntry, FownEntry, GhostChunkEntry, GhostFileEntry, MmEntry, RegFileEntry,
+        RemapFilePathEntry, RemapType, Timeval, VmaEntry,
+    },
+};
+use ckpt_sys::{FileId, Refused, file};
+use nix::{
+    sys::stat::{FileStat, Mode, SFlag},
+    unistd::{Whence, lseek64},
+};
+
+use super::{
+    Descriptor, FileTable, Opening,
+    dump::{file_type, kernel_dev, path, reopen, self_path},
+};
+use crate::{Sink, sink::emit};
+
+const DELETED: &[u8] = b" (deleted)";
+const DEFAULT_GHOST_LIMIT: u64 = 1 << 20;
+/// Largest piece of a deleted file in one DATA record, bytes.
+const GHOST_PIECE: u64 = 1 << 20;
+
+/// Devices without state: null, zero, full, random, urandom.
+const STATELESS: [(u64, u64); 5] = [(1, 3), (1, 5), (1, 7), (1, 8), (1, 9)];
+
+pub(super) fn recognise(d: &Descriptor) -> bool {
+    d.link.starts_with(b"/")
+        && (d.is(SFlag::S_IFREG)
+            || d.is(SFlag::S_IFDIR)
+            || d.is(SFlag::S_IFLNK)
+            || STATELESS.iter().any(|&(major, minor)| d.is_device(major, minor)))
+}
+
+pub(super) fn is_namespace(d: &Descriptor) -> bool {
+    d.is(SFlag::S_IFREG) && !d.link.starts_with(b"/") && d.link.windows(2).any(|w| w == b":[")
+}
+
+pub(super) fn is_own_proc(d: &Descriptor) -> bool {
+    d.link.strip_prefix(b"/proc/").and_then(|rest| rest.first()).is_some_and(u8::is_ascii_digit)
+}
+
+pub(super) fn is_mqueue(d: &Descriptor) -> bool {
+    const MQUEUE_MAGIC: i64 = 0x1980_0202;
+    d.is(SFlag::S_IFREG)
+        && nix::sys::statfs::fstatfs(&d.copy).is_ok_and(|s| i64::from(s.filesystem_type().0) == MQUEUE_MAGIC)
+}
+
+/// A file as it was found, behind a descriptor or another link in /proc.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Found<'a> {
+    /// How messages call it.
+    pub subject: &'a str,
+    /// Where the link leads.
+    pub link: &'a [u8],
+    pub stat: &'a FileStat,
+    /// The link itself.
+    pub proc_path: &'a Path,
+    /// It is mapped, or the executable.
+    pub mapped: bool,
+}
+
+/// What the entry says about how the file is open.
+#[derive(Debug, Clone)]
+pub(super) struct Fields {
+    pub flags: u32,
+    pub pos: u64,
+    pub fown: FownEntry,
+}
+
+pub(super) fn dump(
+    table: &mut FileTable,
+    d: &Descriptor,
+    id: FileId,
+    sink: &mut dyn Sink,
+) -> anyhow::Result<Option<FileEntry>> {
+    let fields = Fields { flags: d.flags(), pos: d.info.pos, fown: d.fown()? };
+    let (subject, proc_path) = (d.subject(), d.proc_path());
+    let found =
+        Found { subject: &subject, link: &d.link, stat: &d.stat, proc_path: &proc_path, mapped: false };
+    dump_found(table, &found, id, fields, sink).map(Some)
+}
+
+/// Where a file can be found again.
+enum Name {
+    /// Under this path.
+    Plain(Vec<u8>),
+    /// Nowhere; it once was at this path.
+    Ghost(Vec<u8>),
+    /// It once was at the first path and still is at the second.
+    Linked(Vec<u8>, Vec<u8>),
+}
+
+fn same(stat: &FileStat, other: &FileStat) -> bool {
+    (stat.st_dev, stat.st_ino) == (other.st_dev, other.st_ino)
+}
+
+fn find_name(found: &Found<'_>) -> anyhow::Result<Name> {
+    let refuse =
+        |reason: &str| Refused::new(found.subject, format!("{}: {reason}", found.link.escape_ascii()));
+    if !found.link.starts_with(b"/") {
+        return Err(refuse("its path can't be reached from here").into());
+    }
+    if nix::sys::stat::lstat(path(found.link)).is_ok_and(|s| same(&s, found.stat)) {
+        return Ok(Name::Plain(found.link.to_vec()));
+    }
+    let Some(old) = found.link.strip_suffix(DELETED) else {
+        return Err(refuse("another file is there now (something is mounted over it?)").into());
+    };
+    if found.stat.st_nlink == 0 || file_type(found.stat) == SFlag::S_IFDIR {
+        return Ok(Name::Ghost(old.to_vec()));
+    }
+    let directory = path(old).parent().unwrap_or(Path::new("/"));
+    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+        let inode = std::os::unix::fs::DirEntryExt::ino(&entry);
+        if inode == found.stat.st_ino
+            && entry.metadata().is_ok_and(|m| (m.dev(), m.ino()) == (found.stat.st_dev, found.stat.st_ino))
+        {
+            return Ok(Name::Linked(old.to_vec(), entry.path().as_os_str().as_bytes().to_vec()));
+        }
+    }
+    let reason = format!("this name was deleted and its other names are not in {}", directory.display());
+    Err(refuse(&reason).advise("link(2) it to a name in that directory").into())
+}
+
+/// The entry of a file with a name, and what its name needs.
+pub(super) fn dump_found(
+    table: &mut FileTable,
+    found: &Found<'_>,
+    id: FileId,
+    fields: Fields,
+    sink: &mut dyn Sink,
+) -> anyhow::Result<FileEntry> {
+    let name = match find_name(found)? {
+        Name::Plain(name) => name,
+        Name::Ghost(name) => {
+            let remap_id = table.remaps.ghost(found, table.options.ghost_limit)?;
+            emit_remap(sink, id, remap_id, RemapType::Ghost)?;
+            name
+        }
+        Name::Linked(name, other) => {
+            let other_id = table.new_id();
+            let entry = entry(found, other_id, other, &Fields { pos: 0, ..fields.clone() })?;
+            emit(sink, Image::Files, 0, &entry)?;
+            emit_remap(sink, id, other_id.0, RemapType::Linked)?;
+            name
+        }
+    };
+    entry(found, id, name, &fields)
+}
+
+fn emit_remap(sink: &mut dyn Sink, id: FileId, remap_id: u32, kind: RemapType) -> anyhow::Result<()> {
+    let remap = RemapFilePathEntry { orig_id: id.0, remap_id, remap_type: Some(kind.into()) };
+    emit(sink, Image::RemapFpath, 0, &remap)
+}
+
+fn entry(found: &Found<'_>, id: FileId, name: Vec<u8>, fields: &Fields) -> anyhow::Result<FileEntry> {
+    let regular = file_type(found.stat) == SFlag::S_IFREG;
+    let build_id = if found.mapped && regular {
+        let file = fs::File::open(found.proc_path).with_context(|| format!("{}: open", found.subject))?;
+        build_id(&file).unwrap_or_default()
+    } else {
+        Vec::new()
+    };
+    let reg = RegFileEntry {
+        id: id.0,
+        flags: fields.flags,
+        pos: fields.pos,
+        fown: fields.fown,
+        name,
+        size: regular.then_some(found.stat.st_size.cast_unsigned()),
+        mode: Some(found.stat.st_mode),
+        build_id,
+        ckpt_mtime_ns: regular.then(|| mtime_ns(found.stat)),
+        ..RegFileEntry::default()
+    };
+    Ok(FileEntry { r#type: FdTypes::Reg.into(), id: id.0, reg: Some(reg), ..FileEntry::default() })
+}
+
+fn mtime_ns(stat: &FileStat) -> u64 {
+    stat.st_mtime.cast_unsigned().wrapping_mul(1_000_000_000).wrapping_add(stat.st_mtime_nsec.cast_unsigned())
+}
+
+/// The build-id of an ELF file in words as they lie in it; `None` if it has none or is no ELF file.
+fn build_id(file: &fs::File) -> Option<Vec<u32>> {
+    const PT_NOTE: u32 = 4;
+    const NT_GNU_BUILD_ID: u32 = 3;
+    const NOTE_LIMIT: u64 = 1 << 16;
+    let word = |b: &[u8], at: usize| b.get(at..at + 4).map(|b| u32::from_ne_bytes([b[0], b[1], b[2], b[3]]));
+    let long = |b: &[u8], at: usize| Some(u64::from(word(b, at)?) | u64::from(word(b, at + 4)?) << 32);
+    let half = |b: &[u8], at: usize| b.get(at..at + 2).map(|b| u16::from_ne_bytes([b[0], b[1]]));
+    let mut header = [0; 64];
+    file.read_exact_at(&mut header, 0).ok()?;
+    // ELF, 64 bits, little endian.
+    if !header.starts_with(b"\x7fELF\x02\x01") {
+        return None;
+    }
+    let (table, size, count) = (long(&header, 32)?, half(&header, 54)?, half(&header, 56)?);
+    for i in 0..u64::from(count) {
+        let mut program = [0; 56];
+        file.read_exact_at(&mut program, table.checked_add(i * u64::from(size))?).ok()?;
+        if word(&program, 0)? != PT_NOTE {
+            continue;
+        }
+        let (offset, len) = (long(&program, 8)?, long(&program, 32)?.min(NOTE_LIMIT));
+        let mut notes = vec![0; usize::try_from(len).ok()?];
+        if file.read_exact_at(&mut notes, offset).is_err() {
+            continue;
+        }
+        let mut rest = &notes[..];
+        while let (Some(name_len), Some(desc_len), Some(kind)) = (word(rest, 0), word(rest, 4), word(rest, 8))
+        {
+            let name_end = 12usize.checked_add(name_len as usize)?.checked_next_multiple_of(4)?;
+            let desc_end = name_end.checked_add(desc_len as usize)?;
+            let (Some(name), Some(desc)) = (rest.get(12..name_end), rest.get(name_end..desc_end)) else {
+                break;
+            };
+            if kind == NT_GNU_BUILD_ID && name == b"GNU\0" {
+                let words = desc.chunks(4).map(|c| {
+                    let mut word = [0; 4];
+                    word[..c.len()].copy_from_slice(c);
+                    u32::from_ne_bytes(word)
+                });
+                return Some(words.collect());
+            }
+            rest = rest.get(desc_end.checked_next_multiple_of(4)?..).unwrap_or_default();
+        }
+    }
+    None
+}
+
+/// Deleted files met so far.
+#[derive(Debug, Default)]
+pub(super) struct Remaps {
+    ghosts: HashMap<(u64, u64), u32>,
+    files: Vec<(u32, FileStat, Option<OwnedFd>, String)>,
+}
+
+impl Remaps {
+    /// Notes a deleted file; returns its number. Its contents are written by [`Self::finish`].
+    fn ghost(&mut self, found: &Found<'_>, limit: u64) -> anyhow::Result<u32> {
+        let key = (found.stat.st_dev, found.stat.st_ino);
+        if let Some(&id) = self.ghosts.get(&key) {
+            return Ok(id);
+        }
+        let limit = if limit == 0 { DEFAULT_GHOST_LIMIT } else { limit };
+        let stored = found.stat.st_blocks.cast_unsigned() * 512;
+        let content = match file_type(found.stat) {
+            SFlag::S_IFREG if stored > limit.next_multiple_of(4096) => {
+                let reason = format!(
+                    "{}: a deleted file of {stored} bytes; up to {limit} go into the images",
+                    found.link.escape_ascii()
+                );
+                let advice = format!("pass --ghost-limit {stored} (ckpt-scan)");
+                return Err(Refused::new(found.subject, reason).advise(advice).into());
+            }
+            SFlag::S_IFREG => Some(
+                reopen(found.proc_path, libc::O_RDONLY | libc::O_NOATIME)
+                    .or_else(|_| reopen(found.proc_path, libc::O_RDONLY))
+                    .with_context(|| found.subject.to_owned())?,
+            ),
+            SFlag::S_IFDIR | SFlag::S_IFIFO => None,
+            _ => {
+                let reason = format!("{}: a deleted file of this type", found.link.escape_ascii());
+                return Err(Refused::new(found.subject, reason).into());
+            }
+        };
+        let id = u32::try_from(self.files.len()).context("too many deleted files")? + 1;
+        self.ghosts.insert(key, id);
+        self.files.push((id, *found.stat, content, found.subject.to_owned()));
+        Ok(id)
+    }
+
+    /// Writes contents.
+    pub(super) fn finish(self, sink: &mut dyn Sink) -> anyhow::Result<()> {
+        for (id, stat, content, subject) in self.files {
+            dump_ghost(id, &stat, content, sink)
+                .with_context(|| format!("{subject}: contents of a deleted file"))?;
+        }
+        Ok(())
+    }
+}
+
+fn timeval(seconds: i64, nanos: i64) -> Timeval {
+    Timeval { tv_sec: seconds.cast_unsigned(), tv_usec: nanos.cast_unsigned() / 1000 }
+}
+
+fn dump_ghost(id: u32, stat: &FileStat, content: Option<OwnedFd>, sink: &mut dyn Sink) -> anyhow::Result<()> {
+    let arg = u64::from(id);
+    let size = stat.st_size.cast_unsigned();
+    let ranges = content.as_ref().map(|fd| data_ranges(fd, size)).transpose()?.unwrap_or_default();
+    let whole = size == 0 || ranges == [(0, size)];
+    let regular = content.is_some();
+    let entry = GhostFileEntry {
+        uid: stat.st_uid,
+        gid: stat.st_gid,
+        mode: stat.st_mode,
+        dev: Some(kernel_dev(stat.st_dev)),
+        ino: Some(stat.st_ino),
+        rdev: None,
+        atim: Some(timeval(stat.st_atime, stat.st_atime_nsec)),
+        mtim: Some(timeval(stat.st_mtime, stat.st_mtime_nsec)),
+        chunks: (regular && !whole).then_some(true),
+        size: (regular && !whole).then_some(size),
+        symlnk_target: None,
+    };
+    emit(sink, Image::GhostFile, arg, &entry)?;
+    let Some(fd) = content else { return Ok(()) };
+    for (start, end) in ranges {
+        if !whole {
+            let chunk = GhostChunkEntry { len: end - start, off: start }.encode_to_vec();
+            let mut bytes = u32::try_from(chunk.len()).context("chunk")?.to_le_bytes().to_vec();
+            bytes.extend_from_slice(&chunk);
+            sink.data(Image::GhostFile, arg, &bytes)?;
+        }
+        let mut at = start;
+        while at < end {
+            let n = (end - at).min(GHOST_PIECE);
+            lseek64(&fd, i64::try_from(at)?, Whence::SeekSet).context("lseek")?;
+            sink.data_from(Image::GhostFile, arg, fd.as_fd(), n)?;
+            at += n;
+        }
+    }
+    Ok(())
+}
+
+/// Where a file has data, in order (lseek(2), SEEK_DATA).
+fn data_ranges(fd: &OwnedFd, size: u64) -> anyhow::Result<Vec<(u64, u64)>> {
+    let mut ranges = Vec::new();
+    let mut at = 0;
+    while at < size {
+        let start = match lseek64(fd, i64::try_from(at)?, Whence::SeekData) {
+            Ok(start) => start.cast_unsigned(),
+            Err(nix::errno::Errno::ENXIO) => break,
+            // The file system does not tell: all is data.
+            Err(nix::errno::Errno::EINVAL) => return Ok(vec![(0, size)]),
+            Err(errno) => return Err(errno).context("lseek(SEEK_DATA)"),
+        };
+        let end = lseek64(fd, start.cast_signed(), Whence::SeekHole).context("lseek(SEEK_HOLE)")?;
+        let end = end.cast_unsigned().min(size);
+        ranges.push((start, end));
+        at = end;
+    }
+    Ok(ranges)
+}
+
+/// What the restore has to know about names before files are opened.
+#[derive(Debug, Default)]
+pub(super) struct Names {
+    /// Ghost number by file id.
+    ghosts: HashMap<u32, u32>,
+    /// Id of the entry with the other name, by file id.
+    linked: HashMap<u32, u32>,
+    /// Handles of ghost files made so far.
+    made: HashMap<u32, Ghost>,
+    /// Files that must be the very same as at dump time.
+    vital: std::collections::HashSet<u32>,
+    /// Files that are told once.
+    told: std::collections::HashSet<Vec<u8>>,
+}
+
+#[derive(Debug)]
+struct Ghost {
+    /// O_PATH.
+    handle: OwnedFd,
+    entry: GhostFileEntry,
+}
+
+impl Names {
+    pub(super) fn read(set: &ImageSet) -> anyhow::Result<Self> {
+        let mut names = Self::default();
+        for remap in set.all::<RemapFilePathEntry>(Image::RemapFpath, 0)? {
+            match remap.remap_type() {
+                RemapType::Ghost => drop(names.ghosts.insert(remap.orig_id, remap.remap_id)),
+                RemapType::Linked => drop(names.linked.insert(remap.orig_id, remap.remap_id)),
+                RemapType::Procfs => {
+                    let what = format!("file {}", remap.orig_id);
+                    return Err(Refused::new(what, "a file in /proc of a process that is gone").into());
+                }
+            }
+        }
+        for arg in set.args(Image::Mm) {
+            let mm: MmEntry = set.one(Image::Mm, arg)?;
+            names.vital.insert(mm.exe_file_id);
+            names.note_private(&mm.vmas);
+        }
+        for arg in set.args(Image::Vmas) {
+            names.note_private(&set.all::<VmaEntry>(Image::Vmas, arg)?);
+        }
+        Ok(names)
+    }
+
+    /// Files mapped private: pages that were not written are read from the file again.
+    fn note_private(&mut self, vmas: &[VmaEntry]) {
+        let of = |flag: i32| flag.cast_unsigned();
+        for vma in vmas {
+            if vma.flags & of(libc::MAP_PRIVATE) != 0 && vma.flags & of(libc::MAP_ANONYMOUS) == 0 {
+                self.vital.extend(u32::try_from(vma.shmid).ok());
+            }
+        }
+    }
+
+    /// Entries that only carry a name for others.
+    pub(super) fn aliases(&self) -> impl Iterator<Item = u32> {
+        self.linked.values().copied()
+    }
+}
+
+pub(super) fn restore(opening: &mut Opening<'_>, entries: &[FileEntry]) -> anyhow::Result<()> {
+    for entry in entries {
+        if opening.is_alias(FileId(entry.id)) {
+            continue;
+        }
+        let reg = entry.reg.as_ref().context("a file without its entry")?;
+        let what = || format!("file {}: {}", entry.id, reg.name.escape_ascii());
+        let fd = restore_one(opening, reg).with_context(what)?;
+        opening.keep(FileId(entry.id), fd)?;
+    }
+    finish_ghosts(opening)
+}
+
+fn restore_one(opening: &mut Opening<'_>, reg: &RegFileEntry) -> anyhow::Result<OwnedFd> {
+    let relative = reg.name.strip_prefix(b"/").unwrap_or(&reg.name);
+    let keys = [reg.name.escape_ascii().to_string(), relative.escape_ascii().to_string()];
+    let handle = match keys.iter().find_map(|key| opening.inherited(key).transpose()).transpose()? {
+        Some(given) => given,
+        None => open_handle(opening, reg)?,
+    };
+    let stat = nix::sys::stat::fstat(&handle).context("fstat")?;
+    check_type(reg, &stat)?;
+    if reg.flags & libc::O_PATH.cast_unsigned() != 0 {
+        return Ok(handle);
+    }
+    let unwanted = libc::O_CREAT | libc::O_EXCL | libc::O_TRUNC | libc::O_ASYNC | libc::O_NOFOLLOW;
+    let flags = (reg.flags & !unwanted.cast_unsigned()) | libc::O_NOCTTY.cast_unsigned();
+    let regular = file_type(&stat) == SFlag::S_IFREG;
+    // Devices and FIFOs must not keep us waiting.
+    let wait = if regular { 0 } else { libc::O_NONBLOCK.cast_unsigned() };
+    let fd = file::open(&self_path(handle.as_fd()), flags | wait, 0)?;
+    opening.set_flags(fd.as_fd(), flags)?;
+    if regular {
+        check_unchanged(opening, reg, &stat, &handle)?;
+    }
+    if reg.pos != 0 {
+        let pos = reg.pos.cast_signed();
+        lseek64(&fd, pos, Whence::SeekSet).with_context(|| format!("lseek to {pos}"))?;
+    }
+    Ok(fd)
+}
+
+fn check_type(reg: &RegFileEntry, stat: &FileStat) -> anyhow::Result<()> {
+    let Some(mode) = reg.mode else { return Ok(()) };
+    if mode & SFlag::S_IFMT.bits() == stat.st_mode & SFlag::S_IFMT.bits() {
+        return Ok(());
+    }
+    let reason = format!("it is of another type now (mode {:o}, at dump {mode:o})", stat.st_mode);
+    Err(Refused::new(reg.name.escape_ascii().to_string(), reason).into())
+}
+
+fn check_unchanged(
+    opening: &mut Opening<'_>,
+    reg: &RegFileEntry,
+    stat: &FileStat,
+    handle: &OwnedFd,
+) -> anyhow::Result<()> {
+    if opening.names.ghosts.contains_key(&reg.id) {
+        return Ok(());
+    }
+    let size = stat.st_size.cast_unsigned();
+    let changed = if !reg.build_id.is_empty() {
+        let file = fs::File::open(self_path(handle.as_fd())).context("open")?;
+        let now = build_id(&file).unwrap_or_default();
+        (now != reg.build_id).then(|| "its build-id differs".to_owned())
+    } else if let Some(old) = reg.size.filter(|&old| old != size) {
+        Some(format!("it has {size} bytes now and had {old}"))
+    } else {
+        reg.ckpt_mtime_ns.filter(|&old| old != mtime_ns(stat)).map(|_| "it was modified".to_owned())
+    };
+    let Some(changed) = changed else { return Ok(()) };
+    let name = reg.name.escape_ascii().to_string();
+    if opening.names.vital.contains(&reg.id) {
+        return Err(Refused::new(name, format!("it was mapped at dump and has changed since: {changed}"))
+            .advise("put the file back as it was: parts of the program's memory are read from it")
+            .into());
+    }
+    if opening.options.files_strict {
+        let advice = "leave out --files strict to restore with it as it is";
+        return Err(Refused::new(name, format!("it has changed since the dump: {changed}"))
+            .advise(advice)
+            .into());
+    }
+    if opening.names.told.insert(reg.name.clone()) {
+        (opening.options.warn)(&format!("{name} has changed since the dump: {changed}"));
+    }
+    Ok(())
+}
+
+/// The file of an entry as an O_PATH descriptor, wherever it is now.
+pub(super) fn open_handle(opening: &mut Opening<'_>, reg: &RegFileEntry) -> anyhow::Result<OwnedFd> {
+    if let Some(&ghost) = opening.names.ghosts.get(&reg.id) {
+        return ghost_handle(opening, ghost, reg);
+    }
+    let name = match opening.names.linked.get(&reg.id) {
+        Some(&other) => opening.reg(FileId(other))?.name.clone(),
+        None => reg.name.clone(),
+    };
+    let is_link = reg.mode.is_some_and(|m| m & SFlag::S_IFMT.bits() == SFlag::S_IFLNK.bits());
+    let flags = libc::O_PATH | if is_link { libc::O_NOFOLLOW } else { 0 };
+    reopen(path(&name), flags)
+}
+
+/// A ghost file, made on first use: an unnamed file again when this returns.
+fn ghost_handle(opening: &mut Opening<'_>, id: u32, reg: &RegFileEntry) -> anyhow::Result<OwnedFd> {
+    if let Some(ghost) = opening.names.made.get(&id) {
+        return ghost.handle.try_clone().context("dup");
+    }
+    let entry: GhostFileEntry = opening.set.one(Image::GhostFile, id.into())?;
+    let name = free_name(&reg.name, id);
+    let kind = SFlag::from_bits_truncate(entry.mode & SFlag::S_IFMT.bits());
+    let made = opening.created(name.clone(), kind == SFlag::S_IFDIR);
+    match kind {
+        SFlag::S_IFREG => {
+            let file = fs::OpenOptions::new()
+                .write(true)
+                .create_new(true)
+                .open(&name)
+                .with_context(|| format!("create {}", name.display()))?;
+            fill_ghost(opening.set, id, &entry, file).context("contents of a deleted file")?;
+        }
+        SFlag::S_IFDIR => fs::create_dir(&name).with_context(|| format!("mkdir {}", name.display()))?,
+        SFlag::S_IFIFO => {
+            nix::unistd::mkfifo(&name, Mode::S_IRUSR | Mode::S_IWUSR)
+                .with_context(|| format!("mkfifo {}", name.display()))?;
+        }
+        _ => bail!("a deleted file of mode {:o}", entry.mode),
+    }
+    let handle = reopen(&name, libc::O_PATH | libc::O_NOFOLLOW)?;
+    opening.remove_created(made);
+    let copy = handle.try_clone().context("dup")?;
+    opening.names.made.insert(id, Ghost { handle, entry });
+    Ok(copy)
+}
+
+/// The old name, or one beside it if somebody has taken that since.
+fn free_name(name: &[u8], id: u32) -> PathBuf {
+    let wanted = path(name);
+    if fs::symlink_metadata(wanted).is_err() {
+        return wanted.to_owned();
+    }
+    let mut other = wanted.as_os_str().to_owned();
+    other.push(format!(".ckpt.{}.{id}", std::process::id()));
+    other.into()
+}
+
+fn fill_ghost(set: &ImageSet, id: u32, entry: &GhostFileEntry, mut file: fs::File) -> anyhow::Result<()> {
+    let Some(place) = set.payload(Image::GhostFile, id.into(), 0) else {
+        return file.set_len(entry.size.unwrap_or(0)).context("ftruncate");
+    };
+    let source = fs::File::from(place.file.try_clone_to_owned().context("dup")?);
+    if entry.chunks != Some(true) {
+        return copy_at(&source, place.offset, place.len, &mut file);
+    }
+    let (mut at, end) = (place.offset, place.offset.saturating_add(place.len));
+    let mut take = |len: u64| {
+        let from = at;
+        at = at.checked_add(len).filter(|&at| at <= end)?;
+        Some(from)
+    };
+    let short = || anyhow::anyhow!("{}: a chunk goes beyond the end", Image::GhostFile.file_name(id.into()));
+    loop {
+        let Some(from) = take(4) else { break };
+        let mut word = [0; 4];
+        source.read_exact_at(&mut word, from).context("read")?;
+        let len = u32::from_le_bytes(word);
+        if len > 64 {
+            bail!("{}: a chunk header of {len} bytes", Image::GhostFile.file_name(id.into()));
+        }
+        let from = take(len.into()).ok_or_else(short)?;
+        let mut header = vec![0; len as usize];
+        source.read_exact_at(&mut header, from).context("read")?;
+        let chunk = GhostChunkEntry::decode(&header[..]).context("chunk header")?;
+        let from = take(chunk.len).ok_or_else(short)?;
+        file.seek(SeekFrom::Start(chunk.off)).context("lseek")?;
+        copy_at(&source, from, chunk.len, &mut file)?;
+    }
+    file.set_len(entry.size.unwrap_or(0)).context("ftruncate")
+}
+
+/// Copies part of an image without moving the position of its descriptor, which others use.
+fn copy_at(source: &fs::File, offset: u64, len: u64, to: &mut fs::File) -> anyhow::Result<()> {
+    let mut buffer = vec![0; 1 << 16];
+    let mut done = 0;
+    while done < len {
+        let n = usize::try_from(len - done).unwrap_or(usize::MAX).min(buffer.len());
+        let n = source.read_at(&mut buffer[..n], offset + done).context("read")?;
+        if n == 0 {
+            bail!("the image ends {} bytes early", len - done);
+        }
+        to.write_all(&buffer[..n]).context("write")?;
+        done += n as u64;
+    }
+    Ok(())
+}
+
+/// Owner, mode and times last: all opens are done, so a mode without permissions is in nobody's way.
+fn finish_ghosts(opening: &mut Opening<'_>) -> anyhow::Result<()> {
+    for ghost in opening.names.made.values() {
+        let place = self_path(ghost.handle.as_fd());
+        let what = || format!("deleted file of mode {:o}", ghost.entry.mode);
+        std::os::unix::fs::chown(&place, Some(ghost.entry.uid), Some(ghost.entry.gid)).with_context(what)?;
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(ghost.entry.mode & 0o7777);
+        fs::set_permissions(&place, mode).with_context(what)?;
+        if let (Some(atime), Some(mtime)) = (&ghost.entry.atim, &ghost.entry.mtim) {
+            let time =
+                |t: &Timeval| nix::sys::time::TimeVal::new(t.tv_sec.cast_signed(), t.tv_usec.cast_signed());
+            nix::sys::stat::utimes(&place, &time(atime), &time(mtime)).with_context(what)?;
+        }
+    }
+    Ok(())
+}
+
+/// Files by id, for kinds that refer to a name.
+pub(super) fn by_id(entries: &[FileEntry]) -> BTreeMap<u32, RegFileEntry> {
+    entries.iter().filter_map(|e| Some((e.id, e.reg.clone()?))).collect()
+}

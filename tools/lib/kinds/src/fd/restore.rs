@@ -1,0 +1,365 @@
+//! The restore side that all kinds share: opening everything in one process, keeping it out of the
+//! way of the numbers that the tasks use, and what is left to do inside the tasks.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    fs,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::PathBuf,
+};
+
+use anyhow::{Context, bail};
+use ckpt_images::ImageSet;
+use ckpt_proto::{
+    Image,
+    types::{EventpollFileEntry, FdTypes, FdinfoEntry, FileEntry, FileLockEntry, FownEntry, RegFileEntry},
+};
+use ckpt_remote::Call;
+use ckpt_sys::{FileId, Pid, Refused, SocketId, file};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+
+use super::{KINDS, Support, epoll, fown, lock, memfd, reg};
+
+/// What the user wants at restore.
+#[derive(Debug, Clone)]
+pub struct RestoreOptions {
+    /// Descriptors of this process that stand for `socket:[ID]`, `pipe:[ID]`, `tty[RDEV:DEV]` or a path.
+    pub inherit: Vec<(i32, String)>,
+    /// Where external unix connections go, instead of where the images say.
+    pub external_unix: Vec<(SocketId, Vec<u8>)>,
+    /// A changed data file is an error.
+    pub files_strict: bool,
+    /// Takes warnings.
+    pub warn: fn(&str),
+}
+
+impl Default for RestoreOptions {
+    fn default() -> Self {
+        Self { inherit: Vec::new(), external_unix: Vec::new(), files_strict: false, warn: |_| () }
+    }
+}
+
+/// Something made in the file system that must not stay.
+#[derive(Debug)]
+struct Created {
+    name: PathBuf,
+    directory: bool,
+}
+
+impl Created {
+    fn remove(&self) {
+        // Gone already is as good; nothing else could be done about a failure either.
+        let _ = if self.directory { fs::remove_dir(&self.name) } else { fs::remove_file(&self.name) };
+    }
+}
+
+/// A restore under way.
+#[derive(Debug)]
+pub struct Opening<'a> {
+    /// The images.
+    pub set: &'a ImageSet,
+    /// The user's wishes.
+    pub options: &'a RestoreOptions,
+    pub(super) names: reg::Names,
+    pub(super) memory: memfd::Restored,
+    regs: BTreeMap<u32, RegFileEntry>,
+    aliases: HashSet<u32>,
+    /// Files that stand behind some task's descriptor.
+    described: HashSet<u32>,
+    files: HashMap<u32, OwnedFd>,
+    owners: HashMap<u32, (u32, FownEntry)>,
+    /// Lowest number for what is kept.
+    base: i32,
+    created: Vec<Option<Created>>,
+    asked: BTreeSet<String>,
+    given: BTreeSet<String>,
+    pub(super) connected: BTreeSet<u64>,
+    /// Socket files that stay if the restore succeeds.
+    sockets: Vec<PathBuf>,
+}
+
+impl Opening<'_> {
+    /// Keeps the open file of an entry.
+    ///
+    /// # Errors
+    /// Two entries of one id; no descriptor numbers left.
+    pub fn keep(&mut self, id: FileId, fd: OwnedFd) -> anyhow::Result<()> {
+        let high = file::dup_above(fd.as_fd(), self.base).context("too many open files (see ulimit -n)")?;
+        if self.files.insert(id.0, high).is_some() {
+            bail!("{}: two entries have id {id}", Image::Files.file_name(0));
+        }
+        Ok(())
+    }
+
+    /// An open file kept before.
+    #[must_use]
+    pub fn kept(&self, id: FileId) -> Option<BorrowedFd<'_>> {
+        self.files.get(&id.0).map(AsFd::as_fd)
+    }
+
+    pub(super) fn keep_segment(&mut self, shmid: u32, fd: OwnedFd, size: u64) -> anyhow::Result<()> {
+        let high = file::dup_above(fd.as_fd(), self.base).context("too many open files (see ulimit -n)")?;
+        if self.memory.segments.insert(shmid, (high, size)).is_some() {
+            bail!("{}: two entries have shmid {shmid}", Image::MemfdInode.file_name(0));
+        }
+        Ok(())
+    }
+
+    pub(super) fn segment(&self, shmid: u32) -> Option<BorrowedFd<'_>> {
+        self.memory.segments.get(&shmid).map(|(fd, _)| fd.as_fd())
+    }
+
+    /// Sets the status flags of an entry that can be set on an open file. `O_ASYNC` waits for
+    /// [`OpenFiles::placed`].
+    ///
+    /// # Errors
+    /// Those of fcntl(2).
+    pub fn set_flags(&self, fd: BorrowedFd<'_>, flags: u32) -> anyhow::Result<()> {
+        let settable = (libc::O_APPEND | libc::O_NONBLOCK | libc::O_NOATIME | libc::O_DIRECT).cast_unsigned();
+        let now = file::flags(fd)?;
+        if (now ^ flags) & settable != 0 {
+            file::set_flags(fd, (now & !settable) | (flags & settable))?;
+        }
+        Ok(())
+    }
+
+    /// The descriptor that the user gave for a resource.
+    ///
+    /// # Errors
+    /// The number is not open.
+    pub fn inherited(&mut self, key: &str) -> anyhow::Result<Option<OwnedFd>> {
+        self.asked.insert(key.to_owned());
+        let Some((number, name)) = self.options.inherit.iter().find(|(_, name)| name == key) else {
+            return Ok(None);
+        };
+        self.given.insert(name.clone());
+        file::dup_number(*number).map(Some).with_context(|| format!("--inherit-fd fd[{number}]:{key}"))
+    }
+
+    /// The entry that holds a name.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn reg(&self, id: FileId) -> anyhow::Result<&RegFileEntry> {
+        self.regs.get(&id.0).with_context(|| format!("{}: no file {id}", Image::Files.file_name(0)))
+    }
+
+    pub(super) fn is_alias(&self, id: FileId) -> bool {
+        self.aliases.contains(&id.0)
+    }
+
+    pub(super) fn has_descriptor(&self, id: FileId) -> bool {
+        self.described.contains(&id.0)
+    }
+
+    pub(super) fn note_owner(&mut self, id: FileId, flags: u32, fown: &FownEntry) {
+        self.owners.insert(id.0, (flags, *fown));
+    }
+
+    /// Notes a name that is about to be made and has to go again.
+    pub(super) fn created(&mut self, name: PathBuf, directory: bool) -> usize {
+        self.created.push(Some(Created { name, directory }));
+        self.created.len() - 1
+    }
+
+    pub(super) fn remove_created(&mut self, token: usize) {
+        if let Some(created) = self.created.get_mut(token).and_then(Option::take) {
+            created.remove();
+        }
+    }
+
+    /// Notes a name that goes only if the restore fails.
+    pub(super) fn created_socket(&mut self, name: PathBuf) {
+        self.sockets.push(name);
+    }
+}
+
+/// Every open file of the images, opened in this process.
+#[derive(Debug, Default)]
+pub struct OpenFiles {
+    files: HashMap<u32, OwnedFd>,
+    memory: memfd::Restored,
+    epolls: HashMap<u32, EventpollFileEntry>,
+    owners: HashMap<u32, (u32, FownEntry)>,
+    locks: Vec<FileLockEntry>,
+    created: Vec<PathBuf>,
+}
+
+impl OpenFiles {
+    /// Opens all files. If that fails nothing is left in the file system.
+    ///
+    /// # Errors
+    /// [`Refused`] for files that changed or are missing, and whatever the user has to hand in; malformed images.
+    pub fn open_all(set: &ImageSet, options: &RestoreOptions) -> anyhow::Result<Self> {
+        let entries: Vec<FileEntry> = set.all(Image::Files, 0)?;
+        let mut described = HashSet::new();
+        let mut highest = 0;
+        for arg in set.args(Image::Fdinfo) {
+            for entry in set.all::<FdinfoEntry>(Image::Fdinfo, arg)? {
+                highest = highest.max(entry.fd);
+                described.insert(entry.id);
+            }
+        }
+        let names = reg::Names::read(set)?;
+        let mut opening = Opening {
+            set,
+            options,
+            regs: reg::by_id(&entries),
+            aliases: aliases(&entries, &names),
+            names,
+            memory: memfd::Restored::default(),
+            described,
+            files: HashMap::new(),
+            owners: HashMap::new(),
+            base: base(highest, entries.len())?,
+            created: Vec::new(),
+            asked: BTreeSet::new(),
+            given: BTreeSet::new(),
+            connected: BTreeSet::new(),
+            sockets: Vec::new(),
+        };
+        let opened = opening.open(&entries);
+        for created in opening.created.drain(..).flatten() {
+            created.remove();
+        }
+        if let Err(error) = opened {
+            for name in &opening.sockets {
+                let _ = fs::remove_file(name);
+            }
+            return Err(error);
+        }
+        let mut owners = opening.owners;
+        owners.extend(entries.iter().filter_map(|e| {
+            let (flags, fown) = fown::of(e)?;
+            Some((e.id, (flags, *fown)))
+        }));
+        owners.retain(|_, (flags, fown)| {
+            *flags & libc::O_ASYNC.cast_unsigned() != 0 || fown.pid != 0 || fown.signum != 0
+        });
+        Ok(Self {
+            files: opening.files,
+            memory: opening.memory,
+            epolls: entries.iter().filter_map(|e| Some((e.id, e.epfd.clone()?))).collect(),
+            owners,
+            locks: set.all(Image::FileLocks, 0)?,
+            created: opening.sockets,
+        })
+    }
+
+    /// The open file of an entry.
+    #[must_use]
+    pub fn fd(&self, id: FileId) -> Option<BorrowedFd<'_>> {
+        self.files.get(&id.0).map(AsFd::as_fd)
+    }
+
+    /// A segment of shared memory, open for reading and writing, and its size: to be filled with its pages.
+    #[must_use]
+    pub fn shmem(&self, shmid: u32) -> Option<(BorrowedFd<'_>, u64)> {
+        self.memory.segments.get(&shmid).map(|(fd, size)| (fd.as_fd(), *size))
+    }
+
+    /// What has to run inside process `pid` once its descriptors `fdinfo` are in place, its memory
+    /// is mapped and filled, and all processes exist. What belongs to an open file is handed out
+    /// once, to the first task that has it.
+    ///
+    /// # Errors
+    /// An epoll set whose members the task does not have.
+    pub fn placed(&mut self, fdinfo: &[FdinfoEntry], pid: Pid) -> anyhow::Result<Vec<Call>> {
+        let mut calls = Vec::new();
+        for entry in fdinfo {
+            if let Some(set) = self.epolls.remove(&entry.id) {
+                calls.extend(epoll::calls(entry.fd, &set, fdinfo, pid)?);
+            }
+            if let Some((flags, fown)) = self.owners.remove(&entry.id) {
+                calls.extend(fown::calls(entry.fd, flags, &fown));
+            }
+            calls.extend(self.memory.seal(FileId(entry.id), entry.fd));
+        }
+        for lock in self.locks.iter().filter(|l| l.pid == pid.0) {
+            calls.push(lock::call(lock)?);
+        }
+        Ok(calls)
+    }
+
+    /// Removes what [`Self::open_all`] left in the file system (socket files), for a restore that
+    /// fails later on.
+    pub fn undo(&mut self) {
+        for name in self.created.drain(..) {
+            let _ = fs::remove_file(&name);
+        }
+    }
+}
+
+impl Opening<'_> {
+    fn open(&mut self, entries: &[FileEntry]) -> anyhow::Result<()> {
+        let mut left: BTreeMap<i32, Vec<FileEntry>> = BTreeMap::new();
+        for entry in entries {
+            left.entry(entry.r#type).or_default().push(entry.clone());
+        }
+        for kind in KINDS {
+            let Support::Full { fd_type, restore, .. } = kind.support else { continue };
+            if let Some(entries) = left.remove(&fd_type.into()) {
+                restore(self, &entries).with_context(|| format!("restore {}s", kind.name))?;
+            }
+        }
+        if let Some((kind, entries)) = left.first_key_value() {
+            let name = FdTypes::try_from(*kind).map_or("unknown", |t| t.as_str_name());
+            let id = entries.first().map_or(0, |e| e.id);
+            let reason = format!("files of type {name} can't be restored yet");
+            return Err(Refused::new(format!("file {id}"), reason).into());
+        }
+        if let Some(missing) = self.described.iter().find(|id| !self.files.contains_key(id)) {
+            bail!("a descriptor refers to file {missing}, which {} does not hold", Image::Files.file_name(0));
+        }
+        self.check_all_used()
+    }
+
+    /// What the user handed in must be for something.
+    fn check_all_used(&self) -> anyhow::Result<()> {
+        let there = |asked: Vec<&str>| if asked.is_empty() { "none".to_owned() } else { asked.join(" ") };
+        for (number, name) in &self.options.inherit {
+            if !self.given.contains(name) {
+                let asked = self.asked.iter().map(String::as_str).filter(|a| a.contains('[')).collect();
+                bail!(
+                    "--inherit-fd fd[{number}]:{name}: the images hold no such resource; those that can be handed in: {}",
+                    there(asked)
+                );
+            }
+        }
+        for (id, _) in &self.options.external_unix {
+            if !self.connected.contains(&id.0) {
+                bail!("--external unix[{id}]: the images hold no external connection of that id");
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Entries that only carry a name for others: of FIFOs, terminals, deleted hard links.
+fn aliases(entries: &[FileEntry], names: &reg::Names) -> HashSet<u32> {
+    let mut aliases: HashSet<u32> = names.aliases().collect();
+    for entry in entries {
+        aliases.extend(entry.fifo.as_ref().and_then(|f| f.regf_id));
+        aliases.extend(entry.tty.as_ref().and_then(|t| t.regf_id));
+    }
+    aliases
+}
+
+/// The lowest number that no task uses, far above if the limit on open files allows it.
+fn base(highest: u32, files: usize) -> anyhow::Result<i32> {
+    const FAR: u64 = 100_000;
+    const SPARE: u64 = 1024;
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).context("getrlimit")?;
+    let lowest = u64::from(highest) + 1;
+    let needed = files as u64 + SPARE;
+    // Tasks get the limits that their images tell, so raising ours is nobody's business.
+    let wanted = FAR.max(lowest) + needed;
+    let limit = if wanted > soft && wanted <= hard {
+        setrlimit(Resource::RLIMIT_NOFILE, wanted, hard).context("setrlimit")?;
+        wanted
+    } else {
+        soft
+    };
+    let base = if wanted <= limit { FAR.max(lowest) } else { lowest };
+    i32::try_from(base).context("descriptor numbers in the images are too high")
+}
