@@ -54,6 +54,11 @@ impl Answers {
     }
 }
 
+/// An entry that no kernel and no tool of ours would have made: exit status 4.
+pub(super) fn malformed(what: impl Into<String>) -> anyhow::Error {
+    ckpt_images::ImageError::Stream { file: "core image".to_owned(), what: what.into() }.into()
+}
+
 /// The 64-bit word at byte `at`; 0 beyond the end.
 pub(super) fn u64_at(bytes: &[u8], at: usize) -> u64 {
     bytes.get(at..).and_then(|b| b.first_chunk()).map_or(0, |b| u64::from_le_bytes(*b))

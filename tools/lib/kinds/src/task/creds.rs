@@ -21,11 +21,13 @@ use ckpt_proto::types::CredsEntry;
 use ckpt_remote::{Arg, Call};
 use ckpt_sys::{Refused, prctl};
 
-use super::answers::Answers;
+use super::answers::{Answers, malformed};
 
 const CAP_SETGID: u32 = 6;
 const CAP_SETUID: u32 = 7;
 const CAP_SETPCAP: u32 = 8;
+/// linux/limits.h
+const NGROUPS_MAX: usize = 65536;
 const SECBIT_KEEP_CAPS: u32 = 1 << 4;
 /// linux/prctl.h
 const PR_GET_SECUREBITS: i32 = 27;
@@ -179,6 +181,9 @@ impl Creds {
 
 /// Refuses credentials that this process can't pass on.
 pub(super) fn check(entry: &CredsEntry) -> anyhow::Result<()> {
+    if entry.groups.len() > NGROUPS_MAX {
+        return Err(malformed(format!("{} supplementary groups", entry.groups.len())));
+    }
     check_with(&Creds::of(entry), &Creds::own())
 }
 

@@ -21,6 +21,8 @@ mod sched;
 #[cfg(test)]
 mod selfcalls;
 mod signals;
+#[cfg(test)]
+mod tests;
 mod timers;
 
 use anyhow::Context;
@@ -68,16 +70,6 @@ pub fn check(pid: Pid) -> anyhow::Result<()> {
 /// # Errors
 /// Remote calls, ptrace, /proc; [`ckpt_sys::Refused`] for state that has no place in the images.
 pub fn dump_leader(input: ThreadInput<'_>, ids: TaskKobjIdsEntry) -> anyhow::Result<CoreEntry> {
-    let ThreadInput { pid, tid, sigmask, stopped_by, .. } = input;
-    leader(input, ids, sigmask, stopped_by).with_context(|| format!("pid {pid}: dump task {tid}"))
-}
-
-fn leader(
-    input: ThreadInput<'_>,
-    ids: TaskKobjIdsEntry,
-    sigmask: u64,
-    stopped_by: Option<i32>,
-) -> anyhow::Result<CoreEntry> {
     let pid = input.pid;
     let posix_timers = timers::list(pid)?;
     let mut calls = Vec::new();
@@ -91,11 +83,11 @@ fn leader(
     let (child_subreaper, membarrier) = misc::read_process(&mut answers)?;
     let (thread_info, thread_core) = read_thread(pid, input.tid, &input.regs, &mut answers)?;
     let tc = TaskCoreEntry {
-        task_state: if stopped_by.is_some() { STOPPED } else { ALIVE },
+        task_state: if input.stopped_by.is_some() { STOPPED } else { ALIVE },
         exit_code: 0,
         personality: misc::personality(pid)?,
         flags: sched::stat_of(&format!("/proc/{pid}/stat"))?.flags,
-        blk_sigset: sigmask,
+        blk_sigset: input.sigmask,
         comm: misc::comm(pid, input.tid)?,
         timers: Some(timers),
         rlimits: Some(limits::dump(pid)?),
@@ -104,7 +96,7 @@ fn leader(
         oom_score_adj: misc::number_if_any(&format!("/proc/{pid}/oom_score_adj"))?,
         sigactions,
         child_subreaper: Some(child_subreaper),
-        stop_signo: stopped_by.map(i32::cast_unsigned),
+        stop_signo: input.stopped_by.map(i32::cast_unsigned),
         membarrier_registration_mask: membarrier,
         ..Default::default()
     };
@@ -122,16 +114,11 @@ fn leader(
 /// # Errors
 /// As [`dump_leader`].
 pub fn dump_thread(input: ThreadInput<'_>) -> anyhow::Result<CoreEntry> {
-    let (pid, tid, sigmask) = (input.pid, input.tid, input.sigmask);
-    thread(input, sigmask).with_context(|| format!("pid {pid}: dump thread {tid}"))
-}
-
-fn thread(input: ThreadInput<'_>, sigmask: u64) -> anyhow::Result<CoreEntry> {
     let mut calls = Vec::new();
     ask_thread(&mut calls);
     let mut answers = Answers::run(input.remote, calls)?;
     let (thread_info, mut thread_core) = read_thread(input.pid, input.tid, &input.regs, &mut answers)?;
-    thread_core.blk_sigset = Some(sigmask);
+    thread_core.blk_sigset = Some(input.sigmask);
     Ok(CoreEntry {
         mtype: core_entry::March::X8664.into(),
         thread_info: Some(thread_info),
@@ -195,5 +182,5 @@ pub fn dump_zombie(pid: Pid) -> anyhow::Result<CoreEntry> {
 /// # Errors
 /// Remote calls, /proc; [`ckpt_sys::Refused`] for settings that have no place in the images.
 pub fn dump_mm_fields(pid: Pid, remote: &mut dyn Syscalls) -> anyhow::Result<MmEntry> {
-    mm::dump(pid, remote).with_context(|| format!("pid {pid}: dump the address space"))
+    mm::dump(pid, remote)
 }

@@ -29,7 +29,7 @@ use ckpt_sys::{
     xstate,
 };
 
-use super::answers::{u16_at, u32_at, u64_at};
+use super::answers::{malformed, u16_at, u32_at, u64_at};
 
 /// Offsets in the area.
 const ST_SPACE: usize = 32;
@@ -124,7 +124,7 @@ fn general(regs: &Regs) -> UserX86RegsEntry {
 
 /// Registers for PTRACE_SETREGS. The thread is in no system call, whatever it stopped in while it was built.
 pub(super) fn restore(core: &CoreEntry) -> anyhow::Result<Regs> {
-    let gp = &core.thread_info.as_ref().context("the thread's registers are missing")?.gpregs;
+    let gp = &core.thread_info.as_ref().ok_or_else(|| malformed("no registers"))?.gpregs;
     if gp.mode.is_some_and(|m| m != i32::from(UserX86RegsMode::Native)) || gp.cs != USER_CS {
         return Err(Refused::new("registers", "of a 32-bit task can't be restored").into());
     }
@@ -217,12 +217,12 @@ fn put(area: &mut [u8], at: usize, bytes: &[u8]) {
 
 /// An area for PTRACE_SETREGSET on this processor.
 pub(super) fn restore_xstate(core: &CoreEntry) -> anyhow::Result<Vec<u8>> {
-    let fp = &core.thread_info.as_ref().context("the thread's registers are missing")?.fpregs;
+    let fp = &core.thread_info.as_ref().ok_or_else(|| malformed("no registers"))?.fpregs;
     let enabled = xstate::enabled();
     let mut area = vec![0; xstate::area_size()];
     for (at, value, name) in [(0, fp.cwd, "cwd"), (2, fp.swd, "swd"), (4, fp.twd, "twd"), (6, fp.fop, "fop")]
     {
-        let value = u16::try_from(value).with_context(|| format!("the x87 register {name}"))?;
+        let value = u16::try_from(value).map_err(|_| malformed(format!("x87 register {name}")))?;
         put(&mut area, at, &value.to_le_bytes());
     }
     put(&mut area, 8, &fp.rip.to_le_bytes());
@@ -232,7 +232,9 @@ pub(super) fn restore_xstate(core: &CoreEntry) -> anyhow::Result<Vec<u8>> {
     let bytes32 = |words: &[u32]| words.iter().flat_map(|w| w.to_le_bytes()).collect::<Vec<u8>>();
     let bytes64 = |words: &[u64]| words.iter().flat_map(|w| w.to_le_bytes()).collect::<Vec<u8>>();
     for (at, words, count) in [(ST_SPACE, &fp.st_space, 32), (XMM_SPACE, &fp.xmm_space, 64)] {
-        ensure!(words.len() == count, "x87 or SSE state of {} words instead of {count}", words.len());
+        if words.len() != count {
+            return Err(malformed(format!("x87 or SSE state of {} words, not {count}", words.len())));
+        }
         put(&mut area, at, &bytes32(words));
     }
     put(&mut area, ENABLED, &enabled.to_le_bytes());
@@ -261,14 +263,14 @@ pub(super) fn restore_xstate(core: &CoreEntry) -> anyhow::Result<Vec<u8>> {
             continue; // in its initial state, whatever the field says
         }
         let place = xsave_component(bit).context("CPUID does not describe an enabled component")?;
-        ensure!(
-            bytes.len() == place.size
-                && place.offset >= END_OF_HEADER
-                && place.offset + place.size <= area.len(),
-            "processor state {bit} of {} bytes instead of {}",
-            bytes.len(),
-            place.size
-        );
+        if bytes.len() != place.size || place.offset < END_OF_HEADER || place.offset + place.size > area.len()
+        {
+            return Err(malformed(format!(
+                "processor state {bit} of {} bytes, not {}",
+                bytes.len(),
+                place.size
+            )));
+        }
         put(&mut area, place.offset, &bytes);
     }
     Ok(area)

@@ -20,7 +20,7 @@ use ckpt_proto::types::{CoreEntry, MmEntry, TaskCoreEntry};
 use ckpt_remote::Call;
 use ckpt_sys::{Pid, Refused, RemoteAddr, Tid, ptrace::Regs};
 
-use super::{DEAD, STOPPED, creds, limits, misc, mm, regs, sched, signals, timers};
+use super::{DEAD, STOPPED, answers::malformed, creds, limits, misc, mm, regs, sched, signals, timers};
 
 /// Refuses what this machine or this process's privileges can't give: limits above the own hard limit,
 /// capabilities not held, processor state that this processor lacks; and malformed entries.
@@ -34,7 +34,7 @@ pub fn check(core: &CoreEntry) -> anyhow::Result<()> {
         }
         process(tc)?;
     }
-    let thread = core.thread_core.as_ref().context("the entry says nothing of the thread")?;
+    let thread = core.thread_core.as_ref().ok_or_else(|| malformed("no thread_core"))?;
     sched::check(thread)?;
     if let Some(creds) = &thread.creds {
         creds::check(creds)?;
@@ -46,7 +46,7 @@ pub fn check(core: &CoreEntry) -> anyhow::Result<()> {
         return Err(Refused::new("the thread", "is confined by seccomp, which can't be restored").into());
     }
     if core.tc.is_none() {
-        signals::mask_of(thread.blk_sigset)?;
+        thread.blk_sigset.ok_or_else(|| malformed("a thread without its signal mask"))?;
     }
     regs::restore(core)?;
     regs::restore_xstate(core)?;

@@ -9,7 +9,10 @@ use ckpt_proto::types::ThreadCoreEntry;
 use ckpt_remote::{Arg, Call};
 use ckpt_sys::{Refused, Tid, sched};
 
-use super::{answers::Answers, creds};
+use super::{
+    answers::{Answers, malformed},
+    creds,
+};
 
 /// linux/sched.h
 const SCHED_FIFO: u32 = 1;
@@ -22,6 +25,8 @@ const PR_SET_TIMERSLACK: i32 = 29;
 /// Nanoseconds that a task has unless it or an ancestor changed it.
 const DEFAULT_SLACK: u64 = 50_000;
 const CAP_SYS_NICE: u32 = 23;
+/// Bytes of a mask of 65,536 processors.
+const MAX_MASK: usize = 8192;
 
 pub(super) fn ask(calls: &mut Vec<Call>) {
     calls.push(Call::new("prctl(PR_GET_TIMERSLACK)", libc::SYS_prctl, [PR_GET_TIMERSLACK.into()]));
@@ -82,7 +87,12 @@ fn own() -> (u32, i32) {
 
 pub(super) fn check(entry: &ThreadCoreEntry) -> anyhow::Result<()> {
     let (policy, nice) = (entry.sched_policy.unwrap_or(0), entry.sched_nice.unwrap_or(0));
-    anyhow::ensure!((-20..=19).contains(&nice), "the nice value {nice} is out of range");
+    if !(-20..=19).contains(&nice) {
+        return Err(malformed(format!("nice value {nice}")));
+    }
+    if entry.ckpt_cpu_mask.as_ref().is_some_and(|mask| mask.len() > MAX_MASK) {
+        return Err(malformed("a processor mask longer than any kernel's"));
+    }
     if creds::has(creds::own_status().caps.effective, CAP_SYS_NICE) {
         return Ok(());
     }

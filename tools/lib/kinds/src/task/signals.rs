@@ -4,12 +4,11 @@
 //! by ptrace without being taken (PTRACE_PEEKSIGINFO) and put back by the task itself: only to
 //! oneself may a signal be sent with the siginfo of one that the kernel made (rt_sigqueueinfo(2)).
 
-use anyhow::{Context, ensure};
 use ckpt_proto::types::{SaEntry, SiginfoEntry, SignalQueueEntry, ThreadSasEntry};
 use ckpt_remote::{Arg, Call};
 use ckpt_sys::{Pid, Tid, ptrace};
 
-use super::answers::{Answers, u32_at, u64_at, words};
+use super::answers::{Answers, malformed, u32_at, u64_at, words};
 
 /// Bytes of a siginfo_t.
 const SIGINFO: usize = 128;
@@ -87,13 +86,16 @@ fn number(info: &SiginfoEntry) -> i32 {
 
 pub(super) fn check_queue(queue: &SignalQueueEntry) -> anyhow::Result<()> {
     for info in &queue.signals {
-        ensure!(
-            info.siginfo.len() == SIGINFO,
-            "a pending signal has {} bytes instead of {SIGINFO}",
-            info.siginfo.len()
-        );
+        if info.siginfo.len() != SIGINFO {
+            return Err(malformed(format!(
+                "a pending signal of {} bytes, not {SIGINFO}",
+                info.siginfo.len()
+            )));
+        }
         let signal = number(info);
-        ensure!((1..=64).contains(&signal), "a pending signal has the number {signal}");
+        if !(1..=64).contains(&signal) {
+            return Err(malformed(format!("a pending signal with the number {signal}")));
+        }
     }
     Ok(())
 }
@@ -123,11 +125,6 @@ pub(super) fn restore_queue(queue: &SignalQueueEntry, pid: Pid, thread: Option<T
     };
     let can_wait = |info: &&SiginfoEntry| ![libc::SIGKILL, libc::SIGSTOP].contains(&number(info));
     queue.signals.iter().filter(can_wait).map(send).collect()
-}
-
-/// The mask in an image entry's field, checked to be there.
-pub(super) fn mask_of(mask: Option<u64>) -> anyhow::Result<u64> {
-    mask.context("the thread's signal mask is missing")
 }
 
 #[cfg(test)]
