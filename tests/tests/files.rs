@@ -1,0 +1,152 @@
+//! Descriptors that are no sockets.
+
+use std::process::Command;
+
+use ckpt_tests::{Pipeline, Target, TestDir, process, workload};
+use nix::{pty::openpty, sys::signal::Signal};
+
+crate::survives! {
+    regular_files_keep_offsets_flags_and_sharing: "files_regular";
+    deleted_files_keep_their_contents: "files_deleted";
+    pipes_and_fifos_keep_bytes_in_flight: "pipes";
+    eventfds_timerfds_and_signalfds_go_on: "event_files";
+    epoll_sets_watch_the_same: "epoll_sets";
+    memfds_keep_contents_and_seals: "memfds";
+}
+
+#[test]
+fn inotify_is_refused_by_name_and_stays() {
+    let target = Target::start("inotify_user");
+    let before = target.at_rest();
+    let _ = target.dump("img").fails("ckpt-scan", 3, &["inotify", &target.pid.to_string(), "fd"]);
+    assert!(!target.path("img").exists());
+    target.unchanged(&before);
+    target.passes("the original");
+}
+
+#[test]
+fn shell_job_gets_the_terminal_of_its_restorer() {
+    let pty = openpty(None, None).expect("open a pty");
+    let dir = TestDir::new("terminal");
+    let log = dir.path().join("log");
+    let tty = || std::fs::File::from(pty.slave.try_clone().expect("clone the terminal"));
+    let mut command = Command::new(workload::compile("terminal"));
+    command.arg(&log).stdin(tty()).stdout(tty()).stderr(tty());
+    let target = Target::spawn_as_it_is(dir, command);
+    target.wait_log("ready");
+    target.dump_ok("img");
+    target.end();
+    let restore = Command::new(ckpt_tests::tool("ckpt-restore"))
+        .arg("--detach")
+        .arg(target.path("img"))
+        .stdin(tty())
+        .stdout(tty())
+        .stderr(tty())
+        .status()
+        .expect("run ckpt-restore");
+    assert!(restore.success(), "{restore}");
+    target.passes("the restored one");
+}
+
+/// A pipe whose other end is held by someone outside is refused, naming pid, fd and the pipe.
+#[test]
+fn pipe_to_the_outside_is_refused_by_name() {
+    let dir = TestDir::new("outside");
+    let mut command = Command::new("sleep");
+    command
+        .arg("1000")
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::null())
+        .stderr(std::process::Stdio::null());
+    process::become_subreaper();
+    let mut child = command.env(process::MARKER, dir.path()).spawn().expect("start sleep");
+    let target = Target { pid: i32::try_from(child.id()).expect("a pid"), dir };
+    let outcome = target.dump("img");
+    assert!(!target.path("img").exists(), "{outcome}");
+    let _ = outcome.fails("ckpt-scan", 3, &["pipe:[", &target.pid.to_string()]);
+    assert_eq!(process::state(target.pid), Some('S'));
+    child.kill().and_then(|()| child.wait()).expect("end sleep");
+}
+
+fn scribble(path: &std::path::Path) {
+    use std::io::Write;
+    std::fs::OpenOptions::new()
+        .append(true)
+        .open(path)
+        .and_then(|mut f| f.write_all(b"changed"))
+        .expect("change the file");
+}
+
+#[test]
+fn changed_data_file_warns_and_strict_refuses() {
+    let target = Target::start("files_regular");
+    target.dump_ok("img");
+    target.end();
+    scribble(&target.path("rw"));
+    let strict = Pipeline::new(target.dir.path())
+        .stage([
+            "ckpt-restore".into(),
+            "--detach".into(),
+            "--files".into(),
+            "strict".into(),
+            target.path("img"),
+        ])
+        .run();
+    assert_ne!(strict.code("ckpt-restore"), 0, "{strict}");
+    assert!(strict.said.contains("/rw"), "{strict}");
+    assert!(process::is_free(target.pid));
+    let outcome = target.restore("img").ok("restore");
+    assert!(outcome.said.contains("/rw"), "the warning names the file: {outcome}");
+}
+
+#[test]
+fn changed_executable_is_refused() {
+    let dir = TestDir::new("changed");
+    let copy = dir.path().join("program");
+    std::fs::copy(workload::compile("itimers"), &copy).expect("copy the workload");
+    let mut command = Command::new(&copy);
+    command.arg(dir.path().join("log"));
+    let target = Target::spawn(dir, command);
+    target.wait_log("ready");
+    target.dump_ok("img");
+    target.end();
+    // Another program under the same name: another build id and size.
+    std::fs::remove_file(&copy)
+        .and_then(|()| std::fs::copy(workload::compile("registers"), &copy))
+        .expect("replace the program");
+    let outcome = target.restore("img");
+    assert_ne!(outcome.code("ckpt-restore"), 0, "{outcome}");
+    assert!(outcome.said.contains("program"), "{outcome}");
+    assert!(process::is_free(target.pid), "nothing is left");
+    let _ = outcome.sane();
+}
+
+#[test]
+fn missing_file_is_named_and_nothing_is_left() {
+    let target = Target::start("files_regular");
+    target.dump_ok("img");
+    target.end();
+    std::fs::remove_file(target.path("append")).expect("remove a file");
+    let outcome = target.restore("img").fails("ckpt-restore", 1, &["append"]);
+    assert!(process::is_free(target.pid), "{outcome}");
+}
+
+#[test]
+fn restored_ghosts_leave_no_names() {
+    let target = Target::start("files_deleted");
+    let names = || {
+        let mut v: Vec<_> =
+            std::fs::read_dir(target.dir.path()).expect("list").flatten().map(|f| f.file_name()).collect();
+        v.retain(|n| !n.to_string_lossy().ends_with(".err") && n != "stdout" && n != "img");
+        v.sort();
+        v
+    };
+    let before = names();
+    target.dump_ok("img");
+    target.end();
+    target.restore_ok("img");
+    assert_eq!(before, names());
+    target.signal(Signal::SIGKILL);
+    target.end();
+    assert_eq!(before, names());
+}

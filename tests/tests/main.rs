@@ -1,0 +1,33 @@
+//! End-to-end tests: real processes through the real tools. One binary, so that it links once.
+//!
+//! - `workloads`: the workloads themselves: they pass when left alone, and every check in them can fail
+//! - `memory`, `signals`, `tasks`, `files`, `sockets`, `tree`: one trip per kernel resource
+//! - `invariants`: attacks: tools killed, disks full, pipes closed, images damaged
+//! - `wire`: CRIU's own images restored; ours compared with them field by field
+//! - `programs`: bash, python, redis, sqlite, nginx
+//! - `cli`: options, exit statuses, pipelines of other shapes
+
+#![allow(missing_docs)]
+
+mod cli;
+mod files;
+mod invariants;
+mod memory;
+mod programs;
+mod signals;
+mod sockets;
+mod tasks;
+mod tree;
+mod wire;
+mod workloads;
+
+/// A test of the whole trip of one workload.
+macro_rules! survives {
+    ($($test:ident: $workload:literal;)*) => {
+        $(#[test]
+        fn $test() {
+            ckpt_tests::Target::start($workload).survives();
+        })*
+    };
+}
+pub(crate) use survives;

@@ -1,0 +1,202 @@
+//! Unix sockets: pairs, listeners, and the connection that leads out of the tree.
+
+use std::{
+    io::{BufRead, BufReader, Write},
+    os::unix::net::{UnixListener, UnixStream},
+    path::Path,
+    time::Duration,
+};
+
+use ckpt_tests::{Pipeline, Target, process, soon};
+
+crate::survives! {
+    socketpairs_keep_queues_and_options: "socketpairs";
+}
+
+#[test]
+fn listener_accepts_after_restore() {
+    Target::start_with("unix_listener", &["-", "listener.sock"]).survives();
+}
+
+/// One end of a conversation with `answering`.
+struct Talk {
+    write: UnixStream,
+    read: BufReader<UnixStream>,
+}
+
+impl Talk {
+    fn over(stream: UnixStream) -> Self {
+        stream.set_read_timeout(Some(Duration::from_secs(20))).expect("set a timeout");
+        Self { write: stream.try_clone().expect("clone"), read: BufReader::new(stream) }
+    }
+
+    fn ask(&mut self, what: &str) -> String {
+        writeln!(self.write, "{what}").expect("ask");
+        let mut line = String::new();
+        self.read.read_line(&mut line).expect("hear the answer");
+        line.trim_end().to_owned()
+    }
+}
+
+/// A server that has answered three messages of ours over a connection.
+fn conversation() -> (Target, Talk, u64) {
+    let target = Target::start_with("answering", &["-", "server.sock"]);
+    let mut talk = Talk::over(UnixStream::connect(target.path("server.sock")).expect("connect"));
+    for n in 1..=3 {
+        assert_eq!(talk.ask(&format!("message {n}")), format!("answer {n} to message {n}"));
+    }
+    let sockets = std::fs::read_dir(format!("/proc/{}/fd", target.pid)).expect("list fds").flatten();
+    let sockets: Vec<i32> = sockets
+        .filter_map(|f| f.file_name().to_str()?.parse().ok())
+        .filter(|fd| {
+            process::link(target.pid, &format!("fd/{fd}")).display().to_string().starts_with("socket:[")
+        })
+        .collect();
+    // The listener came first, the connection is the last descriptor.
+    let id = process::socket_id(target.pid, *sockets.iter().max().expect("sockets"));
+    (target, talk, id)
+}
+
+fn dump_external(target: &Target, id: u64, name: &str) {
+    let (pid, id) = (target.pid.to_string(), id.to_string());
+    let _ = Pipeline::new(target.dir.path())
+        .stage(["ckpt-scan", "-t", &pid])
+        .stage(["ckpt-sk", "--external", &id])
+        .stage(["ckpt-write".into(), target.path(name)])
+        .run()
+        .ok("dump with --external");
+}
+
+/// What stands in for the client after the restore: it listens where the server shall connect to.
+fn accept(listener: &UnixListener) -> Talk {
+    Talk::over(listener.accept().expect("the restored server connects").0)
+}
+
+fn waiting(path: &Path) -> UnixListener {
+    UnixListener::bind(path).expect("listen")
+}
+
+#[test]
+fn half_a_connection_is_refused_naming_the_peer() {
+    let (target, mut talk, id) = conversation();
+    let before = target.at_rest();
+    let me = std::process::id().to_string();
+    let _ = target.dump("img").fails("ckpt-sk", 3, &[&id.to_string(), "--external", &me]);
+    assert!(!target.path("img").exists());
+    target.unchanged(&before);
+    assert_eq!(talk.ask("still there"), "answer 4 to still there");
+}
+
+#[test]
+fn external_connection_goes_on_while_dumped() {
+    let (target, mut talk, id) = conversation();
+    let before = target.at_rest();
+    for n in 4..9 {
+        dump_external(&target, id, &format!("img{n}"));
+        target.unchanged(&before);
+        assert_eq!(talk.ask("and"), format!("answer {n} to and"));
+    }
+}
+
+#[test]
+fn sk_rewrite_connects_the_third_state_again() {
+    let (target, mut talk, id) = conversation();
+    dump_external(&target, id, "img");
+    assert_eq!(talk.ask("forgotten"), "answer 4 to forgotten");
+    target.end();
+    let path = target.path("client.sock");
+    let listener = waiting(&path);
+    let rule = format!("{id}={}", path.display());
+    let _ = Pipeline::new(target.dir.path())
+        .stage(["ckpt-read".into(), target.path("img")])
+        .stage(["sk-rewrite", "--connect", &rule])
+        .stage(["ckpt-restore", "--detach"])
+        .run()
+        .ok("restore through sk-rewrite --connect");
+    let mut talk = accept(&listener);
+    assert_eq!(talk.ask("message four"), "answer 4 to message four");
+    assert_eq!(talk.ask("message five"), "answer 5 to message five");
+    // Its own listener is there too, for the next client.
+    drop(talk);
+    let mut other = Talk::over(UnixStream::connect(target.path("server.sock")).expect("connect"));
+    assert_eq!(other.ask("new client"), "answer 6 to new client");
+}
+
+#[test]
+fn restore_connects_by_external_option() {
+    let (target, talk, id) = conversation();
+    dump_external(&target, id, "img");
+    drop(talk);
+    target.end();
+    let path = target.path("client.sock");
+    let listener = waiting(&path);
+    let option = format!("unix[{id}]:{}", path.display());
+    let _ = Pipeline::new(target.dir.path())
+        .stage([
+            "ckpt-restore".into(),
+            "--detach".into(),
+            "--external".into(),
+            option.into(),
+            target.path("img").into_os_string(),
+        ])
+        .run()
+        .ok("restore --external");
+    assert_eq!(accept(&listener).ask("message four"), "answer 4 to message four");
+}
+
+#[test]
+fn restore_takes_an_inherited_connection() {
+    let (target, talk, id) = conversation();
+    dump_external(&target, id, "img");
+    drop(talk);
+    target.end();
+    let (ours, theirs) = UnixStream::pair().expect("make a pair");
+    // Standard input is a descriptor that any parent can hand over.
+    let status = std::process::Command::new(ckpt_tests::tool("ckpt-restore"))
+        .args(["--detach", "--inherit-fd", &format!("fd[0]:socket:[{id}]")])
+        .arg(target.path("img"))
+        .stdin(std::os::fd::OwnedFd::from(theirs))
+        .status()
+        .expect("run ckpt-restore");
+    assert!(status.success(), "{status}");
+    assert_eq!(Talk::over(ours).ask("message four"), "answer 4 to message four");
+}
+
+#[test]
+fn unconnected_external_is_refused_at_restore() {
+    let (target, talk, id) = conversation();
+    dump_external(&target, id, "img");
+    drop(talk);
+    target.end();
+    let outcome = target.restore("img");
+    assert_ne!(outcome.code("ckpt-restore"), 0, "{outcome}");
+    assert!(outcome.said.contains(&id.to_string()), "{outcome}");
+    assert!(soon(|| process::is_free(target.pid)));
+    let _ = outcome.sane();
+}
+
+/// The reason for all of this: a checkpoint after every message, and back to any of them.
+#[test]
+fn every_state_of_a_conversation_can_be_restored() {
+    let (target, mut talk, id) = conversation();
+    for n in 4..8 {
+        dump_external(&target, id, &format!("after{}", n - 1));
+        assert_eq!(talk.ask("next"), format!("answer {n} to next"));
+    }
+    drop(talk);
+    target.end();
+    let path = target.path("client.sock");
+    for state in [5, 3, 6] {
+        let _ = std::fs::remove_file(&path);
+        let listener = waiting(&path);
+        let rule = format!("{id}={}", path.display());
+        let _ = Pipeline::new(target.dir.path())
+            .stage(["ckpt-read".into(), target.path(&format!("after{state}"))])
+            .stage(["sk-rewrite", "--connect", &rule])
+            .stage(["ckpt-restore", "--detach"])
+            .run()
+            .ok("restore");
+        assert_eq!(accept(&listener).ask("again"), format!("answer {} to again", state + 1));
+        target.end();
+    }
+}

@@ -1,0 +1,67 @@
+//! Tests of the tests: without a checkpoint every workload passes, and each of its checks can fail.
+
+use ckpt_tests::{Target, here, workload};
+
+fn names() -> Vec<String> {
+    let files = std::fs::read_dir(here().join("workloads")).expect("list workloads").flatten();
+    let mut names: Vec<String> =
+        files.filter_map(|f| Some(f.file_name().to_str()?.strip_suffix(".c")?.to_owned())).collect();
+    names.sort();
+    names
+}
+
+/// Those that need more around them than a log.
+const SPECIAL: &[&str] = &["terminal", "asking"];
+
+fn start(name: &str, broken: &str) -> Target {
+    match name {
+        "answering" => Target::start_with(name, &[broken, "answering.sock"]),
+        "unix_listener" => Target::start_with(name, &[broken, "listener.sock"]),
+        _ => Target::start_with(name, &[broken]),
+    }
+}
+
+/// Who answers: the root, but for a parent that can't.
+fn asked(target: &Target, name: &str) -> i32 {
+    if name == "vfork_waits" { ckpt_tests::process::children(target.pid)[0] } else { target.pid }
+}
+
+#[test]
+fn every_workload_passes_when_left_alone() {
+    for name in names().iter().filter(|n| !SPECIAL.contains(&n.as_str())) {
+        let target = start(name, "-");
+        assert_eq!(target.verdict_by(asked(&target, name)), "PASS", "{name}");
+    }
+}
+
+#[test]
+fn every_check_can_fail() {
+    for name in names().iter().filter(|n| !SPECIAL.contains(&n.as_str())) {
+        let breaks = workload::breaks(name);
+        assert!(!breaks.is_empty(), "{name} can't fail");
+        // Side by side: most of the time goes into waiting for what does not come.
+        std::thread::scope(|scope| {
+            for broken in &breaks {
+                scope.spawn(move || {
+                    let target = start(name, broken);
+                    let verdict = target.verdict_by(asked(&target, name));
+                    assert!(
+                        verdict.starts_with("BROKEN") && !verdict.contains("set-up"),
+                        "{name} {broken}: {verdict}"
+                    );
+                });
+            }
+        });
+    }
+}
+
+#[test]
+fn a_snapshot_sees_what_happens_to_a_target() {
+    let target = Target::start("attacked");
+    let before = target.at_rest();
+    assert!(before.len() > 150, "only {} lines", before.len());
+    target.unchanged(&before);
+    // A pending signal, a descriptor, a mapping: through /proc nothing else can be changed from outside.
+    target.signal(nix::sys::signal::Signal::SIGUSR2);
+    assert!(!before.diff(&target.snapshot()).is_empty());
+}
