@@ -215,7 +215,7 @@ fn build(
     let area = Area::map(region.base())?;
     let own_root = region::link("/proc/self/root")?;
     let mut bulk = set.take_bulk();
-    let mut family = Family::new(area)?;
+    let mut family = Family::new(area, Box::new(pids::spare(tree.numbers())))?;
     family.fork_all(steps)?;
     family.bury(tree)?;
     signals.check()?;

@@ -57,9 +57,13 @@ const OPTIONS: i32 = libc::PTRACE_O_EXITKILL
     | libc::PTRACE_O_TRACEFORK
     | libc::PTRACE_O_TRACEVFORK;
 
+/// Bytes of pages from which on a second thread pays.
+const HELP_FROM: u64 = 16 << 20;
+
 /// The processes made so far. Dropping it removes them.
-#[derive(Debug)]
 pub struct Family {
+    /// Gives pids for tasks that only help.
+    spare: Box<dyn FnMut() -> i32>,
     area: Area,
     /// Every thread that is being built; the leaders' keys are the pids.
     tasks: BTreeMap<i32, Built>,
@@ -75,9 +79,9 @@ impl Family {
     ///
     /// # Errors
     /// The kernel's.
-    pub fn new(area: Area) -> anyhow::Result<Self> {
+    pub fn new(area: Area, spare: Box<dyn FnMut() -> i32>) -> anyhow::Result<Self> {
         prctl::set_child_subreaper(true).context("prctl(PR_SET_CHILD_SUBREAPER)")?;
-        Ok(Self { area, tasks: BTreeMap::new(), made: Vec::new(), rseq: Vec::new(), done: false })
+        Ok(Self { spare, area, tasks: BTreeMap::new(), made: Vec::new(), rseq: Vec::new(), done: false })
     }
 
     fn task(&mut self, pid: i32) -> anyhow::Result<&mut Built> {
@@ -204,13 +208,44 @@ impl Family {
             for (process, body) in bodies(tree) {
                 let Some(place) = body.space.pages.place(set)? else { continue };
                 let calls = body.space.read_calls(&place);
-                let done = self.task(process.pid.0)?.run(&calls).with_context(|| process.name())?;
-                mem::check_reads(&calls, &done).with_context(|| process.name())?;
+                self.read_pages(process.pid, &calls, body.space.pages.bytes()).with_context(|| process.name())?;
             }
         }
         for (process, body) in bodies(tree) {
             let calls = body.space.finish_calls();
             self.task(process.pid.0)?.run(&calls).with_context(|| process.name())?;
+        }
+        Ok(())
+    }
+
+    /// Runs `calls`, which read `bytes` of pages, in the task and in helper threads of it.
+    fn read_pages(&mut self, pid: Pid, calls: &[Call], bytes: u64) -> anyhow::Result<()> {
+        let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        let helpers = usize::try_from(bytes / HELP_FROM).unwrap_or(usize::MAX).min(cores - 1).min(Area::HELPERS);
+        let spare: Vec<i32> = (0..helpers).map(|_| (self.spare)()).collect();
+        let leader = self.task(pid.0)?;
+        let mut workers = Vec::new();
+        for (index, tid) in spare.into_iter().enumerate() {
+            workers.push(leader.helper(Tid(tid), index)?);
+        }
+        // Equal shares: every call but the last few moves the same number of bytes.
+        let share = calls.len().div_ceil(helpers + 1).max(1);
+        let mut shares: Vec<&[Call]> = calls.chunks(share).collect();
+        while shares.iter().any(|share| !share.is_empty()) {
+            let mut started = Vec::new();
+            for (worker, share) in std::iter::once(&mut *leader).chain(&mut workers).zip(&shares) {
+                started.push(worker.start_run(share)?);
+            }
+            let busy = std::iter::once(&mut *leader).chain(&mut workers).zip(&mut shares).zip(started);
+            for ((worker, share), started) in busy {
+                let (now, later) = share.split_at(started.count());
+                let done = worker.finish_run(now, started)?;
+                mem::check_reads(now, &done)?;
+                *share = later;
+            }
+        }
+        for worker in workers {
+            worker.end_thread()?;
         }
         Ok(())
     }

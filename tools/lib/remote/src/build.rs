@@ -7,10 +7,13 @@
 //!
 //! ```text
 //! base            base + 4096
-//! | runner's code | pid for clone3, scratch | table of calls | bytes for pointer arguments ... |
+//! | runner's code | slot 0 | slot 1 | ...
+//!
+//! slot = | pid for clone3, scratch | table of calls | bytes for pointer arguments ... |
 //! ```
 //!
-//! Threads share the area with their process, so only one thread of a process runs at a time.
+//! Threads share the area with their process. Those of the restored process all use slot 0, one at
+//! a time; the other slots are for helpers that read pages beside it ([`Built::helper`]).
 //! The area is unmapped by its own last system call: under PTRACE_SYSCALL the task stops at the
 //! call's exit, before it would fetch another instruction, and there it gets its final registers.
 
@@ -38,21 +41,23 @@ const ENTRY: usize = ENTRY_WORDS * 8;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Area {
     base: RemoteAddr,
-    data_len: u64,
 }
 
 impl Area {
     /// Bytes of the whole area.
-    pub const LEN: u64 = PAGE + Self::DATA;
-    const DATA: u64 = 512 << 10;
+    pub const LEN: u64 = PAGE + Self::SLOT * (1 + Self::HELPERS as u64);
+    /// How many helpers a process can have.
+    pub const HELPERS: usize = 3;
+    const SLOT: u64 = 256 << 10;
 
     /// Maps the runner into this process, for its children to inherit.
     ///
     /// # Errors
     /// EEXIST if something lies there.
     pub fn map(base: RemoteAddr) -> Result<Self, SysError> {
-        ckpt_sys::clone::map_runner(base, usize::try_from(Self::DATA).unwrap_or(0))?;
-        Ok(Self { base, data_len: Self::DATA })
+        let data = usize::try_from(Self::LEN - PAGE).expect("addresses are 64 bits wide");
+        ckpt_sys::clone::map_runner(base, data)?;
+        Ok(Self { base })
     }
 
     /// First address.
@@ -61,17 +66,6 @@ impl Area {
         self.base
     }
 
-    fn words(self) -> RemoteAddr {
-        self.base.plus(PAGE)
-    }
-
-    fn table(self) -> RemoteAddr {
-        self.words().plus(WORDS)
-    }
-
-    fn room(self) -> usize {
-        usize::try_from(self.data_len - WORDS).unwrap_or(0)
-    }
 }
 
 /// A read from a descriptor of the task into its memory, until `len` bytes have come.
@@ -83,16 +77,37 @@ pub struct Fill {
     pub len: u64,
 }
 
+/// Bytes of calls that one run can take.
+const ROOM: usize = (Area::SLOT - WORDS) as usize;
+
 /// A task being built: traced, stopped, all signals blocked.
 #[derive(Debug)]
 pub struct Built {
     pid: Pid,
     tid: Tid,
     area: Area,
+    slot: u64,
     regs: Regs,
 }
 
+/// Calls that a task is busy with.
+#[derive(Debug)]
+#[must_use = "the task runs until `finish_run` has waited for it"]
+pub struct Started {
+    table: Table,
+    count: usize,
+}
+
+impl Started {
+    /// How many calls they are.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.count
+    }
+}
+
 /// A table of calls as it lies in the task.
+#[derive(Debug)]
 struct Table {
     bytes: Vec<u8>,
     /// For each call: place and length of its `Out` and `InOut` arguments in `bytes`.
@@ -141,7 +156,15 @@ impl Built {
         }
         ptrace::set_sigmask(tid, !0)?;
         let regs = ptrace::regs(tid)?;
-        Ok(Self { pid, tid, area, regs })
+        Ok(Self { pid, tid, area, slot: 0, regs })
+    }
+
+    fn words(&self) -> RemoteAddr {
+        self.area.base.plus(PAGE + self.slot * Area::SLOT)
+    }
+
+    fn table(&self) -> RemoteAddr {
+        self.words().plus(WORDS)
     }
 
     /// Its process.
@@ -155,7 +178,7 @@ impl Built {
     /// # Errors
     /// See [`RemoteError`].
     pub fn place(&mut self, bytes: &[u8]) -> Result<RemoteAddr, RemoteError> {
-        let at = self.area.words().plus(SCRATCH);
+        let at = self.words().plus(SCRATCH);
         if bytes.len() as u64 > WORDS - SCRATCH {
             let what = format!("{} bytes don't fit into the scratch memory", bytes.len());
             return Err(RemoteError::Unusable { tid: self.tid, what });
@@ -182,7 +205,7 @@ impl Built {
             words[0] = call.nr.cast_unsigned();
             for (slot, arg) in words[1..7].iter_mut().zip(&call.args) {
                 let at = align(bytes.len());
-                let address = self.area.table().plus(at as u64).0;
+                let address = self.table().plus(at as u64).0;
                 match arg {
                     Arg::Val(n) => *slot = *n,
                     Arg::In(contents) | Arg::InOut(contents) => {
@@ -211,9 +234,9 @@ impl Built {
     }
 
     fn start(&mut self, table: &[u8], entries: usize) -> Result<(), RemoteError> {
-        memory::write_all(self.pid, self.area.table(), table)?;
+        memory::write_all(self.pid, self.table(), table)?;
         let mut regs = self.at_runner(0);
-        regs.rbx = self.area.table().0;
+        regs.rbx = self.table().0;
         regs.r12 = entries as u64;
         regs.r13 = u64::from(self.pid.0.unsigned_abs());
         regs.r14 = u64::from(self.tid.0.unsigned_abs());
@@ -242,14 +265,39 @@ impl Built {
         }
     }
 
-    fn run_table(&mut self, calls: &[Call]) -> Result<Vec<Done>, RemoteError> {
-        let mut table = self.encode(calls);
-        self.start(&table.bytes, calls.len())?;
+    /// Starts running `calls`, as many as fit into one run. [`Self::finish_run`] waits for them.
+    ///
+    /// # Errors
+    /// See [`RemoteError`].
+    pub fn start_run(&mut self, calls: &[Call]) -> Result<Started, RemoteError> {
+        let mut used = 0;
+        let fits = |call: &&Call| {
+            used += need(call);
+            // The first argument may lose up to 15 bytes to the alignment of the table's end.
+            used + 16 <= ROOM
+        };
+        let count = calls.iter().take_while(fits).count();
+        if let (0, Some(call)) = (count, calls.first()) {
+            let what = format!("{}: {} bytes of arguments don't fit", call.name, need(call));
+            return Err(RemoteError::Unusable { tid: self.tid, what });
+        }
+        let table = self.encode(calls.get(..count).unwrap_or_default());
+        self.start(&table.bytes, count)?;
+        Ok(Started { table, count })
+    }
+
+    /// Waits for the end of a run of `calls` that [`Self::start_run`] started.
+    ///
+    /// # Errors
+    /// See [`RemoteError`].
+    pub fn finish_run(&mut self, calls: &[Call], started: Started) -> Result<Vec<Done>, RemoteError> {
+        let Started { mut table, count } = started;
         let left = self.end()?;
-        memory::read_exact(self.pid, self.area.table(), &mut table.bytes)?;
-        let done = calls.len().saturating_sub(left);
-        if let Some(call) = calls.get(done) {
-            let ret = table.word(done, 7).cast_signed();
+        memory::read_exact(self.pid, self.table(), &mut table.bytes)?;
+        if left > 0
+            && let Some(call) = calls.get(count.saturating_sub(left))
+        {
+            let ret = table.word(count.saturating_sub(left), 7).cast_signed();
             return Err(self.failed(call, ret));
         }
         let answers = table.outs.iter().enumerate().map(|(i, places)| Done {
@@ -273,7 +321,7 @@ impl Built {
     /// # Errors
     /// See [`RemoteError`].
     pub fn start_reading(&mut self, fd: TargetFd, fills: &[Fill]) -> Result<usize, RemoteError> {
-        let count = fills.len().min(self.area.room() / ENTRY);
+        let count = fills.len().min(ROOM / ENTRY);
         let mut bytes = Vec::with_capacity(count * ENTRY);
         for fill in &fills[..count] {
             let fd = i64::from(fd.0).cast_unsigned();
@@ -295,7 +343,7 @@ impl Built {
         }
         let stopped = count.saturating_sub(left);
         let mut entry = [0; ENTRY];
-        memory::read_exact(self.pid, self.area.table().plus((stopped * ENTRY) as u64), &mut entry)?;
+        memory::read_exact(self.pid, self.table().plus((stopped * ENTRY) as u64), &mut entry)?;
         let word = |w: usize| u64::from_ne_bytes(entry[w * 8..w * 8 + 8].try_into().expect("eight bytes"));
         let ret = word(7).cast_signed();
         let errno = if (-4095..0).contains(&ret) { ret.unsigned_abs() as i32 } else { libc::ENODATA };
@@ -309,7 +357,7 @@ impl Built {
     /// # Errors
     /// See [`RemoteError`]; EEXIST if the number is taken.
     pub fn clone_task(&mut self, new: Tid, thread: bool) -> Result<Self, RemoteError> {
-        memory::write_all(self.pid, self.area.words(), &new.0.to_ne_bytes())?;
+        memory::write_all(self.pid, self.words(), &new.0.to_ne_bytes())?;
         let (flags, exit_signal) = if thread {
             let shared = libc::CLONE_VM | libc::CLONE_FS | libc::CLONE_FILES | libc::CLONE_SIGHAND;
             (shared | libc::CLONE_THREAD | libc::CLONE_SYSVSEM, 0)
@@ -319,7 +367,7 @@ impl Built {
         let args = CloneArgs {
             flags: u64::from(flags.unsigned_abs()),
             exit_signal: u64::from(exit_signal.unsigned_abs()),
-            set_tid: self.area.words().0,
+            set_tid: self.words().0,
             set_tid_size: 1,
             ..CloneArgs::default()
         };
@@ -333,6 +381,27 @@ impl Built {
         Self::adopt(pid, new, self.area)
     }
 
+    /// Makes a thread that runs calls at the same time as this task, number `index` (below
+    /// [`Area::HELPERS`]) of such. End it with [`Self::end_thread`].
+    ///
+    /// # Errors
+    /// See [`RemoteError`].
+    pub fn helper(&mut self, tid: Tid, index: usize) -> Result<Self, RemoteError> {
+        let mut helper = self.clone_task(tid, true)?;
+        helper.slot = 1 + index.min(Area::HELPERS - 1) as u64;
+        Ok(helper)
+    }
+
+    /// Lets a thread that is not its process's leader end, and waits for that.
+    ///
+    /// # Errors
+    /// See [`RemoteError`].
+    pub fn end_thread(mut self) -> Result<(), RemoteError> {
+        let table = self.encode(&[Call::new("exit", libc::SYS_exit, [Arg::Val(0)])]);
+        self.start(&table.bytes, 1)?;
+        self.wait_end_of_life(None)
+    }
+
     /// Runs one call under PTRACE_SYSCALL: without the SIGSTOP that ends a run, and safe for a call
     /// after which the runner is gone. `Out` arguments are not given back.
     ///
@@ -340,7 +409,7 @@ impl Built {
     /// See [`RemoteError`].
     pub fn step(&mut self, call: &Call) -> Result<i64, RemoteError> {
         let table = self.encode(std::slice::from_ref(call));
-        memory::write_all(self.pid, self.area.table(), &table.bytes)?;
+        memory::write_all(self.pid, self.table(), &table.bytes)?;
         let mut regs = self.at_runner(runner_syscall_offset());
         regs.rax = table.word(0, 0);
         regs.rdi = table.word(0, 1);
@@ -445,21 +514,9 @@ impl Syscalls for Built {
         let mut done = Vec::with_capacity(calls.len());
         let mut rest = calls;
         while !rest.is_empty() {
-            let mut used = 0;
-            let fit = rest
-                .iter()
-                .take_while(|call| {
-                    used += need(call);
-                    // Each argument may lose up to 15 bytes to alignment of the table's end.
-                    used + 16 <= self.area.room()
-                })
-                .count();
-            if fit == 0 {
-                let what = format!("{}: {} bytes of arguments don't fit", rest[0].name, need(&rest[0]));
-                return Err(RemoteError::Unusable { tid: self.tid, what });
-            }
-            let (now, later) = rest.split_at(fit);
-            done.append(&mut self.run_table(now)?);
+            let started = self.start_run(rest)?;
+            let (now, later) = rest.split_at(started.count);
+            done.append(&mut self.finish_run(now, started)?);
             rest = later;
         }
         Ok(done)
