@@ -24,6 +24,13 @@ const SIGEV_THREAD_ID: u32 = 4;
 /// Highest id that is reached by counting.
 const MAX_COUNTED: u32 = 10_000;
 
+/// An ITIMER_REAL that has expired is started again when its SIGALRM is taken, and stands still (no time
+/// left, but an interval) while that is pending. Nothing else tells the kernel to start it: setting such a
+/// value would stop it for good. So it is stored as just started.
+fn about_to_tick(it: ItimerEntry) -> ItimerEntry {
+    if (it.vsec, it.vusec) == (0, 0) { ItimerEntry { vsec: it.isec, vusec: it.iusec, ..it } } else { it }
+}
+
 /// The process's POSIX timers; none on kernels without the file.
 pub(super) fn list(pid: Pid) -> anyhow::Result<Vec<timers::Timer>> {
     let path = format!("/proc/{pid}/timers");
@@ -67,7 +74,7 @@ pub(super) fn read(timers: &[timers::Timer], answers: &mut Answers) -> anyhow::R
             vusec: u64_at(&it, 24),
         })
     };
-    let (real, virt, prof) = (interval()?, interval()?, interval()?);
+    let (real, virt, prof) = (about_to_tick(interval()?), interval()?, interval()?);
     let posix = timers.iter().map(|timer| {
         let it = answers.bytes()?;
         let overrun = answers.value()?;
@@ -112,7 +119,8 @@ pub(super) fn restore(timers: &TaskTimersEntry) -> Vec<Call> {
 
 fn restore_with(timers: &TaskTimersEntry, chosen_ids: bool) -> Vec<Call> {
     let mut calls = Vec::new();
-    for ((which, name), it) in ITIMERS.into_iter().zip([&timers.real, &timers.virt, &timers.prof]) {
+    for ((which, name), it) in ITIMERS.into_iter().zip([about_to_tick(timers.real), timers.virt, timers.prof])
+    {
         // fork(2) clears them.
         if [it.isec, it.iusec, it.vsec, it.vusec] != [0; 4] {
             let value = Arg::In(words(&[it.isec, it.iusec, it.vsec, it.vusec]));
@@ -179,6 +187,11 @@ mod tests {
     use super::{super::selfcalls::Own, *};
     use ckpt_remote::Syscalls;
     use ckpt_sys::selfcall;
+    use nix::sys::signal::SigSet;
+
+    fn own_pending() -> u64 {
+        super::super::creds::own_status().shared_pending
+    }
 
     fn sample() -> TaskTimersEntry {
         let none = ItimerEntry { isec: 0, iusec: 0, vsec: 0, vusec: 0 };
@@ -226,6 +239,28 @@ mod tests {
                 (got.vsec, got.vnsec) = (want.vsec, want.vnsec);
                 assert_eq!(got, want);
             }
+            0
+        });
+        assert_eq!(code, Some(0));
+    }
+
+    #[test]
+    fn interval_timer_goes_on_though_it_expired_while_frozen() {
+        let code = selfcall::in_child(|| {
+            // SIGALRM can't be taken, as in a frozen task.
+            SigSet::all().thread_block().unwrap();
+            let mut wanted = sample();
+            wanted.posix.clear();
+            wanted.real = ItimerEntry { isec: 0, iusec: 10_000, vsec: 0, vusec: 1 };
+            Own.run(&restore(&wanted)).unwrap();
+            while own_pending() & 1 << 13 == 0 {}
+            let mut calls = Vec::new();
+            ask(&[], &mut calls);
+            let found = read(&[], &mut Answers::run(&mut Own, calls).unwrap()).unwrap();
+            assert_eq!((found.real.iusec, found.real.vusec), (10_000, 10_000));
+            wanted.real.vusec = 0;
+            let calls = restore(&wanted);
+            assert_eq!(calls.len(), 1, "as an image of somebody else may have it");
             0
         });
         assert_eq!(code, Some(0));
