@@ -291,8 +291,20 @@ impl FileTable {
         files_id: u32,
         sink: &mut dyn Sink,
     ) -> anyhow::Result<()> {
+        self.add_descriptors(pid, comm, files_id, &descriptors(pid)?, sink)
+    }
+
+    /// The same for some of a task's descriptors.
+    pub(super) fn add_descriptors(
+        &mut self,
+        pid: Pid,
+        comm: &str,
+        files_id: u32,
+        fds: &[TargetFd],
+        sink: &mut dyn Sink,
+    ) -> anyhow::Result<()> {
         let task = pidfd::open(pid)?;
-        for fd in descriptors(pid)? {
+        for &fd in fds {
             let (id, kind, info) = self
                 .add_descriptor(pid, comm, task.as_fd(), fd, sink)
                 .with_context(|| format!("pid {pid} ({comm}) fd {fd}"))

@@ -1,0 +1,541 @@
+//! ckpt-sk's side: from stubs to entries and queues.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::fs::MetadataExt,
+    },
+};
+
+use anyhow::{Context, bail};
+use ckpt_proto::{
+    Image,
+    types::{
+        ExternalSocket as ExternalEntry, FdTypes, FileEntry, FilePermsEntry, SkOptsEntry, SkPacketEntry, SkShutdown,
+        SocketStub, UnixSkEntry, external_socket::PolicyKind,
+    },
+};
+use ckpt_sys::{
+    Pid, Refused, TargetFd, file, pidfd,
+    sock::{self, UnixSocket, trim_path},
+};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use super::{CLOSE, EXTERNAL, ExternalSocket, LISTEN, kind_name, shown};
+use crate::{
+    Sink,
+    fd::dump::{comm, find_holders, kernel_dev, path},
+    sink::emit,
+};
+
+/// Bytes of a stream in one queue entry.
+const STREAM_PIECE: usize = 1 << 15;
+
+/// What to do with what an external connection has received and not read.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Queued {
+    /// Refuse.
+    #[default]
+    Refuse,
+    /// Leave it out of the checkpoint.
+    Drop,
+    /// Store it; whoever restores has to decide.
+    Keep,
+}
+
+/// What the user allowed.
+#[derive(Debug, Clone, Default)]
+pub struct SkOptions {
+    /// Connections that lead outside.
+    pub external: Vec<ExternalSocket>,
+    /// Bytes waiting in these.
+    pub queued: Queued,
+}
+
+/// Who holds a socket: pid, command, descriptor.
+pub(super) type Holder = (Pid, String, TargetFd);
+
+/// All unix sockets of the system, and their holders once somebody asks.
+#[derive(Debug)]
+pub(super) struct World {
+    pub(super) sockets: HashMap<u64, UnixSocket>,
+    holders: Option<HashMap<u64, Holder>>,
+}
+
+impl World {
+    pub(super) fn read() -> anyhow::Result<Self> {
+        let sockets = sock::unix_sockets().context("enumerate unix sockets")?;
+        Ok(Self { sockets: sockets.into_iter().map(|s| (s.id, s)).collect(), holders: None })
+    }
+
+    /// Somebody who has the socket open. One walk over /proc for all questions.
+    pub(super) fn holder(&mut self, id: u64) -> Option<&Holder> {
+        let own = Pid(std::process::id().cast_signed());
+        let all = self.holders.get_or_insert_with(|| {
+            let mut all = HashMap::new();
+            for (pid, comm, fd, link) in find_holders(|link| link.starts_with(b"socket:[")) {
+                let id = std::str::from_utf8(&link).ok().and_then(sock::parse_id);
+                if let Some(id) = id.filter(|_| pid != own) {
+                    all.entry(id.0).or_insert((pid, comm, fd));
+                }
+            }
+            all
+        });
+        all.get(&id)
+    }
+
+    /// The listener in whose backlog the far end of connection `id` waits.
+    fn waits_at(&self, id: u64) -> Option<&UnixSocket> {
+        self.sockets.values().find(|s| s.state == LISTEN && s.pending.contains(&id))
+    }
+}
+
+/// One socket of the tree.
+struct Socket<'a> {
+    file_id: u32,
+    stub: &'a SocketStub,
+    diag: UnixSocket,
+    copy: OwnedFd,
+    subject: String,
+}
+
+impl Socket<'_> {
+    fn what(&self) -> String {
+        format!("unix {} socket {}", kind_name(self.diag.kind), self.diag.id)
+    }
+
+    fn refuse(&self, reason: impl std::fmt::Display) -> Refused {
+        Refused::new(self.subject.clone(), format!("{}: {reason}", self.what()))
+    }
+}
+
+/// Replaces `stubs` by full entries, and adds what is queued. `net_ns` tells the number of a
+/// process's network namespace in the images.
+///
+/// # Errors
+/// [`Refused`] for what can't be checkpointed or needs the user's word; the sink's.
+pub fn complete(
+    stubs: &[FileEntry],
+    net_ns: &dyn Fn(Pid) -> Option<u32>,
+    options: &SkOptions,
+    warn: &dyn Fn(&str),
+    sink: &mut dyn Sink,
+) -> anyhow::Result<()> {
+    if stubs.is_empty() && options.external.is_empty() {
+        return Ok(());
+    }
+    let mut world = World::read()?;
+    let sockets = open(stubs, &world)?;
+    check_ids(options, &sockets)?;
+    let mut queues = Vec::new();
+    for socket in sockets.values() {
+        let external = decide(socket, &sockets, &mut world, options)?;
+        let is_external = external.is_some();
+        let keep_queue = !is_external || keep_external_queue(socket, options.queued, warn)?;
+        let entry = entry(socket, external, net_ns(pid_of(socket.stub)?))?;
+        emit(sink, Image::Files, 0, &entry)?;
+        if keep_queue && socket.diag.state != LISTEN {
+            let messages = peek_queue(socket)?;
+            if !messages.is_empty() && entry.usk.as_ref().is_some_and(|u| u.opts.so_passcred == Some(true)) {
+                let reason = "unread messages carry credentials (SO_PASSCRED), which can't be made again";
+                return Err(socket.refuse(reason).advise("checkpoint when they have been read").into());
+            }
+            if !messages.is_empty() && !is_external {
+                check_can_refill(socket, &sockets)?;
+            }
+            queues.push((socket.file_id, messages));
+        }
+    }
+    for (id_for, messages) in queues {
+        for message in messages {
+            let length = u32::try_from(message.len()).context("message length")?;
+            emit(sink, Image::SkQueues, 0, &SkPacketEntry { id_for, length, scm: Vec::new() })?;
+            sink.data(Image::SkQueues, 0, &message)?;
+        }
+    }
+    Ok(())
+}
+
+fn pid_of(stub: &SocketStub) -> anyhow::Result<Pid> {
+    i32::try_from(stub.pid).map(Pid).context("a socket's pid")
+}
+
+/// Copies the descriptors of all stubs; by inode.
+fn open<'a>(stubs: &'a [FileEntry], world: &World) -> anyhow::Result<BTreeMap<u64, Socket<'a>>> {
+    let mut tasks: HashMap<Pid, (OwnedFd, String)> = HashMap::new();
+    let mut sockets = BTreeMap::new();
+    for entry in stubs {
+        let Some(stub) = &entry.ckpt_stub else { continue };
+        let pid = pid_of(stub)?;
+        let fd = TargetFd(i32::try_from(stub.fd).context("a socket's descriptor")?);
+        let (task, comm) = match tasks.entry(pid) {
+            std::collections::hash_map::Entry::Occupied(known) => known.into_mut(),
+            std::collections::hash_map::Entry::Vacant(new) => new.insert((pidfd::open(pid)?, comm(pid))),
+        };
+        let subject = format!("pid {pid} ({comm}) fd {fd}");
+        if entry.r#type() != FdTypes::Unixsk {
+            let reason = format!("socket {}: only unix sockets are supported yet", stub.ino);
+            return Err(Refused::new(subject, reason).into());
+        }
+        let copy = pidfd::getfd(task.as_fd(), fd).with_context(|| subject.clone())?;
+        let inode = nix::sys::stat::fstat(&copy).context("fstat")?.st_ino;
+        if inode != stub.ino {
+            bail!("{subject}: is socket {inode} now, the stream says {}: the tree is not frozen", stub.ino);
+        }
+        let diag = world.sockets.get(&inode).cloned().ok_or_else(|| {
+            Refused::new(subject.clone(), format!("unix socket {inode} is not in this network namespace"))
+        })?;
+        sockets.insert(inode, Socket { file_id: entry.id, stub, diag, copy, subject });
+    }
+    Ok(sockets)
+}
+
+/// IDs that the user gave must exist.
+fn check_ids(options: &SkOptions, sockets: &BTreeMap<u64, Socket<'_>>) -> anyhow::Result<()> {
+    for external in &options.external {
+        if !sockets.contains_key(&external.id.0) {
+            let there: Vec<String> = sockets
+                .values()
+                .map(|s| format!("{} ({})", s.diag.id, s.subject.split_once(" fd").map_or("", |(p, _)| p)))
+                .collect();
+            let there = if there.is_empty() { "none".to_owned() } else { there.join(", ") };
+            bail!("--external {}: the tree has no such unix socket; those that it has: {there}", external.id);
+        }
+    }
+    Ok(())
+}
+
+/// Whether a socket's connection leads outside, and may; the policy for it.
+fn decide(
+    socket: &Socket<'_>,
+    sockets: &BTreeMap<u64, Socket<'_>>,
+    world: &mut World,
+    options: &SkOptions,
+) -> anyhow::Result<Option<ExternalEntry>> {
+    let marked = options.external.iter().find(|e| e.id.0 == socket.diag.id);
+    let wrong_mark = |reason: &str| -> anyhow::Error {
+        socket.refuse(format!("--external {}: {reason}", socket.diag.id)).into()
+    };
+    if socket.diag.state == LISTEN {
+        if marked.is_some() {
+            return Err(wrong_mark("it listens, it has no connection"));
+        }
+        let waiting = socket.diag.rqueue;
+        if waiting > 0 {
+            let s = if waiting == 1 { "" } else { "s" };
+            let advice = "checkpoint when they have been accepted";
+            return Err(socket.refuse(format!("{waiting} connection{s} not accepted yet")).advise(advice).into());
+        }
+        return Ok(None);
+    }
+    let peer = match socket.diag.peer {
+        None if marked.is_some() => return Err(wrong_mark("it has no peer")),
+        None => return Ok(None),
+        Some(peer) => peer,
+    };
+    if sockets.contains_key(&peer) {
+        if marked.is_some() {
+            return Err(wrong_mark(&format!("its peer {peer} is inside the tree")));
+        }
+        return Ok(None);
+    }
+    // A peer without an inode has been closed, or has not been accepted; only the former shuts us down.
+    let (name, holder) = if peer == 0 {
+        let Some(listener) = world.waits_at(socket.diag.id).cloned() else {
+            if marked.is_some() {
+                return Err(wrong_mark("its peer has closed"));
+            }
+            return Ok(None);
+        };
+        if sockets.contains_key(&listener.id) {
+            let reason = format!("connection to {} not accepted yet", shown(&listener.name));
+            return Err(socket.refuse(reason).advise("checkpoint when it has been accepted").into());
+        }
+        (listener.name.clone(), world.holder(listener.id).cloned())
+    } else {
+        let name = world.sockets.get(&peer).map(|s| s.name.clone()).unwrap_or_default();
+        (name, world.holder(peer).cloned())
+    };
+    let Some(marked) = marked else {
+        let who = holder.map_or_else(|| "nobody in /proc".to_owned(), |(pid, comm, _)| format!("pid {pid}, {comm}"));
+        let advice = format!(
+            "pass --external {}[:PATH] here, or dump the peer too (ckpt-scan -t)",
+            socket.diag.id
+        );
+        return Err(socket.refuse(format!("its peer is outside the tree ({who})")).advise(advice).into());
+    };
+    let peer_name = trim_path(&name).to_vec();
+    let policy =
+        if marked.path.is_some() || !peer_name.is_empty() { PolicyKind::Connect } else { PolicyKind::Inherit };
+    Ok(Some(ExternalEntry {
+        policy: policy.into(),
+        path: marked.path.clone(),
+        peer_name: (!peer_name.is_empty()).then_some(peer_name),
+        peer_pid: holder.as_ref().map(|(pid, ..)| pid.0.unsigned_abs()),
+        peer_comm: holder.map(|(_, comm, _)| comm.into_bytes()),
+    }))
+}
+
+/// Whether what an external connection has received goes into the images.
+fn keep_external_queue(socket: &Socket<'_>, queued: Queued, warn: &dyn Fn(&str)) -> anyhow::Result<bool> {
+    let bytes = socket.diag.rqueue;
+    if bytes == 0 {
+        return Ok(false);
+    }
+    match queued {
+        Queued::Keep => Ok(true),
+        Queued::Drop => {
+            warn(&format!("{}: {}: {bytes} bytes received and not read are left out", socket.subject, socket.what()));
+            Ok(false)
+        }
+        Queued::Refuse => Err(socket
+            .refuse(format!("{bytes} bytes from its peer outside are received and not read"))
+            .advise("checkpoint when they have been read, or pass --queued=drop or --queued=keep")
+            .into()),
+    }
+}
+
+/// What is queued can be put back only through the other end.
+fn check_can_refill(socket: &Socket<'_>, sockets: &BTreeMap<u64, Socket<'_>>) -> anyhow::Result<()> {
+    let refillable = match socket.diag.peer {
+        Some(0) => true,
+        Some(peer) => sockets.get(&peer).is_some_and(|p| p.diag.peer == Some(socket.diag.id)),
+        None => false,
+    };
+    if refillable {
+        return Ok(());
+    }
+    let advice = "checkpoint when they have been read";
+    Err(socket.refuse("unread messages from senders that it is not connected to").advise(advice).into())
+}
+
+fn entry(
+    socket: &Socket<'_>,
+    external: Option<ExternalEntry>,
+    ns_id: Option<u32>,
+) -> anyhow::Result<FileEntry> {
+    let Socket { stub, diag, .. } = socket;
+    let fits = |n: u64| u32::try_from(n).map_err(|_| socket.refuse("an inode that does not fit into the images"));
+    let (file_perms, name_dir, deleted) = socket_file(socket)?;
+    let peek_off = sock::option(socket.copy.as_fd(), libc::SOL_SOCKET, libc::SO_PEEK_OFF).unwrap_or(-1);
+    let usk = UnixSkEntry {
+        id: socket.file_id,
+        ino: fits(diag.id)?,
+        r#type: diag.kind.unsigned_abs(),
+        state: diag.state.into(),
+        flags: stub.flags,
+        uflags: if external.is_some() { EXTERNAL } else { 0 },
+        backlog: diag.wqueue,
+        peer: fits(diag.peer.unwrap_or(0))?,
+        fown: stub.fown,
+        opts: options(socket)?,
+        name: diag.name.clone(),
+        shutdown: match diag.shutdown {
+            0 => None,
+            1 => Some(SkShutdown::Read.into()),
+            2 => Some(SkShutdown::Write.into()),
+            _ => Some(SkShutdown::Both.into()),
+        },
+        file_perms,
+        name_dir,
+        deleted,
+        ns_id,
+        mnt_id: None,
+        ckpt_external: external,
+        ckpt_peek_off: u32::try_from(peek_off).ok(),
+    };
+    let kind = FdTypes::Unixsk.into();
+    Ok(FileEntry { r#type: kind, id: socket.file_id, usk: Some(usk), ..FileEntry::default() })
+}
+
+type SocketFile = (Option<FilePermsEntry>, Option<Vec<u8>>, Option<bool>);
+
+/// The file of a socket that is bound to a path: owner and mode, the directory if the path is
+/// relative, and whether it is gone.
+fn socket_file(socket: &Socket<'_>) -> anyhow::Result<SocketFile> {
+    let name = trim_path(&socket.diag.name);
+    let Some((inode, device)) = socket.diag.file.filter(|_| name.first().is_some_and(|&b| b != 0)) else {
+        return Ok((None, None, None));
+    };
+    let is_it = |m: &std::fs::Metadata| {
+        m.ino() & u64::from(u32::MAX) == u64::from(inode) && kernel_dev(m.dev()) == device
+    };
+    let cwd = std::fs::read_link(format!("/proc/{}/cwd", socket.stub.pid)).ok();
+    let directory = cwd.filter(|_| !name.starts_with(b"/"));
+    let full = directory.as_ref().map_or_else(|| path(name).to_owned(), |d| d.join(path(name)));
+    let name_dir = directory.map(|d| std::os::unix::ffi::OsStringExt::into_vec(d.into_os_string()));
+    match std::fs::symlink_metadata(&full) {
+        Ok(m) if is_it(&m) => {
+            let perms = FilePermsEntry { mode: m.mode(), uid: m.uid(), gid: m.gid() };
+            Ok((Some(perms), name_dir, None))
+        }
+        _ if name_dir.is_some() => {
+            let reason = format!("bound to the relative path {}, which is not in its directory", shown(name));
+            Err(socket.refuse(reason).into())
+        }
+        _ => Ok((None, None, Some(true))),
+    }
+}
+
+/// Options that a unix socket can have set and that there is no field for: name, value by default.
+const UNSUPPORTED: [(&str, i32, i32); 6] = [
+    ("SO_TIMESTAMP", 29, 0),
+    ("SO_TIMESTAMPNS", 35, 0),
+    ("SO_TIMESTAMPING", 37, 0),
+    ("SO_RXQ_OVFL", 40, 0),
+    ("SO_PASSPIDFD", 76, 0),
+    ("SO_PASSRIGHTS", 83, 1),
+];
+
+fn options(socket: &Socket<'_>) -> anyhow::Result<SkOptsEntry> {
+    let fd = socket.copy.as_fd();
+    let get = |name| -> anyhow::Result<u32> {
+        let value = sock::option(fd, libc::SOL_SOCKET, name).with_context(|| socket.subject.clone())?;
+        Ok(value.cast_unsigned())
+    };
+    let flag = |name| -> anyhow::Result<Option<bool>> { Ok(Some(get(name)? != 0)) };
+    for (name, option, default) in UNSUPPORTED {
+        if sock::option(fd, libc::SOL_SOCKET, option).is_ok_and(|value| value != default) {
+            return Err(socket.refuse(format!("option {name} is not supported yet")).into());
+        }
+    }
+    if sock::filter_length(fd).is_ok_and(|n| n > 0) {
+        return Err(socket.refuse("a socket filter is not supported yet").into());
+    }
+    let (so_snd_tmo_sec, so_snd_tmo_usec) = sock::timeout(fd, libc::SO_SNDTIMEO)?;
+    let (so_rcv_tmo_sec, so_rcv_tmo_usec) = sock::timeout(fd, libc::SO_RCVTIMEO)?;
+    let mark = get(libc::SO_MARK)?;
+    Ok(SkOptsEntry {
+        so_sndbuf: get(libc::SO_SNDBUF)?,
+        so_rcvbuf: get(libc::SO_RCVBUF)?,
+        so_snd_tmo_sec,
+        so_snd_tmo_usec,
+        so_rcv_tmo_sec,
+        so_rcv_tmo_usec,
+        reuseaddr: flag(libc::SO_REUSEADDR)?,
+        so_priority: Some(get(libc::SO_PRIORITY)?),
+        so_rcvlowat: Some(get(libc::SO_RCVLOWAT)?),
+        so_mark: (mark != 0).then_some(mark),
+        so_passcred: flag(libc::SO_PASSCRED)?,
+        so_passsec: flag(libc::SO_PASSSEC)?,
+        so_dontroute: flag(libc::SO_DONTROUTE)?,
+        so_no_check: flag(libc::SO_NO_CHECK)?,
+        so_reuseport: flag(libc::SO_REUSEPORT)?,
+        so_broadcast: flag(libc::SO_BROADCAST)?,
+        so_keepalive: flag(libc::SO_KEEPALIVE)?,
+        so_oobinline: Some(get(libc::SO_OOBINLINE)?),
+        so_linger: sock::linger(fd)?,
+        so_buf_lock: Some(get(super::SO_BUF_LOCK)?),
+        ..SkOptsEntry::default()
+    })
+}
+
+/// SO_PEEK_OFF set for a while.
+struct PeekOffset<'a> {
+    fd: BorrowedFd<'a>,
+    before: i32,
+}
+
+impl<'a> PeekOffset<'a> {
+    /// -1: peeks begin at the front, each time. 0: at the front, and each goes on where the last ended.
+    fn set(fd: BorrowedFd<'a>, offset: i32) -> anyhow::Result<Self> {
+        let before = sock::option(fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF)?;
+        let guard = Self { fd, before };
+        if before != offset {
+            sock::set_option(fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF, offset)?;
+        }
+        Ok(guard)
+    }
+}
+
+impl Drop for PeekOffset<'_> {
+    fn drop(&mut self) {
+        if sock::option(self.fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF).is_ok_and(|now| now != self.before) {
+            let _ = sock::set_option(self.fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF, self.before);
+        }
+    }
+}
+
+/// Everything in a socket's receive queue: messages, or pieces of a stream.
+fn peek_queue(socket: &Socket<'_>) -> anyhow::Result<Vec<Vec<u8>>> {
+    let fd = socket.copy.as_fd();
+    let stream = socket.diag.kind == libc::SOCK_STREAM;
+    if stream && socket.diag.state == CLOSE {
+        return Ok(Vec::new());
+    }
+    // Any receive call would take a waiting error from the target.
+    let mut poll_fd = [PollFd::new(fd, PollFlags::POLLIN)];
+    poll(&mut poll_fd, PollTimeout::ZERO).context("poll")?;
+    if poll_fd[0].revents().is_some_and(|r| r.contains(PollFlags::POLLERR)) {
+        let advice = "checkpoint when it has been read";
+        return Err(socket.refuse("an error (ECONNRESET) waits to be read").advise(advice).into());
+    }
+    let rights = || {
+        let advice = "checkpoint when it has been read";
+        socket.refuse("an unread message carries descriptors (SCM_RIGHTS)").advise(advice)
+    };
+    let mut messages = Vec::new();
+    if stream && socket.diag.rqueue == 0 {
+        return Ok(messages);
+    }
+    if stream {
+        let _guard = PeekOffset::set(fd, -1)?;
+        let waiting = file::readable_bytes(fd)? as usize;
+        let mut buffer = vec![0; waiting + 1];
+        let peeked = sock::peek(fd, &mut buffer).with_context(|| socket.subject.clone())?.unwrap_or_default();
+        if peeked.rights > 0 || peeked.control_truncated {
+            return Err(rights().into());
+        }
+        if peeked.len != waiting {
+            let reason = format!("{} of {waiting} unread bytes could be copied", peeked.len);
+            let advice = "unread out-of-band data, descriptors or credentials are in the way: checkpoint later";
+            return Err(socket.refuse(reason).advise(advice).into());
+        }
+        messages.extend(buffer[..peeked.len].chunks(STREAM_PIECE).map(<[u8]>::to_vec));
+        return Ok(messages);
+    }
+    // A socket of this type whose other end is shut down answers a peek at nothing with end of file,
+    // which looks like a message of no bytes: there the number of bytes says when to stop.
+    let ends = socket.diag.kind == libc::SOCK_SEQPACKET && socket.diag.shutdown & 1 != 0;
+    let mut left = if ends { file::readable_bytes(fd)? as usize } else { usize::MAX };
+    if left == 0 {
+        return Ok(messages);
+    }
+    let mut buffer = vec![0; 1 << 16];
+    {
+        // Most queues are empty; a look that leaves SO_PEEK_OFF alone tells.
+        let _guard = PeekOffset::set(fd, -1)?;
+        match peek_message(socket, &mut buffer)? {
+            Some(first) if first.rights > 0 || first.control_truncated => return Err(rights().into()),
+            Some(_) => {}
+            None => return Ok(messages),
+        }
+    }
+    let _guard = PeekOffset::set(fd, 0)?;
+    while left > 0 {
+        let Some(peeked) = peek_message(socket, &mut buffer)? else { break };
+        if peeked.rights > 0 || peeked.control_truncated {
+            return Err(rights().into());
+        }
+        messages.push(buffer.get(..peeked.len).unwrap_or_default().to_vec());
+        left = left.saturating_sub(if ends { peeked.len.max(1) } else { 0 });
+    }
+    Ok(messages)
+}
+
+/// Peeks at a message, with a buffer that is made as large as it needs to be.
+fn peek_message(socket: &Socket<'_>, buffer: &mut Vec<u8>) -> anyhow::Result<Option<sock::Peeked>> {
+    let fd = socket.copy.as_fd();
+    let offset = sock::option(fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF)?;
+    loop {
+        let peeked = sock::peek(fd, buffer).with_context(|| socket.subject.clone())?;
+        match peeked {
+            Some(peeked) if peeked.full_len > buffer.len() => {
+                buffer.resize(peeked.full_len, 0);
+                sock::set_option(fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF, offset)?;
+            }
+            peeked => return Ok(peeked),
+        }
+    }
+}

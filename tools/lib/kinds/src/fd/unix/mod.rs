@@ -1,0 +1,152 @@
+//! Unix sockets (unix(7)).
+//!
+//! ckpt-scan only notes that there is a socket ([`dump`] makes a *stub*); ckpt-sk completes the stubs
+//! ([`complete`]), because that is where policy is decided: which connections lead outside, and what
+//! becomes of them. ckpt-restore makes them again ([`restore`]).
+//!
+//! **What the kernel tells.** One sock_diag(7) dump has state, names, peers and queue lengths of all
+//! sockets. Options come from getsockopt(2) on a copy of the descriptor, and queues by MSG_PEEK, which
+//! takes nothing. A stream is peeked as a whole. Of messages a peek shows the first one only, unless
+//! `SO_PEEK_OFF` is set; it is, and put back as it was, for the microseconds that this takes. (A
+//! ckpt-sk killed in between leaves it at some offset; only a target that itself uses MSG_PEEK could notice.
+//! A message of no bytes behind others can be peeked once in its life, so a second checkpoint
+//! would not see it.)
+//!
+//! **What it does not tell.** Credentials (SO_PASSCRED) and descriptors (SCM_RIGHTS) that wait in a
+//! queue can't be made again, so such queues are refused. A connection that has not been accepted
+//! yet has no socket on its far side, it can only be refused too.
+
+pub mod complete;
+pub mod list;
+mod restore;
+
+use std::os::fd::AsFd;
+
+use anyhow::Context;
+use ckpt_proto::types::{FdTypes, FileEntry, SocketStub};
+use ckpt_sys::{FileId, SocketId, sock};
+
+use super::{Descriptor, FileTable};
+use crate::Sink;
+
+pub use complete::{Queued, SkOptions, complete};
+pub(super) use restore::restore;
+
+/// `state`: connected, or a datagram socket with a default peer.
+const ESTABLISHED: u8 = 1;
+/// `state`: neither connected nor listening.
+const CLOSE: u8 = 7;
+/// `state`: listening.
+const LISTEN: u8 = 10;
+/// Whether SO_SNDBUF and SO_RCVBUF were set by the user (Linux 5.17); not in the libc crate.
+const SO_BUF_LOCK: i32 = 72;
+/// `uflags`: the peer is outside the checkpoint.
+const EXTERNAL: u32 = 1;
+
+/// A connection that the user allowed to lead outside: `ID[:PATH]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ExternalSocket {
+    /// The end inside the tree.
+    pub id: SocketId,
+    /// Where it is to be connected at restore, as in `sun_path` (an abstract name begins with NUL).
+    pub path: Option<Vec<u8>>,
+}
+
+impl ExternalSocket {
+    /// Reads `ID[:PATH]`; ID may be spelled `unix[ID]` or `socket:[ID]`, and a PATH that begins with `@`
+    /// is an abstract name.
+    #[must_use]
+    pub fn parse(text: &[u8]) -> Option<Self> {
+        let (id, path) = match text.iter().position(|&b| b == b']') {
+            Some(end) if !text.first()?.is_ascii_digit() => {
+                let (id, rest) = text.split_at(end + 1);
+                match rest {
+                    [] => (id, None),
+                    [b':', path @ ..] => (id, Some(path)),
+                    _ => return None,
+                }
+            }
+            _ => match text.iter().position(|&b| b == b':') {
+                Some(colon) => (text.get(..colon)?, text.get(colon + 1..)),
+                None => (text, None),
+            },
+        };
+        let id = sock::parse_id(std::str::from_utf8(id).ok()?)?;
+        let path = match path {
+            Some([b'@', name @ ..]) => Some([&[0], name].concat()),
+            Some([]) => return None,
+            path => path.map(<[u8]>::to_vec),
+        };
+        Some(Self { id, path })
+    }
+}
+
+/// The name of a type of socket.
+#[must_use]
+pub fn kind_name(kind: i32) -> &'static str {
+    match kind {
+        libc::SOCK_STREAM => "stream",
+        libc::SOCK_DGRAM => "datagram",
+        libc::SOCK_SEQPACKET => "seqpacket",
+        _ => "unknown",
+    }
+}
+
+/// A name for people: `@abstract`, a path, or nothing.
+#[must_use]
+pub fn shown(name: &[u8]) -> String {
+    match sock::trim_path(name).split_first() {
+        Some((0, rest)) => format!("@{}", rest.escape_ascii()),
+        _ => sock::trim_path(name).escape_ascii().to_string(),
+    }
+}
+
+pub(super) fn recognise(d: &Descriptor) -> bool {
+    d.domain() == Some(libc::AF_UNIX)
+}
+
+/// ckpt-scan's part: a stub, which ckpt-sk completes.
+pub(super) fn dump(
+    _: &mut FileTable,
+    d: &Descriptor,
+    id: FileId,
+    _: &mut dyn Sink,
+) -> anyhow::Result<Option<FileEntry>> {
+    let option = |name| -> anyhow::Result<u32> {
+        let value = sock::option(d.copy.as_fd(), libc::SOL_SOCKET, name).with_context(|| d.subject())?;
+        Ok(value.unsigned_abs())
+    };
+    let stub = SocketStub {
+        pid: d.pid.0.unsigned_abs(),
+        fd: d.fd.0.unsigned_abs(),
+        ino: d.stat.st_ino,
+        domain: option(libc::SO_DOMAIN)?,
+        r#type: option(libc::SO_TYPE)?,
+        protocol: option(libc::SO_PROTOCOL)?,
+        flags: d.flags(),
+        fown: d.fown()?,
+    };
+    let kind = FdTypes::Unixsk.into();
+    Ok(Some(FileEntry { r#type: kind, id: id.0, ckpt_stub: Some(stub), ..FileEntry::default() }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn external_ids_in_all_spellings() {
+        let parse = |text: &str| ExternalSocket::parse(text.as_bytes());
+        let plain = Some(ExternalSocket { id: SocketId(48213), path: None });
+        assert_eq!(parse("48213"), plain);
+        assert_eq!(parse("unix[48213]"), plain);
+        assert_eq!(parse("socket:[48213]"), plain);
+        let with = |path: &[u8]| Some(ExternalSocket { id: SocketId(48213), path: Some(path.to_vec()) });
+        assert_eq!(parse("48213:/run/b.sock"), with(b"/run/b.sock"));
+        assert_eq!(parse("socket:[48213]:/run/b].sock"), with(b"/run/b].sock"));
+        assert_eq!(parse("48213:@name"), with(b"\0name"));
+        for text in ["", "x", "48213:", "unix[48213", "unix[48213]x", ":/run"] {
+            assert_eq!(parse(text), None, "{text}");
+        }
+    }
+}
