@@ -68,6 +68,9 @@ pub fn breaks(name: &str) -> Vec<String> {
     names
 }
 
+const CLOSE_ALL: &str =
+    r#"for f in /proc/$$/fd/*; do n=${f##*/}; [ $n -gt 2 ] && eval "exec $n>&-"; done 2>&-; exec "$@""#;
+
 /// A program under test, in a directory of its own. Dropping it ends all its processes.
 #[derive(Debug)]
 pub struct Target {
@@ -107,9 +110,10 @@ impl Target {
     /// It can't be started.
     #[must_use]
     pub fn spawn(dir: TestDir, command: Command) -> Self {
-        // setsid(1) execs the program without a fork, for a child of ours leads no group.
+        // setsid(1) execs the program without a fork, for a child of ours leads no group; so does the shell, which
+        // closes what this process inherited without close-on-exec from whoever runs the tests.
         let mut outer = Command::new("setsid");
-        outer.arg(command.get_program()).args(command.get_args());
+        outer.args(["bash", "-c", CLOSE_ALL, "bash"]).arg(command.get_program()).args(command.get_args());
         let output = fs::File::create(dir.path().join("output")).expect("make output");
         outer.stdin(Stdio::null()).stdout(output.try_clone().expect("clone output")).stderr(output);
         for (name, value) in command.get_envs() {
