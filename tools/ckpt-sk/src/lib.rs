@@ -1,1 +1,283 @@
 //! Completes the sockets of a checkpoint stream.
+//!
+//! ckpt-scan puts a stub into the stream for each socket; this stage replaces the stubs by full
+//! entries and adds what is queued, looking at the frozen tree itself while it has a hold on it.
+//! Everything else passes unchanged and at once; only the stubs are kept until all are known, because a
+//! socket's peer may be one of them. Their place is before BULK, or the end.
+//!
+//! Which connections may lead outside is the user's to say, here and nowhere else. What
+//! is inside a socket is `ckpt_kinds::fd::unix`'s business.
+
+use std::{
+    collections::HashMap,
+    ffi::OsString,
+    fs::File,
+    io::Write,
+    os::{fd::AsFd, unix::ffi::OsStrExt},
+};
+
+use anyhow::{Context, bail};
+use ckpt_cli::UsageError;
+use ckpt_hold::Hold;
+use ckpt_images::stage;
+use ckpt_kinds::fd::unix::{self, ExternalSocket, Queued, SkOptions, list::Listed};
+use ckpt_proto::{
+    Image, MAX_MESSAGE, Message,
+    stream::{Frame, Reader, Writer},
+    types::{FileEntry, TaskKobjIdsEntry},
+};
+use ckpt_sys::Pid;
+use clap::{
+    CommandFactory, Parser, ValueEnum,
+    builder::{OsStringValueParser, TypedValueParser},
+};
+
+const LACKS: &str = "sk";
+
+const EXAMPLES: &str = "\
+Examples:
+  ckpt-scan -t 4711 | ckpt-sk --external 48213 | ckpt-write checkpoint
+  ckpt-scan -t 4711 | ckpt-sk --external 48213:/run/b.sock | ckpt-write checkpoint
+  ckpt-sk --list -t 4711                            # which IDs, and who is at the other end?";
+
+/// Completes the unix sockets of a checkpoint stream
+///
+/// From standard input to standard output, behind ckpt-scan. ID is the number in
+/// socket:[ID] of /proc/PID/fd, also written unix[ID] or socket:[ID]. A PATH that
+/// begins with @ is an abstract name.
+#[derive(Debug, Clone, Parser)]
+#[command(name = "ckpt-sk", version, after_help = EXAMPLES)]
+pub struct Args {
+    /// The peer of socket ID is not part of the checkpoint; on restore, connect it to PATH
+    /// (default: to its peer's name; without one, ckpt-restore has to be told)
+    #[arg(long, value_name = "ID[:PATH]", value_parser = OsStringValueParser::new().try_map(external))]
+    pub external: Vec<ExternalSocket>,
+    /// What external connections have received but not read is left out, or kept for sk-rewrite to
+    /// decide; by default it is an error
+    #[arg(long, value_enum, value_name = "WHAT")]
+    pub queued: Option<KeepOrDrop>,
+    /// List the unix sockets of a process and its descendants, and what a checkpoint would do with them
+    #[arg(long, requires = "tree")]
+    pub list: bool,
+    /// The process whose sockets --list lists
+    #[arg(short = 't', long, value_name = "PID", requires = "list")]
+    pub tree: Option<i32>,
+    /// The list as JSON
+    #[arg(long, requires = "list")]
+    pub json: bool,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub common: ckpt_cli::Common,
+}
+
+/// What becomes of unread bytes from outside.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum KeepOrDrop {
+    /// Left out.
+    Drop,
+    /// Stored.
+    Keep,
+}
+
+// By value as clap's parsers hand it over.
+#[allow(clippy::needless_pass_by_value)]
+fn external(text: OsString) -> Result<ExternalSocket, String> {
+    ExternalSocket::parse(text.as_bytes())
+        .ok_or_else(|| "expected ID[:PATH], ID being the number in socket:[ID] of /proc/PID/fd".to_owned())
+}
+
+/// The command, for man pages and completions.
+#[must_use]
+pub fn command() -> clap::Command {
+    Args::command()
+}
+
+/// Copies the stream from `input` to `output`, completing its sockets.
+///
+/// # Errors
+/// Then the output has no end record, and ckpt-scan is told through the hold.
+pub fn run(args: &Args, input: File, output: File) -> anyhow::Result<()> {
+    ckpt_cli::not_a_terminal(&input, "standard input")?;
+    ckpt_cli::not_a_terminal(&output, "standard output")?;
+    stage::grow_pipe(input.as_fd());
+    stage::grow_pipe(output.as_fd());
+    let (mut reader, mut hello) = Reader::open(input)?;
+    let wanted = hello.lacks.iter().any(|l| l == LACKS);
+    let hold = match (&hello.control, wanted) {
+        (Some(control), true) => Some(Hold::take(control, LACKS).context("take a hold on the frozen tree")?),
+        (None, true) => {
+            bail!("the stream lacks its sockets and no live tree is behind it: run ckpt-sk behind ckpt-scan")
+        }
+        (_, false) => None,
+    };
+    hello.lacks.retain(|l| l != LACKS);
+    let mut stage = Stage { args, hold, stubs: Vec::new(), net_ns: HashMap::new(), done: false };
+    let mut writer = Writer::open(output, hello).context("write the stream")?;
+    match stage.copy(&mut reader, &mut writer) {
+        Ok(()) => writer.end().context("write the stream").map(drop),
+        Err(error) => {
+            let reason = ckpt_cli::describe(&error);
+            if let Some(hold) = stage.hold.take() {
+                hold.fail(&reason);
+            }
+            // In the middle of contents an ABORT would be taken for them; there the missing end says it.
+            if reader.bulk_input().is_none() {
+                let _ = writer.abort(&reason);
+            }
+            Err(error)
+        }
+    }
+}
+
+struct Stage<'a> {
+    args: &'a Args,
+    hold: Option<Hold>,
+    stubs: Vec<FileEntry>,
+    net_ns: HashMap<Pid, u32>,
+    done: bool,
+}
+
+impl Stage<'_> {
+    fn copy(&mut self, reader: &mut Reader<File>, writer: &mut Writer<File>) -> anyhow::Result<()> {
+        while let Some(frame) = reader.next_frame()? {
+            match &frame {
+                Frame::Entry { image, arg, .. } if image == Image::Files.name() => {
+                    let message = reader.payload(u64::from(MAX_MESSAGE))?;
+                    match FileEntry::decode(&message[..]).ok().filter(|e| e.ckpt_stub.is_some()) {
+                        Some(stub) => self.stubs.push(stub),
+                        None => writer.entry_named(image, *arg, &message).context("write the stream")?,
+                    }
+                }
+                Frame::Entry { image, arg, .. } if image == Image::Ids.name() => {
+                    let message = reader.payload(u64::from(MAX_MESSAGE))?;
+                    self.note_ids(*arg, &message);
+                    writer.entry_named(image, *arg, &message).context("write the stream")?;
+                }
+                Frame::Bulk => {
+                    self.complete(writer)?;
+                    stage::forward(reader, &frame, writer)?;
+                }
+                _ => stage::forward(reader, &frame, writer)?,
+            }
+        }
+        self.complete(writer)
+    }
+
+    fn note_ids(&mut self, arg: u64, message: &[u8]) {
+        if let (Ok(pid), Ok(ids)) = (i32::try_from(arg), TaskKobjIdsEntry::decode(message))
+            && let Some(id) = ids.net_ns_id
+        {
+            self.net_ns.insert(Pid(pid), id);
+        }
+    }
+
+    fn complete(&mut self, writer: &mut Writer<File>) -> anyhow::Result<()> {
+        if std::mem::replace(&mut self.done, true) {
+            return Ok(());
+        }
+        let options = SkOptions {
+            external: self.args.external.clone(),
+            queued: match self.args.queued {
+                None => Queued::Refuse,
+                Some(KeepOrDrop::Drop) => Queued::Drop,
+                Some(KeepOrDrop::Keep) => Queued::Keep,
+            },
+        };
+        let net_ns = |pid: Pid| self.net_ns.get(&pid).copied();
+        unix::complete(&self.stubs, &net_ns, &options, &ckpt_cli::warn, writer)?;
+        ckpt_cli::note!(1, "{} sockets completed", self.stubs.len());
+        if let Some(hold) = self.hold.take() {
+            hold.release();
+        }
+        Ok(())
+    }
+}
+
+/// Lists the unix sockets of a process tree.
+///
+/// # Errors
+/// No such process, or one that may not be looked at.
+pub fn list(args: &Args, output: &mut dyn Write) -> anyhow::Result<()> {
+    let pid = args.tree.ok_or_else(|| UsageError("--list needs -t PID".to_owned()))?;
+    let listed = unix::list::list(&unix::list::tree(Pid(pid)), &args.external)?;
+    if args.json {
+        let all: Vec<_> = listed.iter().map(json).collect();
+        serde_json::to_writer_pretty(&mut *output, &all).context("write")?;
+        return writeln!(output).context("write");
+    }
+    let title =
+        ["ID", "KIND", "STATE", "PID", "COMMAND", "FD", "LOCAL", "PEER", "PEER HELD BY", "QUEUED", "DUMP"];
+    let mut rows = vec![title.map(str::to_owned)];
+    rows.extend(listed.iter().map(row));
+    let widths: Vec<usize> =
+        (0..title.len()).map(|i| rows.iter().map(|r| r[i].chars().count()).max().unwrap_or(0)).collect();
+    for row in rows {
+        let cells: Vec<String> =
+            row.iter().zip(&widths).map(|(cell, &width)| format!("{cell:width$}")).collect();
+        writeln!(output, "{}", cells.join("  ").trim_end()).context("write")?;
+    }
+    Ok(())
+}
+
+fn row(s: &Listed) -> [String; 11] {
+    let or_dash = |text: &str| if text.is_empty() { "-".to_owned() } else { text.to_owned() };
+    let peer = match (s.peer_id, s.peer.as_str()) {
+        (Some(id), "") => id.to_string(),
+        (Some(id), name) => format!("{id} {name}"),
+        (None, name) => or_dash(name),
+    };
+    let holder = match &s.peer_holder {
+        Some((pid, comm)) => format!("{pid} {comm}{}", if s.peer_inside { "" } else { " (outside)" }),
+        None => "-".to_owned(),
+    };
+    [
+        s.id.to_string(),
+        s.kind.to_owned(),
+        s.state.to_owned(),
+        s.pid.to_string(),
+        s.comm.clone(),
+        s.fd.to_string(),
+        or_dash(&s.local),
+        peer,
+        holder,
+        s.queued.to_string(),
+        s.dump.clone(),
+    ]
+}
+
+fn json(s: &Listed) -> serde_json::Value {
+    serde_json::json!({
+        "id": s.id,
+        "kind": s.kind,
+        "state": s.state,
+        "pid": s.pid.0,
+        "command": s.comm,
+        "fd": s.fd.0,
+        "local": s.local,
+        "peer": s.peer_id.map(|id| serde_json::json!({
+            "id": id,
+            "name": s.peer,
+            "inside": s.peer_inside,
+            "pid": s.peer_holder.as_ref().map(|(pid, _)| pid.0),
+            "command": s.peer_holder.as_ref().map(|(_, comm)| comm),
+        })),
+        "queued": s.queued,
+        "dump": s.dump,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn arguments() {
+        command().debug_assert();
+        let args =
+            Args::try_parse_from(["ckpt-sk", "--external", "unix[7]:@x", "--external", "9", "--queued=drop"]);
+        assert_eq!(args.unwrap().external.len(), 2);
+        for wrong in [&["ckpt-sk", "--external", "x"][..], &["ckpt-sk", "--list"], &["ckpt-sk", "--json"]] {
+            assert!(Args::try_parse_from(wrong).is_err(), "{wrong:?}");
+        }
+    }
+}

@@ -1,2 +1,11 @@
 //! Completes the sockets of a checkpoint stream.
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    ckpt_cli::main("ckpt-sk", |args: ckpt_sk::Args| {
+        if args.list {
+            return ckpt_sk::list(&args, &mut std::io::stdout().lock());
+        }
+        ckpt_sk::run(&args, ckpt_cli::stdin()?, ckpt_cli::take_stdout()?)
+    })
+}
