@@ -30,6 +30,8 @@ pub mod pipe;
 pub mod reg;
 pub mod restore;
 pub mod signalfd;
+#[cfg(test)]
+mod tests;
 pub mod timerfd;
 pub mod tty;
 pub mod unix;

@@ -12,8 +12,8 @@ use anyhow::{Context, bail};
 use ckpt_proto::{
     Image,
     types::{
-        ExternalSocket as ExternalEntry, FdTypes, FileEntry, FilePermsEntry, SkOptsEntry, SkPacketEntry, SkShutdown,
-        SocketStub, UnixSkEntry, external_socket::PolicyKind,
+        ExternalSocket as ExternalEntry, FdTypes, FileEntry, FilePermsEntry, SkOptsEntry, SkPacketEntry,
+        SkShutdown, SocketStub, UnixSkEntry, external_socket::PolicyKind,
     },
 };
 use ckpt_sys::{
@@ -225,7 +225,10 @@ fn decide(
         if waiting > 0 {
             let s = if waiting == 1 { "" } else { "s" };
             let advice = "checkpoint when they have been accepted";
-            return Err(socket.refuse(format!("{waiting} connection{s} not accepted yet")).advise(advice).into());
+            return Err(socket
+                .refuse(format!("{waiting} connection{s} not accepted yet"))
+                .advise(advice)
+                .into());
         }
         return Ok(None);
     }
@@ -258,16 +261,18 @@ fn decide(
         (name, world.holder(peer).cloned())
     };
     let Some(marked) = marked else {
-        let who = holder.map_or_else(|| "nobody in /proc".to_owned(), |(pid, comm, _)| format!("pid {pid}, {comm}"));
-        let advice = format!(
-            "pass --external {}[:PATH] here, or dump the peer too (ckpt-scan -t)",
-            socket.diag.id
-        );
+        let who = holder
+            .map_or_else(|| "nobody in /proc".to_owned(), |(pid, comm, _)| format!("pid {pid}, {comm}"));
+        let advice =
+            format!("pass --external {}[:PATH] here, or dump the peer too (ckpt-scan -t)", socket.diag.id);
         return Err(socket.refuse(format!("its peer is outside the tree ({who})")).advise(advice).into());
     };
     let peer_name = trim_path(&name).to_vec();
-    let policy =
-        if marked.path.is_some() || !peer_name.is_empty() { PolicyKind::Connect } else { PolicyKind::Inherit };
+    let policy = if marked.path.is_some() || !peer_name.is_empty() {
+        PolicyKind::Connect
+    } else {
+        PolicyKind::Inherit
+    };
     Ok(Some(ExternalEntry {
         policy: policy.into(),
         path: marked.path.clone(),
@@ -286,7 +291,11 @@ fn keep_external_queue(socket: &Socket<'_>, queued: Queued, warn: &dyn Fn(&str))
     match queued {
         Queued::Keep => Ok(true),
         Queued::Drop => {
-            warn(&format!("{}: {}: {bytes} bytes received and not read are left out", socket.subject, socket.what()));
+            warn(&format!(
+                "{}: {}: {bytes} bytes received and not read are left out",
+                socket.subject,
+                socket.what()
+            ));
             Ok(false)
         }
         Queued::Refuse => Err(socket
@@ -316,7 +325,8 @@ fn entry(
     ns_id: Option<u32>,
 ) -> anyhow::Result<FileEntry> {
     let Socket { stub, diag, .. } = socket;
-    let fits = |n: u64| u32::try_from(n).map_err(|_| socket.refuse("an inode that does not fit into the images"));
+    let fits =
+        |n: u64| u32::try_from(n).map_err(|_| socket.refuse("an inode that does not fit into the images"));
     let (file_perms, name_dir, deleted) = socket_file(socket)?;
     let peek_off = sock::option(socket.copy.as_fd(), libc::SOL_SOCKET, libc::SO_PEEK_OFF).unwrap_or(-1);
     let usk = UnixSkEntry {
@@ -489,7 +499,8 @@ fn peek_queue(socket: &Socket<'_>) -> anyhow::Result<Vec<Vec<u8>>> {
         }
         if peeked.len != waiting {
             let reason = format!("{} of {waiting} unread bytes could be copied", peeked.len);
-            let advice = "unread out-of-band data, descriptors or credentials are in the way: checkpoint later";
+            let advice =
+                "unread out-of-band data, descriptors or credentials are in the way: checkpoint later";
             return Err(socket.refuse(reason).advise(advice).into());
         }
         messages.extend(buffer[..peeked.len].chunks(STREAM_PIECE).map(<[u8]>::to_vec));

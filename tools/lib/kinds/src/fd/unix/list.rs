@@ -64,10 +64,8 @@ pub fn list(tree: &[Pid], external: &[ExternalSocket]) -> anyhow::Result<Vec<Lis
     for &pid in tree {
         for fd in descriptors(pid)? {
             let link = read_link(&PathBuf::from(format!("/proc/{pid}/fd/{fd}"))).unwrap_or_default();
-            let Some(id) = std::str::from_utf8(&link)
-                .ok()
-                .filter(|l| l.starts_with("socket:["))
-                .and_then(parse_id)
+            let Some(id) =
+                std::str::from_utf8(&link).ok().filter(|l| l.starts_with("socket:[")).and_then(parse_id)
             else {
                 continue;
             };

@@ -30,7 +30,9 @@ use ckpt_sys::{
 };
 use nix::{
     errno::Errno,
-    sys::socket::{AddressFamily, MsgFlags, Shutdown, SockFlag, SockType, send, shutdown, socket, socketpair},
+    sys::socket::{
+        AddressFamily, MsgFlags, Shutdown, SockFlag, SockType, send, shutdown, socket, socketpair,
+    },
 };
 
 use super::{ESTABLISHED, EXTERNAL, LISTEN, kind_name, shown};
@@ -53,8 +55,12 @@ struct Sockets<'e> {
 }
 
 pub(in crate::fd) fn restore(opening: &mut Opening<'_>, files: &[FileEntry]) -> anyhow::Result<()> {
-    let mut sockets =
-        Sockets { entries: BTreeMap::new(), made: HashMap::new(), far: HashMap::new(), given: BTreeSet::new() };
+    let mut sockets = Sockets {
+        entries: BTreeMap::new(),
+        made: HashMap::new(),
+        far: HashMap::new(),
+        given: BTreeSet::new(),
+    };
     for file in files {
         let usk = file.usk.as_ref().with_context(|| {
             let stub = if file.ckpt_stub.is_some() { " (it did not pass ckpt-sk)" } else { "" };
@@ -82,7 +88,11 @@ pub(in crate::fd) fn restore(opening: &mut Opening<'_>, files: &[FileEntry]) -> 
 fn what(usk: &UnixSkEntry) -> String {
     let kind = kind_name(i32::try_from(usk.r#type).unwrap_or(0));
     let name = shown(&usk.name);
-    if name.is_empty() { format!("unix {kind} socket {}", usk.ino) } else { format!("unix {kind} socket {} ({name})", usk.ino) }
+    if name.is_empty() {
+        format!("unix {kind} socket {}", usk.ino)
+    } else {
+        format!("unix {kind} socket {} ({name})", usk.ino)
+    }
 }
 
 fn kind(usk: &UnixSkEntry) -> anyhow::Result<SockType> {
@@ -139,7 +149,8 @@ impl<'e> Sockets<'e> {
                     let reason = "connected one way to a socket without a name: not supported yet";
                     return Err(Refused::new(what(usk), reason).into());
                 }
-                with_directory(peer, |name| Ok(sock::connect_unix(fd.as_fd(), name)?)).with_context(|| what(usk))?;
+                with_directory(peer, |name| Ok(sock::connect_unix(fd.as_fd(), name)?))
+                    .with_context(|| what(usk))?;
             }
         }
         Ok(())
@@ -156,7 +167,8 @@ impl<'e> Sockets<'e> {
             self.made.insert(ino, fd);
             return Ok(());
         }
-        let peer = self.entries.get(&usk.peer.into()).copied().filter(|p| p.peer == usk.ino && p.ino != usk.ino);
+        let peer =
+            self.entries.get(&usk.peer.into()).copied().filter(|p| p.peer == usk.ino && p.ino != usk.ino);
         if let Some(peer) = peer {
             if peer.r#type != usk.r#type {
                 bail!("its peer {} is of another type", peer.ino);
@@ -235,7 +247,8 @@ impl<'e> Sockets<'e> {
     /// A connection to the outside.
     fn external(&mut self, opening: &mut Opening<'_>, usk: &'e UnixSkEntry) -> anyhow::Result<OwnedFd> {
         let ino = u64::from(usk.ino);
-        let chosen = opening.options.external_unix.iter().find(|(id, _)| id.0 == ino).map(|(_, path)| path.clone());
+        let chosen =
+            opening.options.external_unix.iter().find(|(id, _)| id.0 == ino).map(|(_, path)| path.clone());
         if chosen.is_some() {
             opening.connected.insert(ino);
         }
@@ -291,17 +304,22 @@ impl<'e> Sockets<'e> {
             let Some(usk) = by_file.get(&packet.id_for) else { continue };
             let ino = u64::from(usk.ino);
             let far = self.far.get(&ino).or_else(|| self.made.get(&usk.peer.into()));
-            let Some(far) = far.filter(|_| !self.given.contains(&ino) && usk.state != u32::from(LISTEN)) else {
-                let reason =
-                    format!("it had received {} bytes from its peer outside, which can't be given to it again", packet.length);
-                let advice = format!("restore without them: ... | sk-rewrite --drop-queues {ino} | ckpt-restore");
+            let Some(far) = far.filter(|_| !self.given.contains(&ino) && usk.state != u32::from(LISTEN))
+            else {
+                let reason = format!(
+                    "it had received {} bytes from its peer outside, which can't be given to it again",
+                    packet.length
+                );
+                let advice =
+                    format!("restore without them: ... | sk-rewrite --drop-queues {ino} | ckpt-restore");
                 return Err(Refused::new(what(usk), reason).advise(advice).into());
             };
             if let Some(&total) = totals.get(&packet.id_for) {
                 make_room(far.as_fd(), total);
             }
             let bytes = opening.set.payload_bytes(Image::SkQueues, 0, index, packet.length.into())?;
-            put(far.as_fd(), &bytes, usk).with_context(|| format!("{}: put back what it has received", what(usk)))?;
+            put(far.as_fd(), &bytes, usk)
+                .with_context(|| format!("{}: put back what it has received", what(usk)))?;
         }
         Ok(())
     }
@@ -355,7 +373,9 @@ fn check_given(usk: &UnixSkEntry, fd: &OwnedFd) -> anyhow::Result<()> {
 /// Runs `f` with the name of `usk`, in the directory that a relative one was relative to.
 fn with_directory<T>(usk: &UnixSkEntry, f: impl FnOnce(&[u8]) -> anyhow::Result<T>) -> anyhow::Result<T> {
     let name = trim_path(&usk.name);
-    let Some(directory) = usk.name_dir.as_ref().filter(|_| name.first().is_some_and(|&b| b != 0 && b != b'/')) else {
+    let Some(directory) =
+        usk.name_dir.as_ref().filter(|_| name.first().is_some_and(|&b| b != 0 && b != b'/'))
+    else {
         return f(name);
     };
     let before = fs::File::open(".").context("open the current directory")?;
@@ -416,7 +436,9 @@ fn bind_if_free(opening: &mut Opening<'_>, usk: &UnixSkEntry, fd: &OwnedFd) -> a
         return Ok(());
     }
     match bind(opening, usk, fd) {
-        Err(e) if e.downcast_ref::<ckpt_sys::SysError>().is_some_and(|e| e.errno == Errno::EADDRINUSE) => Ok(()),
+        Err(e) if e.downcast_ref::<ckpt_sys::SysError>().is_some_and(|e| e.errno == Errno::EADDRINUSE) => {
+            Ok(())
+        }
         other => other,
     }
 }
