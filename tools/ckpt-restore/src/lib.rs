@@ -12,7 +12,7 @@
 
 use std::{fs::File, io::Write, path::PathBuf, process::ExitCode};
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use ckpt_images::ImageSet;
 use ckpt_kinds::fd::{OpenFiles, RestoreOptions};
 use ckpt_remote::build::Area;
@@ -26,6 +26,7 @@ use nix::{
 pub mod births;
 pub mod make;
 pub mod outcome;
+pub mod pidns;
 pub mod pids;
 pub mod region;
 pub mod shared;
@@ -166,19 +167,31 @@ pub fn run(args: Args, input: File) -> anyhow::Result<u8> {
     let tree = Tree::read(&set)?;
     ckpt_cli::note!(1, "{} processes, root {}", tree.processes.len(), tree.root().name());
     if args.new_pidns {
-        bail!(Refused::new("--new-pidns", "not available yet"));
+        return pidns::run(&args, &tree, &mut set);
     }
     if args.replace {
         pids::replace(&tree, &set)?;
     }
     pids::check_free(&tree)?;
     let mut signals = Signals::hold()?;
-    let root = restore(&args, &tree, &mut set, &signals)?;
+    let root = restore(&args, &tree, &mut set, &signals, true)?;
     ckpt_cli::note!(1, "restored");
+    // What this process holds open must not keep others from seeing it closed.
+    drop((set, tree));
+    for inherited in args.inherit_fd.iter().filter(|inherited| inherited.fd > 2) {
+        let _ = nix::unistd::close(inherited.fd);
+    }
     if args.detach { Ok(0) } else { signals.wait_for(root) }
 }
 
-fn restore(args: &Args, tree: &Tree, set: &mut ImageSet, signals: &Signals) -> anyhow::Result<Pid> {
+/// `pidfile`: whether the pid to be written is known here.
+fn restore(
+    args: &Args,
+    tree: &Tree,
+    set: &mut ImageSet,
+    signals: &Signals,
+    pidfile: bool,
+) -> anyhow::Result<Pid> {
     raise_file_limit();
     let options = RestoreOptions {
         inherit: args.inherit_fd.iter().map(|i| (i.fd, i.resource.clone())).collect(),
@@ -192,12 +205,20 @@ fn restore(args: &Args, tree: &Tree, set: &mut ImageSet, signals: &Signals) -> a
     }
     let steps = births::plan(&nodes(tree), &mut pids::spare(tree.numbers()))?;
     let mut files = OpenFiles::open_all(set, &options)?;
-    let built = build(args, tree, set, signals, &steps, vdso, &mut files);
+    let built = build(args, tree, set, signals, &steps, vdso, &mut files).and_then(|family| {
+        let pid = tree.root().pid;
+        let path = args.pidfile.as_ref().filter(|_| pidfile);
+        let pidfile = path.map(|path| PidFile::write(path, pid)).transpose()?;
+        family.go()?;
+        if let Some(pidfile) = pidfile {
+            pidfile.keep();
+        }
+        Ok(pid)
+    });
     if built.is_err() {
         files.undo();
     }
-    built?;
-    Ok(tree.root().pid)
+    built
 }
 
 fn build(
@@ -208,7 +229,7 @@ fn build(
     steps: &[births::Step],
     vdso: Option<ckpt_kinds::mem::restore::vdso::Ours>,
     files: &mut OpenFiles,
-) -> anyhow::Result<()> {
+) -> anyhow::Result<Family> {
     let shared = shared::segments(set)?;
     let spaces = tree.processes.iter().filter_map(|p| Some(&p.body.as_ref()?.space));
     let region = Region::find(spaces, vdso, shared)?;
@@ -224,12 +245,7 @@ fn build(
     family.finish(tree, files, &own_root)?;
     family.seal(tree, &region, args.leave_stopped)?;
     signals.check()?;
-    let pidfile = args.pidfile.as_ref().map(|path| PidFile::write(path, tree.root().pid)).transpose()?;
-    family.go()?;
-    if let Some(pidfile) = pidfile {
-        pidfile.keep();
-    }
-    Ok(())
+    Ok(family)
 }
 
 fn check_vdso(

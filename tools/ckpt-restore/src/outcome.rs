@@ -1,14 +1,16 @@
 //! Signals of this process: held back while tasks are made, forwarded to the root afterwards.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use anyhow::{Context, bail};
 use ckpt_sys::{Pid, pidfd, ptrace};
 use nix::{
+    errno::Errno,
     libc,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::{
         signal::{SigSet, SigmaskHow, Signal, pthread_sigmask},
-        signalfd::{SfdFlags, SignalFd},
+        signalfd::{SfdFlags, SignalFd, siginfo},
     },
     unistd::{Pid as NixPid, getpgid},
 };
@@ -67,18 +69,46 @@ impl Signals {
                 _ => {}
             }
             let Some(info) = self.fd.read_signal().context("read a signal")? else { continue };
-            let signal = i32::try_from(info.ssi_signo).unwrap_or(0);
-            // What the terminal sends goes to the whole foreground group: the root has it already.
-            let from_terminal = info.ssi_code == libc::SI_KERNEL;
-            let together = getpgid(Some(root.nix())).ok() == getpgid(None::<NixPid>).ok();
-            if signal != libc::SIGCHLD && !(from_terminal && together) {
-                match pidfd::send_signal(handle.as_fd(), signal) {
-                    Err(error) if !error.vanished() => return Err(error.into()),
-                    _ => {}
-                }
-            }
+            pass_on(&info, root, handle.as_fd())?;
         }
     }
+
+    /// Waits for a signal, which is forwarded to `root`, or for something to read from `news`; tells whether that came.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn forward(&mut self, root: Pid, news: BorrowedFd<'_>) -> anyhow::Result<bool> {
+        let mut fds = [PollFd::new(news, PollFlags::POLLIN), PollFd::new(self.fd.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut fds, PollTimeout::NONE) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno).context("poll"),
+        }
+        let any = |fd: &PollFd<'_>| fd.any().unwrap_or(false);
+        if any(&fds[0]) {
+            return Ok(true);
+        }
+        if any(&fds[1])
+            && let Some(info) = self.fd.read_signal().context("read a signal")?
+            && let Ok(handle) = pidfd::open(root)
+        {
+            pass_on(&info, root, handle.as_fd())?;
+        }
+        Ok(false)
+    }
+}
+
+fn pass_on(info: &siginfo, root: Pid, handle: BorrowedFd<'_>) -> anyhow::Result<()> {
+    let signal = i32::try_from(info.ssi_signo).unwrap_or(0);
+    // What the terminal sends goes to the whole foreground group: the root has it already.
+    let from_terminal = info.ssi_code == libc::SI_KERNEL;
+    let together = getpgid(Some(root.nix())).ok() == getpgid(None::<NixPid>).ok();
+    if signal != libc::SIGCHLD && !(from_terminal && together) {
+        match pidfd::send_signal(handle, signal) {
+            Err(error) if !error.vanished() => return Err(error.into()),
+            _ => {}
+        }
+    }
+    Ok(())
 }
 
 impl Drop for Signals {
