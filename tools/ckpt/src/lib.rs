@@ -1,1 +1,310 @@
-//! Checkpoints and restores process trees in one command.
+//! The usual pipelines in one word.
+//!
+//! `ckpt dump` and `ckpt restore` put together the stages that one would type and run them; `-x` shows
+//! the pipeline, so that it can be copied and changed. `ckpt foo` runs `ckpt-foo`, as git does.
+
+mod pipeline;
+
+use std::{
+    ffi::{OsStr, OsString},
+    os::unix::process::CommandExt,
+    path::PathBuf,
+    process::{Command, ExitCode},
+};
+
+use anyhow::Context;
+use clap::{CommandFactory, Parser, Subcommand};
+
+pub use pipeline::{Pipeline, Stage, blame};
+
+/// Checkpoints and restores process trees
+///
+/// Any other COMMAND runs the program ckpt-COMMAND, found beside this one or in PATH:
+/// scan, mem, sk, write, read, restore, show, encode, check.
+#[derive(Debug, Clone, Parser)]
+#[command(name = "ckpt", version, after_help = EXAMPLES, disable_help_subcommand = true)]
+pub struct Args {
+    /// Print the pipeline that is run to standard error
+    #[arg(short = 'x')]
+    pub trace: bool,
+    #[command(subcommand)]
+    #[allow(missing_docs)]
+    pub command: Verb,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  ckpt dump -t 4711 -D checkpoint                        the tree runs on
+  ckpt -x dump -t 4711 -D checkpoint --external 48213    shows the stages
+  ckpt restore -D checkpoint --connect 48213=/run/b.sock --detach
+  ckpt show --tree checkpoint                            runs ckpt-show";
+
+/// What to do.
+#[derive(Debug, Clone, Subcommand)]
+pub enum Verb {
+    /// Checkpoint a process tree: ckpt-scan | ckpt-sk | ckpt-write
+    Dump(Dump),
+    /// Restore a checkpoint: ckpt-restore, with sk-rewrite before it if sockets are edited
+    Restore(Restore),
+    /// Another command: the program `ckpt-COMMAND`.
+    #[command(external_subcommand)]
+    Other(Vec<OsString>),
+}
+
+/// Checkpoint a process tree: ckpt-scan | ckpt-sk | ckpt-write
+///
+/// The tree runs on unless --kill or --leave-stopped is given.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub struct Dump {
+    /// Root of the tree
+    #[arg(short = 't', long, value_name = "PID")]
+    pub tree: OsString,
+    /// Directory to make
+    #[arg(short = 'D', long, value_name = "DIR")]
+    pub dir: PathBuf,
+    /// The far end is outside the tree: ID[:PATH] of a socket, or pipe:[ID]
+    #[arg(long, value_name = "RESOURCE")]
+    pub external: Vec<OsString>,
+    /// Kill the tree once the directory is safely in place
+    #[arg(long, conflicts_with = "leave_stopped")]
+    pub kill: bool,
+    /// Leave the tree stopped, as after SIGSTOP
+    #[arg(long)]
+    pub leave_stopped: bool,
+    /// Largest deleted file that is stored, bytes
+    #[arg(long, value_name = "BYTES")]
+    pub ghost_limit: Option<OsString>,
+    /// How long to try to stop a tree that resists, seconds
+    #[arg(long, value_name = "SECONDS")]
+    pub freeze_timeout: Option<OsString>,
+    /// Say what is being done; twice for details
+    #[arg(short, long, action = clap::ArgAction::Count)]
+    pub verbose: u8,
+}
+
+/// Restore a checkpoint: ckpt-restore, with sk-rewrite before it if sockets are edited
+#[derive(Debug, Clone, Default, clap::Args)]
+pub struct Restore {
+    /// Image directory
+    #[arg(short = 'D', long, value_name = "DIR")]
+    pub dir: PathBuf,
+    /// Leave the processes running and end, instead of waiting for the root
+    #[arg(short, long)]
+    pub detach: bool,
+    /// Leave all processes stopped; SIGCONT lets them run
+    #[arg(long)]
+    pub leave_stopped: bool,
+    /// Write the root's pid to FILE
+    #[arg(long, value_name = "FILE")]
+    pub pidfile: Option<OsString>,
+    /// End the original processes first, if they still are the ones
+    #[arg(long)]
+    pub replace: bool,
+    /// Restore in a new pid namespace
+    #[arg(long, conflicts_with = "replace")]
+    pub new_pidns: bool,
+    /// Use descriptor N for an external RESOURCE
+    #[arg(long, value_name = "fd[N]:RESOURCE")]
+    pub inherit_fd: Vec<OsString>,
+    /// Connect the external unix socket ID to PATH
+    #[arg(long, value_name = "unix[ID]:PATH")]
+    pub external: Vec<OsString>,
+    /// What to do about data files that have changed
+    #[arg(long, value_name = "MODE")]
+    pub files: Option<OsString>,
+    /// sk-rewrite: connect the socket to PATH
+    #[arg(long, value_name = "ID=PATH")]
+    pub connect: Vec<OsString>,
+    /// sk-rewrite: the socket's peer has closed
+    #[arg(long, value_name = "ID")]
+    pub close: Vec<OsString>,
+    /// sk-rewrite: forget what the socket has not read
+    #[arg(long, value_name = "ID")]
+    pub drop_queues: Vec<OsString>,
+    /// Say what is being done; twice for details
+    #[arg(short, long, action = clap::ArgAction::Count)]
+    pub verbose: u8,
+}
+
+/// The command, for man pages and completions.
+#[must_use]
+pub fn command() -> clap::Command {
+    Args::command()
+}
+
+/// Runs what `args` say. A single program takes this process's place.
+///
+/// # Errors
+/// Programs that can't be started; a stage that fails says so itself and is only seen in the status.
+pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    let pipeline = match &args.command {
+        Verb::Dump(dump) => dump.pipeline(),
+        Verb::Restore(restore) => restore.pipeline(),
+        Verb::Other(words) => other(words)?,
+    };
+    if args.trace {
+        use std::io::Write;
+        let _ = writeln!(std::io::stderr(), "+ {pipeline}");
+    }
+    if let [stage] = &pipeline.stages[..] {
+        let program = pipeline::find(&stage.program);
+        let error = Command::new(&program).args(&stage.args).exec();
+        return Err(error).with_context(|| format!("run {}", stage.program.display()));
+    }
+    let code = pipeline.run()?;
+    Ok(ExitCode::from(code))
+}
+
+fn other(words: &[OsString]) -> anyhow::Result<Pipeline> {
+    let (name, args) = words.split_first().context("no command")?;
+    let mut program = OsString::from("ckpt-");
+    program.push(name);
+    // An option or a path is no command.
+    let sane = !name.as_encoded_bytes().contains(&b'/') && !name.as_encoded_bytes().starts_with(b"-");
+    if !sane || !pipeline::exists(&program) {
+        let text = format!("there is no command {}: {} was not found", name.display(), program.display());
+        return Err(ckpt_cli::UsageError(text).into());
+    }
+    Ok(Pipeline { stages: vec![Stage { program, args: args.to_vec() }] })
+}
+
+/// Arguments in the making.
+#[derive(Default)]
+struct Words(Vec<OsString>);
+
+impl Words {
+    fn flag(&mut self, name: &str, given: bool) {
+        if given {
+            self.0.push(name.into());
+        }
+    }
+
+    fn verbose(&mut self, count: u8) {
+        for _ in 0..count {
+            self.0.push("-v".into());
+        }
+    }
+
+    /// `--name=value`, which works for values that begin with a dash too.
+    fn option<'a>(&mut self, name: &str, values: impl IntoIterator<Item = &'a OsString>) {
+        for value in values {
+            let mut word = OsString::from(name);
+            word.push("=");
+            word.push(value);
+            self.0.push(word);
+        }
+    }
+}
+
+fn stage(program: &str, fill: impl FnOnce(&mut Words)) -> Stage {
+    let mut words = Words::default();
+    fill(&mut words);
+    Stage { program: program.into(), args: words.0 }
+}
+
+impl Dump {
+    /// The stages of this dump.
+    #[must_use]
+    pub fn pipeline(&self) -> Pipeline {
+        // Sockets are ckpt-sk's, everything else is ckpt-scan's.
+        let is_socket = |resource: &OsStr| {
+            let bytes = resource.as_encoded_bytes();
+            bytes.first().is_some_and(u8::is_ascii_digit)
+                || bytes.starts_with(b"unix[")
+                || bytes.starts_with(b"socket:[")
+        };
+        let (sockets, others): (Vec<_>, Vec<_>) =
+            self.external.iter().partition(|external| is_socket(external));
+        let scan = stage("ckpt-scan", |words| {
+            words.verbose(self.verbose);
+            words.flag("--kill", self.kill);
+            words.flag("--leave-stopped", self.leave_stopped);
+            words.option("--ghost-limit", &self.ghost_limit);
+            words.option("--freeze-timeout", &self.freeze_timeout);
+            words.option("--external", others);
+            words.0.extend(["-t".into(), self.tree.clone()]);
+        });
+        let sk = stage("ckpt-sk", |words| {
+            words.verbose(self.verbose);
+            words.option("--external", sockets);
+        });
+        let write = stage("ckpt-write", |words| {
+            words.verbose(self.verbose);
+            words.0.push(path(&self.dir));
+        });
+        Pipeline { stages: vec![scan, sk, write] }
+    }
+}
+
+impl Restore {
+    /// The stages of this restore.
+    #[must_use]
+    pub fn pipeline(&self) -> Pipeline {
+        let edited = !(self.connect.is_empty() && self.close.is_empty() && self.drop_queues.is_empty());
+        let restore = stage("ckpt-restore", |words| {
+            words.verbose(self.verbose);
+            words.flag("--detach", self.detach);
+            words.flag("--leave-stopped", self.leave_stopped);
+            words.flag("--replace", self.replace);
+            words.flag("--new-pidns", self.new_pidns);
+            words.option("--pidfile", &self.pidfile);
+            words.option("--inherit-fd", &self.inherit_fd);
+            words.option("--external", &self.external);
+            words.option("--files", &self.files);
+            if !edited {
+                words.0.push(path(&self.dir));
+            }
+        });
+        if !edited {
+            return Pipeline { stages: vec![restore] };
+        }
+        let read = stage("ckpt-read", |words| {
+            words.verbose(self.verbose);
+            words.0.push(path(&self.dir));
+        });
+        let rewrite = stage("sk-rewrite", |words| {
+            words.verbose(self.verbose);
+            words.option("--connect", &self.connect);
+            words.option("--close", &self.close);
+            words.option("--drop-queues", &self.drop_queues);
+        });
+        Pipeline { stages: vec![read, rewrite, restore] }
+    }
+}
+
+/// A path that no option parser takes for an option.
+fn path(dir: &std::path::Path) -> OsString {
+    match dir.as_os_str().as_encoded_bytes().first() {
+        Some(b'-') => std::path::Path::new(".").join(dir).into(),
+        _ => dir.into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shown(line: &str) -> String {
+        let args = Args::try_parse_from(std::iter::once("ckpt").chain(line.split(' '))).unwrap();
+        match args.command {
+            Verb::Dump(dump) => dump.pipeline().to_string(),
+            Verb::Restore(restore) => restore.pipeline().to_string(),
+            Verb::Other(words) => format!("{words:?}"),
+        }
+    }
+
+    #[test]
+    fn the_pipelines_are_those_of_the_manual() {
+        assert_eq!(shown("dump -t 4711 -D d"), "ckpt-scan -t 4711 | ckpt-sk | ckpt-write d");
+        assert_eq!(
+            shown("dump -t 4711 --dir=-d --kill --external 48213:/a --external pipe:[5]"),
+            "ckpt-scan --kill '--external=pipe:[5]' -t 4711 | ckpt-sk --external=48213:/a | ckpt-write ./-d"
+        );
+        assert_eq!(shown("restore -D d --detach"), "ckpt-restore --detach d");
+        assert_eq!(
+            shown("restore -D d --connect 48213=/b"),
+            "ckpt-read d | sk-rewrite --connect=48213=/b | ckpt-restore"
+        );
+        assert_eq!(shown("show --tree d"), r#"["show", "--tree", "d"]"#);
+    }
+}

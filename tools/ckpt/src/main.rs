@@ -1,2 +1,6 @@
 //! Checkpoints and restores process trees in one command.
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    ckpt_cli::main_with("ckpt", |args: ckpt::Args| ckpt::run(&args))
+}

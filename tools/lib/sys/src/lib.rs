@@ -21,6 +21,7 @@ pub mod sched;
 #[cfg(feature = "selfcall")]
 pub mod selfcall;
 pub mod sock;
+pub mod spawn;
 pub mod transfer;
 pub mod xstate;
 
