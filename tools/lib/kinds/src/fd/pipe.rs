@@ -11,7 +11,7 @@
 //! and hands in a pipe at restore.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, btree_map::Entry},
     os::fd::{AsFd, OwnedFd},
 };
 
@@ -148,7 +148,9 @@ fn outside(table: &FileTable, pipe: &Pipe) -> Option<(Pid, String)> {
     find_holders(|link| link == pipe.link).into_iter().find_map(|(pid, comm, fd, _)| {
         let mode = nix::sys::stat::lstat(format!("/proc/{pid}/fd/{fd}").as_str()).ok()?.st_mode;
         let own = pid.0.unsigned_abs() == std::process::id();
-        (!table.tree.contains(&pid) && !(own && wanted == 0o600) && mode & wanted != 0).then_some((pid, comm))
+        // Our copies of a FIFO do not count; those of a pipe are of the end that the tree holds.
+        let inside = table.tree.contains(&pid) || own && wanted == 0o600;
+        (!inside && mode & wanted != 0).then_some((pid, comm))
     })
 }
 
@@ -350,7 +352,7 @@ pub(super) fn restore_fifos(opening: &mut Opening<'_>, entries: &[FileEntry]) ->
         let name = fifo.regf_id.context("a FIFO without a name")?;
         let reg = opening.reg(FileId(name))?.clone();
         let what = || format!("FIFO {}", reg.name.escape_ascii());
-        if !holders.contains_key(&fifo.pipe_id) {
+        if let Entry::Vacant(place) = holders.entry(fifo.pipe_id) {
             let handle = reg::open_handle(opening, &reg).with_context(what)?;
             let mode = nix::sys::stat::fstat(&handle).context("fstat")?.st_mode;
             if SFlag::from_bits_truncate(mode & SFlag::S_IFMT.bits()) != SFlag::S_IFIFO {
@@ -359,7 +361,7 @@ pub(super) fn restore_fifos(opening: &mut Opening<'_>, entries: &[FileEntry]) ->
             let holder =
                 reopen(&self_path(handle.as_fd()), libc::O_RDWR | libc::O_NONBLOCK).with_context(what)?;
             fill(opening.set, Image::FifoData, fifo.pipe_id, &holder).with_context(what)?;
-            holders.insert(fifo.pipe_id, holder);
+            place.insert(holder);
         }
         if let Some(holder) = holders.get(&fifo.pipe_id) {
             let fd = open_end(holder, reg.flags).with_context(what)?;

@@ -77,7 +77,7 @@ pub(super) fn is_own_proc(d: &Descriptor) -> bool {
 pub(super) fn is_mqueue(d: &Descriptor) -> bool {
     const MQUEUE_MAGIC: i64 = 0x1980_0202;
     d.is(SFlag::S_IFREG)
-        && nix::sys::statfs::fstatfs(&d.copy).is_ok_and(|s| i64::from(s.filesystem_type().0) == MQUEUE_MAGIC)
+        && nix::sys::statfs::fstatfs(&d.copy).is_ok_and(|s| s.filesystem_type().0 == MQUEUE_MAGIC)
 }
 
 /// A file as it was found, behind a descriptor or another link in /proc.
@@ -601,8 +601,7 @@ fn fill_ghost(set: &ImageSet, id: u32, entry: &GhostFileEntry, mut file: fs::Fil
         Some(from)
     };
     let short = || anyhow::anyhow!("{}: a chunk goes beyond the end", Image::GhostFile.file_name(id.into()));
-    loop {
-        let Some(from) = take(4) else { break };
+    while let Some(from) = take(4) {
         let mut word = [0; 4];
         source.read_exact_at(&mut word, from).context("read")?;
         let len = u32::from_le_bytes(word);

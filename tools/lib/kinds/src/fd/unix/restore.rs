@@ -7,7 +7,7 @@
 //! credentials were (SO_PEERCRED) is not restored: they are those of ckpt-restore.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap, hash_map::Entry},
     fs,
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
@@ -132,9 +132,8 @@ impl<'e> Sockets<'e> {
             }
         }
         for usk in all.iter().filter(|u| u.state == u32::from(LISTEN)) {
-            if !self.made.contains_key(&usk.ino.into()) {
-                let fd = listener(opening, usk).with_context(|| what(usk))?;
-                self.made.insert(usk.ino.into(), fd);
+            if let Entry::Vacant(place) = self.made.entry(usk.ino.into()) {
+                place.insert(listener(opening, usk).with_context(|| what(usk))?);
             }
         }
         for usk in &all {
