@@ -18,7 +18,7 @@ use std::{
 
 use anyhow::{Context, bail};
 use ckpt_cli::UsageError;
-use ckpt_hold::Hold;
+use ckpt_hold::{Hold, HoldError};
 use ckpt_images::stage;
 use ckpt_kinds::fd::unix::{self, ExternalSocket, Queued, SkOptions, list::Listed};
 use ckpt_proto::{
@@ -103,12 +103,13 @@ pub fn run(args: &Args, input: File, output: File) -> anyhow::Result<()> {
     stage::grow_pipe(output.as_fd());
     let (mut reader, mut hello) = Reader::open(input)?;
     let wanted = hello.lacks.iter().any(|l| l == LACKS);
-    let hold = match (&hello.control, wanted) {
-        (Some(control), true) => Some(Hold::take(control, LACKS).context("take a hold on the frozen tree")?),
-        (None, true) => {
-            bail!("the stream lacks its sockets and no live tree is behind it: run ckpt-sk behind ckpt-scan")
-        }
-        (_, false) => None,
+    let hold = match &hello.control {
+        Some(control) if wanted => match Hold::take(control, LACKS) {
+            // ckpt-scan gave up already; why stands further on in the stream.
+            Err(HoldError::Gone) => None,
+            hold => Some(hold.context("take a hold on the frozen tree")?),
+        },
+        _ => None,
     };
     hello.lacks.retain(|l| l != LACKS);
     let mut stage = Stage { args, hold, stubs: Vec::new(), net_ns: HashMap::new(), done: false };
@@ -174,6 +175,9 @@ impl Stage<'_> {
     fn complete(&mut self, writer: &mut Writer<File>) -> anyhow::Result<()> {
         if std::mem::replace(&mut self.done, true) {
             return Ok(());
+        }
+        if self.hold.is_none() && !self.stubs.is_empty() {
+            bail!("no frozen tree is behind the stream any more: run ckpt-sk in one pipeline with ckpt-scan");
         }
         let options = SkOptions {
             external: self.args.external.clone(),
