@@ -15,6 +15,7 @@ pub mod kcmp;
 pub mod memory;
 pub mod pidfd;
 pub mod prctl;
+pub mod probe;
 pub mod ptrace;
 pub mod rseq;
 pub mod sched;
