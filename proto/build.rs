@@ -3,7 +3,8 @@
 use std::{env, fs, path::PathBuf};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let files = ["task", "mem", "files", "sockets", "inventory", "stream", "common"].map(|f| format!("schema/{f}.proto"));
+    let files = ["task", "mem", "files", "sockets", "inventory", "stream", "common"]
+        .map(|f| format!("schema/{f}.proto"));
     println!("cargo::rerun-if-changed=schema");
     let set = protox::compile(&files, ["schema"])?;
     let out = PathBuf::from(env::var("OUT_DIR")?);

@@ -272,7 +272,14 @@ mod tests {
 
     #[test]
     fn look_alikes_are_no_images() {
-        for name in ["core-.img", "core-+1.img", "core-007.img", "core-1.img.tmp", "../core-1.img", "ghost-file-G.img"] {
+        for name in [
+            "core-.img",
+            "core-+1.img",
+            "core-007.img",
+            "core-1.img.tmp",
+            "../core-1.img",
+            "ghost-file-G.img",
+        ] {
             assert_eq!(Image::parse_file_name(name), None, "{name}");
         }
     }

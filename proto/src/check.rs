@@ -112,7 +112,9 @@ fn check(message: &MessageDescriptor, bytes: &[u8], depth: u32) -> Result<(), Me
         };
         let number = match u32::try_from(tag >> 3) {
             Ok(number @ 1..=0x1fff_ffff) => number,
-            _ => return Err(MessageError { offset: start, ..at.error("a field number that does not exist") }),
+            _ => {
+                return Err(MessageError { offset: start, ..at.error("a field number that does not exist") });
+            }
         };
         let contents = match wire {
             Wire::Varint => {
@@ -129,7 +131,8 @@ fn check(message: &MessageDescriptor, bytes: &[u8], depth: u32) -> Result<(), Me
         let Some(field) = message.get_field(number) else { continue };
         let kind = field.kind();
         let expected = wire_of(&kind);
-        let wrong = |what: String| MessageError { offset: start, ..at.error(format!("{}: {what}", field.name())) };
+        let wrong =
+            |what: String| MessageError { offset: start, ..at.error(format!("{}: {what}", field.name())) };
         if wire == expected {
             match kind {
                 Kind::Message(inner) => {
@@ -176,8 +179,8 @@ fn packed(message: &MessageDescriptor, wire: Wire, bytes: &[u8]) -> Result<(), M
 
 #[cfg(test)]
 mod tests {
-    use prost::Message;
     use proptest::prelude::*;
+    use prost::Message;
 
     use super::*;
     use crate::types;
@@ -193,7 +196,8 @@ mod tests {
 
     #[test]
     fn what_is_required_may_not_be_missing() {
-        let whole = types::PstreeEntry { pid: 1, ppid: 0, pgid: 1, sid: 1, threads: vec![1, 2] }.encode_to_vec();
+        let whole =
+            types::PstreeEntry { pid: 1, ppid: 0, pgid: 1, sid: 1, threads: vec![1, 2] }.encode_to_vec();
         check_message("pstree_entry", &whole).unwrap();
         let error = check_message("pstree_entry", &whole[..2]).unwrap_err();
         assert!(error.what.contains("ppid"), "{error}");
@@ -201,7 +205,8 @@ mod tests {
 
     #[test]
     fn packed_lists_are_lists_too() {
-        let mut bytes = types::PstreeEntry { pid: 1, ppid: 0, pgid: 1, sid: 1, threads: vec![] }.encode_to_vec();
+        let mut bytes =
+            types::PstreeEntry { pid: 1, ppid: 0, pgid: 1, sid: 1, threads: vec![] }.encode_to_vec();
         bytes.extend([5 << 3 | 2, 3, 0x80, 1, 7]);
         check_message("pstree_entry", &bytes).unwrap();
         assert_eq!(types::PstreeEntry::decode(&bytes[..]).unwrap().threads, [128, 7]);

@@ -165,7 +165,11 @@ impl<R: Read> Reader<R> {
         let mut message = vec![0; length as usize];
         self.exact(&mut message, "an entry")?;
         if let Some(name) = self.image.entry_message(self.index) {
-            check_message(name, &message).map_err(|source| FileError::Decode { offset: start, message: name, source })?;
+            check_message(name, &message).map_err(|source| FileError::Decode {
+                offset: start,
+                message: name,
+                source,
+            })?;
         }
         let left = self.size.saturating_sub(self.offset);
         let payload_len = match self.image.payload_len(&message) {
@@ -173,7 +177,8 @@ impl<R: Read> Reader<R> {
             Ok(PayloadLen::Rest) => left,
             Err(source) => {
                 let message = self.image.message().unwrap_or("message");
-                let source = MessageError { message: message.to_owned(), offset: 0, what: source.to_string() };
+                let source =
+                    MessageError { message: message.to_owned(), offset: 0, what: source.to_string() };
                 return Err(FileError::Decode { offset: start, message, source });
             }
         };

@@ -35,8 +35,10 @@ pub const MAX_MESSAGE: u32 = 64 << 20;
 pub fn descriptors() -> &'static prost_reflect::DescriptorPool {
     static POOL: std::sync::OnceLock<prost_reflect::DescriptorPool> = std::sync::OnceLock::new();
     POOL.get_or_init(|| {
-        prost_reflect::DescriptorPool::decode(&include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"))[..])
-            .expect("descriptors written by build.rs decode")
+        prost_reflect::DescriptorPool::decode(
+            &include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"))[..],
+        )
+        .expect("descriptors written by build.rs decode")
     })
 }
 

@@ -52,7 +52,9 @@ pub enum StreamError {
         found: u8,
     },
     /// The input ended before the END record.
-    #[error("offset {offset}: the stream ends {at} without its end record: the stage before failed or was killed")]
+    #[error(
+        "offset {offset}: the stream ends {at} without its end record: the stage before failed or was killed"
+    )]
     Incomplete {
         /// Where in the stream.
         offset: u64,
@@ -123,7 +125,10 @@ pub struct Reader<R> {
 
 impl<R> std::fmt::Debug for Reader<R> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Reader").field("offset", &self.offset).field("frames", &self.frames).finish_non_exhaustive()
+        f.debug_struct("Reader")
+            .field("offset", &self.offset)
+            .field("frames", &self.frames)
+            .finish_non_exhaustive()
     }
 }
 
@@ -193,11 +198,14 @@ impl<R: Read> Reader<R> {
         self.exact(&mut word, "between two records")?;
         let length = u32::from_le_bytes(word);
         if length > MAX_HEADER {
-            return Err(self.malformed(format!("a record header of {length} bytes (the limit is {MAX_HEADER})")));
+            return Err(
+                self.malformed(format!("a record header of {length} bytes (the limit is {MAX_HEADER})"))
+            );
         }
         let mut header = vec![0; length as usize];
         self.exact(&mut header, "inside a record")?;
-        crate::file::check_message("frame", &header).map_err(|e| self.malformed(format!("not a record: {e}")))?;
+        crate::file::check_message("frame", &header)
+            .map_err(|e| self.malformed(format!("not a record: {e}")))?;
         let header = Header::decode(&header[..]).map_err(|e| self.malformed(format!("not a record: {e}")))?;
         let kind = FrameKind::try_from(header.kind)
             .map_err(|_| self.malformed(format!("record of unknown kind {}", header.kind)))?;
@@ -220,7 +228,9 @@ impl<R: Read> Reader<R> {
             }
             FrameKind::Entry => {
                 if len > u64::from(MAX_MESSAGE) {
-                    return Err(self.malformed(format!("an entry of {len} bytes (the limit is {MAX_MESSAGE})")));
+                    return Err(
+                        self.malformed(format!("an entry of {len} bytes (the limit is {MAX_MESSAGE})"))
+                    );
                 }
                 self.pending = len;
                 Ok(Some(Frame::Entry { image, arg, len }))
@@ -237,16 +247,18 @@ impl<R: Read> Reader<R> {
                 self.bulk = true;
                 Ok(Some(Frame::Bulk))
             }
-            FrameKind::Abort => {
-                Err(StreamError::Aborted { reason: header.reason.unwrap_or_else(|| "no reason given".to_owned()) })
-            }
+            FrameKind::Abort => Err(StreamError::Aborted {
+                reason: header.reason.unwrap_or_else(|| "no reason given".to_owned()),
+            }),
             FrameKind::End => {
                 if header.frames != Some(frames) {
                     let what = format!("{frames} records came, the end record counts {:?}", header.frames);
                     return Err(StreamError::Damaged { what });
                 }
                 if header.checksum != Some(checksum) {
-                    return Err(StreamError::Damaged { what: "the checksum in the end record differs".to_owned() });
+                    return Err(StreamError::Damaged {
+                        what: "the checksum in the end record differs".to_owned(),
+                    });
                 }
                 self.ended = true;
                 Ok(None)
@@ -261,7 +273,9 @@ impl<R: Read> Reader<R> {
     /// See [`StreamError`].
     pub fn payload(&mut self, limit: u64) -> Result<Vec<u8>, StreamError> {
         if self.pending > limit {
-            return Err(self.malformed(format!("{} bytes of contents where at most {limit} can be", self.pending)));
+            return Err(
+                self.malformed(format!("{} bytes of contents where at most {limit} can be", self.pending))
+            );
         }
         let mut bytes = Vec::new();
         self.copy_payload(&mut bytes)?;
@@ -333,7 +347,8 @@ impl<W: Write> Writer<W> {
     pub fn open(out: W, hello: Hello) -> io::Result<Self> {
         let mut writer = Self { out, frames: 0, hash: Xxh3Default::new() };
         writer.put(&MAGIC)?;
-        writer.header(Header { kind: FrameKind::Hello.into(), hello: Some(hello), ..Header::default() }, &[])?;
+        writer
+            .header(Header { kind: FrameKind::Hello.into(), hello: Some(hello), ..Header::default() }, &[])?;
         Ok(writer)
     }
 
@@ -384,7 +399,14 @@ impl<W: Write> Writer<W> {
         self.payload_frame(FrameKind::Data, image.name(), arg, bytes.len() as u64, bytes)
     }
 
-    fn payload_frame(&mut self, kind: FrameKind, image: &str, arg: u64, len: u64, bytes: &[u8]) -> io::Result<()> {
+    fn payload_frame(
+        &mut self,
+        kind: FrameKind,
+        image: &str,
+        arg: u64,
+        len: u64,
+        bytes: &[u8],
+    ) -> io::Result<()> {
         let header = Header {
             kind: kind.into(),
             payload_len: Some(len),
@@ -437,7 +459,8 @@ impl<W: Write> Writer<W> {
     /// # Errors
     /// The output's.
     pub fn abort(mut self, reason: &str) -> io::Result<()> {
-        let header = Header { kind: FrameKind::Abort.into(), reason: Some(reason.to_owned()), ..Header::default() };
+        let header =
+            Header { kind: FrameKind::Abort.into(), reason: Some(reason.to_owned()), ..Header::default() };
         self.header(header, &[])?;
         self.out.flush()
     }
