@@ -14,7 +14,7 @@ use ckpt_proto::{
     Image,
     types::{FsEntry, TaskKobjIdsEntry, VmaEntry},
 };
-use ckpt_remote::{Frozen, Process};
+use ckpt_remote::{Frozen, Process, interrupted_call};
 use ckpt_sys::Pid;
 
 use crate::number;
@@ -45,7 +45,7 @@ pub fn dump(
             pid,
             tid: thread.tid,
             remote: &mut borrowed,
-            regs: thread.regs,
+            regs: interrupted_call(pid, &thread.regs),
             sigmask: thread.sigmask,
             stopped_by: process.stopped_by,
         };

@@ -385,27 +385,42 @@ impl Frozen {
 
 /// The registers with which the task goes home without us. An interrupted system call (its result
 /// is one of the kernel's ERESTART values) is executed again.
-///
-/// One that had been interrupted before is restart_syscall(2) by now, whose kernel state does not
-/// survive rt_sigreturn(2): it would give EINTR. Its arguments are still in place, and its number
-/// is in the program's text, where nearly all code sets it right before the `syscall` instruction.
 fn going_back(pid: Pid, original: &Regs) -> Regs {
-    const RESTART_SYSCALL: u64 = 219;
-    let mut back = *original;
-    if original.orig_rax.cast_signed() >= 0 && (-516..=-512).contains(&original.rax.cast_signed()) {
-        back.rip -= 2;
-        back.rax = original.orig_rax;
-    }
-    if back.rax == RESTART_SYSCALL {
-        let mut text = [0; 48];
-        let before = RemoteAddr(back.rip.wrapping_sub(text.len() as u64 - 2));
-        if memory::read_exact(pid, before, &mut text).is_ok()
-            && let Some(nr) = restarted_number(&text)
-        {
-            back.rax = nr;
-        }
+    let mut back = interrupted_call(pid, original);
+    if back.orig_rax.cast_signed() >= 0 && (-516..=-512).contains(&back.rax.cast_signed()) {
+        back.rip -= SYSCALL_INSTRUCTION;
+        back.rax = back.orig_rax;
     }
     back
+}
+
+/// Length of `syscall`, bytes.
+const SYSCALL_INSTRUCTION: u64 = 2;
+
+/// `regs` with the number of the system call that the program made, where they tell only of
+/// restart_syscall(2): in `orig_rax` if that was interrupted in turn, in `rax` if it is about to be
+/// made. Its kernel state survives neither rt_sigreturn(2) nor a restore: it would give EINTR. The
+/// arguments are still in place, and the number is in the program's text, where nearly all code
+/// sets it right before the `syscall` instruction.
+#[must_use]
+pub fn interrupted_call(pid: Pid, regs: &Regs) -> Regs {
+    const RESTART_SYSCALL: u64 = 219;
+    let mut regs = *regs;
+    let (behind, again) = if regs.orig_rax == RESTART_SYSCALL {
+        (regs.rip, false)
+    } else if regs.rax == RESTART_SYSCALL && regs.orig_rax.cast_signed() >= 0 {
+        (regs.rip + SYSCALL_INSTRUCTION, true)
+    } else {
+        return regs;
+    };
+    let mut text = [0; 48];
+    let before = RemoteAddr(behind.wrapping_sub(text.len() as u64));
+    if memory::read_exact(pid, before, &mut text).is_ok()
+        && let Some(nr) = restarted_number(&text)
+    {
+        *if again { &mut regs.rax } else { &mut regs.orig_rax } = nr;
+    }
+    regs
 }
 
 /// The number set by the last `mov $nr,%eax` before the `syscall` that ends `text`, if it is one of

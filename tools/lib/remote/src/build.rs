@@ -65,7 +65,6 @@ impl Area {
     pub fn base(self) -> RemoteAddr {
         self.base
     }
-
 }
 
 /// A read from a descriptor of the task into its memory, until `len` bytes have come.

@@ -459,7 +459,17 @@ impl Attempt {
                     if let Some(Stop::Group(signal)) = stop {
                         process.stopped_by = Some(*signal);
                     }
-                    let thread = Thread { tid, regs: ptrace::regs(tid)?, sigmask: ptrace::sigmask(tid)? };
+                    let sigmask = ptrace::sigmask(tid)?;
+                    let mut regs = ptrace::regs(tid)?;
+                    if interrupted_by_us(&regs)
+                        && stop.is_some_and(|s| s == Stop::Interrupted)
+                        && !has_signal(pid, tid)
+                    {
+                        regs.rax = regs.orig_rax;
+                        regs.rip -= 2;
+                        ptrace::set_regs(tid, regs)?;
+                    }
+                    let thread = Thread { tid, regs, sigmask };
                     process.threads.push(thread);
                 }
             }
@@ -468,6 +478,34 @@ impl Attempt {
         }
         sort_parents_first(&mut frozen.processes, root);
         Ok(frozen)
+    }
+}
+
+/// Whether a thread is about to see EINTR from a call that fails so after any stop (signal(7)) and
+/// that waits without a timeout: then it can be made again, and the freeze goes unnoticed. With a
+/// timeout it can't: a program that is checkpointed more often than its timeout would never see it.
+fn interrupted_by_us(regs: &Regs) -> bool {
+    let forever = match regs.orig_rax.cast_signed() {
+        // The timeout is an int: only its low half counts.
+        libc::SYS_epoll_wait | libc::SYS_epoll_pwait => regs.r10 & 0xffff_ffff == 0xffff_ffff,
+        libc::SYS_epoll_pwait2 => regs.r10 == 0,
+        libc::SYS_rt_sigtimedwait => regs.rdx == 0,
+        libc::SYS_semop => true,
+        _ => false,
+    };
+    forever && regs.rax.cast_signed() == -i64::from(libc::EINTR)
+}
+
+/// Whether a signal waits that the thread does not block: then EINTR may be that signal's.
+fn has_signal(pid: Pid, tid: Tid) -> bool {
+    let status = fs::read(format!("/proc/{pid}/task/{tid}/status")).unwrap_or_default();
+    let mask = |key: &[u8]| {
+        let line = status.split(|&b| b == b'\n').find_map(|l| l.strip_prefix(key))?;
+        u64::from_str_radix(std::str::from_utf8(line).ok()?.trim(), 16).ok()
+    };
+    match (mask(b"SigPnd:"), mask(b"ShdPnd:"), mask(b"SigBlk:")) {
+        (Some(own), Some(shared), Some(blocked)) => (own | shared) & !blocked != 0,
+        _ => true,
     }
 }
 

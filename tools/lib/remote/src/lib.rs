@@ -5,6 +5,6 @@ pub mod build;
 mod call;
 mod freeze;
 
-pub use borrow::Borrowed;
+pub use borrow::{Borrowed, interrupted_call};
 pub use call::{Arg, Call, Done, RemoteError, Syscalls, run_one};
 pub use freeze::{FreezeError, Frozen, Process, Release, Thread};

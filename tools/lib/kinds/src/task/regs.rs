@@ -6,6 +6,9 @@
 //! the call is run again by moving back to its instruction, or, where the kernel keeps hidden state to go on
 //! with (`-ERESTART_RESTARTBLOCK`: sleeping, polling), it has been interrupted (`-EINTR`).
 //!
+//! A restore knows better than to let a program see an EINTR that no signal caused: a call which was
+//! interrupted by the freeze alone is made again (`REPEATABLE`), with its full timeout.
+//!
 //! Vector state is what PTRACE_GETREGSET(NT_X86_XSTATE) gives: an uncompacted XSAVE area.
 //!
 //! ```text
@@ -73,9 +76,33 @@ pub(super) fn dump(tid: Tid, regs: &Regs, clear_tid_addr: u64) -> anyhow::Result
     Ok(ThreadInfoX86 { clear_tid_addr, gpregs: general(regs), fpregs, tls })
 }
 
+/// Length of `syscall`, bytes.
+const SYSCALL_INSTRUCTION: u64 = 2;
+
+/// Calls that fail with EINTR after any stop, handler or not (signal(7)), or that the kernel would
+/// have gone on with by restart_syscall(2), and that can be made again since they had done nothing yet.
+const REPEATABLE: &[i64] = &[
+    libc::SYS_poll,
+    libc::SYS_nanosleep,
+    libc::SYS_clock_nanosleep,
+    libc::SYS_futex,
+    libc::SYS_epoll_wait,
+    libc::SYS_epoll_pwait,
+    libc::SYS_epoll_pwait2,
+    libc::SYS_rt_sigtimedwait,
+    libc::SYS_semop,
+    libc::SYS_semtimedop,
+    libc::SYS_io_getevents,
+    libc::SYS_accept,
+    libc::SYS_accept4,
+    libc::SYS_recvfrom,
+    libc::SYS_recvmsg,
+    libc::SYS_sendto,
+    libc::SYS_sendmsg,
+];
+
 /// The registers as the program sees them after an interrupted system call.
 fn general(regs: &Regs) -> UserX86RegsEntry {
-    const SYSCALL_INSTRUCTION: u64 = 2;
     const ERESTARTSYS: i64 = 512;
     const ERESTARTNOINTR: i64 = 513;
     const ERESTARTNOHAND: i64 = 514;
@@ -128,6 +155,11 @@ pub(super) fn restore(core: &CoreEntry) -> anyhow::Result<Regs> {
     if gp.mode.is_some_and(|m| m != i32::from(UserX86RegsMode::Native)) || gp.cs != USER_CS {
         return Err(Refused::new("registers", "of a 32-bit task can't be restored").into());
     }
+    // With a handler's return the kernel sets orig_ax to -1; only the freeze leaves EINTR beside a number.
+    let repeat =
+        gp.ax.cast_signed() == -i64::from(libc::EINTR) && REPEATABLE.contains(&gp.orig_ax.cast_signed());
+    let (ax, ip) =
+        if repeat { (gp.orig_ax, gp.ip.wrapping_sub(SYSCALL_INSTRUCTION)) } else { (gp.ax, gp.ip) };
     Ok(Regs {
         r15: gp.r15,
         r14: gp.r14,
@@ -139,13 +171,13 @@ pub(super) fn restore(core: &CoreEntry) -> anyhow::Result<Regs> {
         r10: gp.r10,
         r9: gp.r9,
         r8: gp.r8,
-        rax: gp.ax,
+        rax: ax,
         rcx: gp.cx,
         rdx: gp.dx,
         rsi: gp.si,
         rdi: gp.di,
         orig_rax: u64::MAX,
-        rip: gp.ip,
+        rip: ip,
         cs: gp.cs,
         eflags: gp.flags,
         rsp: gp.sp,
