@@ -315,7 +315,10 @@ mod tests {
                 Step::Join { pid, pgid } => {
                     let sid = tasks[&pid].sid;
                     assert_ne!(sid, pid, "setpgid of a session leader");
-                    assert!(pid == pgid || tasks.values().any(|t| t.pgid == pgid && t.sid == sid), "no group {pgid}");
+                    assert!(
+                        pid == pgid || tasks.values().any(|t| t.pgid == pgid && t.sid == sid),
+                        "no group {pgid}"
+                    );
                     tasks.get_mut(&pid).unwrap().pgid = pgid;
                 }
                 Step::End { helper, parent } => {
@@ -352,7 +355,8 @@ mod tests {
         let expected: BTreeMap<i32, Task> = nodes
             .values()
             .map(|n| {
-                let task = Task { ppid: n.ppid, sid: outer(n.sid), pgid: outer(n.pgid), subreaper: n.subreaper };
+                let task =
+                    Task { ppid: n.ppid, sid: outer(n.sid), pgid: outer(n.pgid), subreaper: n.subreaper };
                 (n.pid, task)
             })
             .collect();
@@ -369,7 +373,12 @@ mod tests {
     #[test]
     fn a_shell_with_two_jobs() {
         check(
-            &[(10, 0, 10, 10, false), (11, 10, 11, 10, false), (12, 10, 11, 10, false), (13, 10, 13, 10, false)],
+            &[
+                (10, 0, 10, 10, false),
+                (11, 10, 11, 10, false),
+                (12, 10, 11, 10, false),
+                (13, 10, 13, 10, false),
+            ],
             &[],
         );
     }

@@ -91,14 +91,18 @@ impl std::str::FromStr for External {
 /// Reads an image directory, or a checkpoint stream on standard input. Without --detach it waits for
 /// the root process, forwards SIGINT, SIGTERM, SIGHUP and SIGQUIT to it, and ends with its status.
 #[derive(Debug, Parser)]
-#[command(name = "ckpt-restore", version, after_help = "\
+#[command(
+    name = "ckpt-restore",
+    version,
+    after_help = "\
 Examples:
   ckpt-restore -D images                        restore, wait, give the root's status
   ckpt-read images | ckpt-restore --detach      from a stream; leave the tree running
   ckpt-restore --external 'unix[48213]:/run/b.sock' images
   ckpt-restore --inherit-fd 'fd[5]:socket:[48213]' images 5<>/dev/tcp/...
 
-Exit status: the root's (128 + N if signal N killed it), 125 if the restore failed; with --detach 0 or 125.")]
+Exit status: the root's (128 + N if signal N killed it), 125 if the restore failed; with --detach 0 or 125."
+)]
 pub struct Args {
     #[command(flatten)]
     common: ckpt_cli::Common,

@@ -147,6 +147,10 @@ impl Family {
                 [rseq.abi_pointer, rseq.abi_size.into(), UNREGISTER, rseq.signature.into()].map(Arg::Val);
             calls.push(Call::new("rseq(unregister)", libc::SYS_rseq, args));
         }
+        // So is the stack for signal handlers; images don't list that there is none.
+        let disabled = [0, u64::from(libc::SS_DISABLE.unsigned_abs()), 0].map(u64::to_ne_bytes).concat();
+        let args = [Arg::In(disabled), Arg::Val(0)];
+        calls.push(Call::new("sigaltstack(SS_DISABLE)", libc::SYS_sigaltstack, args));
         let args = [libc::PR_SET_PDEATHSIG, 0, 0, 0, 0].map(Arg::from);
         calls.push(Call::new("prctl(PR_SET_PDEATHSIG)", libc::SYS_prctl, args));
         root.run(&calls)?;
@@ -161,7 +165,8 @@ impl Family {
     pub fn bury(&mut self, tree: &Tree) -> anyhow::Result<()> {
         for process in tree.processes.iter().filter(|p| p.body.is_none()) {
             let name = process.name();
-            let mut task = self.tasks.remove(&process.pid.0).with_context(|| format!("{name} has not been made"))?;
+            let mut task =
+                self.tasks.remove(&process.pid.0).with_context(|| format!("{name} has not been made"))?;
             let tc = process.core().tc.as_ref().with_context(|| format!("{name}: no task entry"))?;
             let mut comm = tc.comm.clone();
             comm.truncate(15);
@@ -208,8 +213,12 @@ impl Family {
             for (process, body) in bodies(tree) {
                 let Some(place) = body.space.pages.place(set)? else { continue };
                 let calls = body.space.read_calls(&place);
-                self.read_pages(process.pid, &calls, body.space.pages.bytes()).with_context(|| process.name())?;
+                self.read_pages(process.pid, &calls, body.space.pages.bytes())
+                    .with_context(|| process.name())?;
             }
+        }
+        for segment in &region.shared {
+            segment.trim(files)?;
         }
         for (process, body) in bodies(tree) {
             let calls = body.space.finish_calls();
@@ -221,7 +230,8 @@ impl Family {
     /// Runs `calls`, which read `bytes` of pages, in the task and in helper threads of it.
     fn read_pages(&mut self, pid: Pid, calls: &[Call], bytes: u64) -> anyhow::Result<()> {
         let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-        let helpers = usize::try_from(bytes / HELP_FROM).unwrap_or(usize::MAX).min(cores - 1).min(Area::HELPERS);
+        let helpers =
+            usize::try_from(bytes / HELP_FROM).unwrap_or(usize::MAX).min(cores - 1).min(Area::HELPERS);
         let spare: Vec<i32> = (0..helpers).map(|_| (self.spare)()).collect();
         let leader = self.task(pid.0)?;
         let mut workers = Vec::new();
@@ -272,7 +282,9 @@ impl Family {
                 let sum: u64 = fills.iter().map(|fill| fill.len).sum();
                 ensure!(sum == len, "pages-{arg}.img: more pages on the stream than the pagemap lists");
                 *at += len;
-                let Some(input) = reader.bulk_input().map(|input| TargetFd(input.as_raw_fd())) else { continue };
+                let Some(input) = reader.bulk_input().map(|input| TargetFd(input.as_raw_fd())) else {
+                    continue;
+                };
                 let task = self.tasks.get_mut(&space.pid.0).context("a task is missing")?;
                 let mut rest = &fills[..];
                 while !rest.is_empty() {
@@ -321,7 +333,8 @@ impl Family {
         for (process, _) in bodies(tree) {
             for thread in process.threads.iter().skip(1) {
                 let new = self.task(process.pid.0)?.clone_task(thread.tid, true);
-                let new = new.map_err(|error| name_taken(error, thread.tid.0)).with_context(|| process.name())?;
+                let new =
+                    new.map_err(|error| name_taken(error, thread.tid.0)).with_context(|| process.name())?;
                 self.tasks.insert(thread.tid.0, new);
             }
         }
@@ -352,11 +365,16 @@ impl Family {
         let mut targets = Vec::new();
         let mut calls = Vec::new();
         for entry in &body.fds {
-            let fd = i32::try_from(entry.fd).ok().with_context(|| format!("fd {}: no such number", entry.fd))?;
+            let fd =
+                i32::try_from(entry.fd).ok().with_context(|| format!("fd {}: no such number", entry.fd))?;
             let source = number(entry.id, &format!("fd {fd}"))?;
             ensure!(source != fd, "fd {fd}: its number is in use for the restore");
             let cloexec = if entry.flags & 1 == 1 { libc::O_CLOEXEC } else { 0 };
-            calls.push(Call::new(format!("dup3(fd {fd})"), libc::SYS_dup3, [source, fd, cloexec].map(Arg::from)));
+            calls.push(Call::new(
+                format!("dup3(fd {fd})"),
+                libc::SYS_dup3,
+                [source, fd, cloexec].map(Arg::from),
+            ));
             targets.push(fd);
         }
         let cwd = number(body.fs.cwd_id, "the working directory")?;
@@ -377,7 +395,11 @@ impl Family {
         let mut from = 0;
         for &fd in targets.iter().chain([&i32::MAX]) {
             if fd > from {
-                let args = [Arg::from(from), if fd == i32::MAX { Arg::from(fd) } else { Arg::from(fd - 1) }, 0.into()];
+                let args = [
+                    Arg::from(from),
+                    if fd == i32::MAX { Arg::from(fd) } else { Arg::from(fd - 1) },
+                    0.into(),
+                ];
                 calls.push(Call::new("close_range", libc::SYS_close_range, args));
             }
             from = fd.saturating_add(1);
@@ -414,7 +436,9 @@ impl Family {
         // Children before parents: a child that stops sends its parent SIGCHLD, which is then drained.
         for (process, body) in bodies(tree).collect::<Vec<_>>().into_iter().rev() {
             self.drain(process, tree).with_context(|| process.name())?;
-            self.task(process.pid.0)?.run(&task::timer_calls(process.core())).with_context(|| process.name())?;
+            self.task(process.pid.0)?
+                .run(&task::timer_calls(process.core()))
+                .with_context(|| process.name())?;
             self.seal_one(process, body, region).with_context(|| process.name())?;
             let signal = task::stop_signal(process.core()).or(stop.then_some(libc::SIGSTOP));
             if let Some(signal) = signal {
@@ -482,7 +506,9 @@ impl Family {
                 match ptrace::wait(thread.tid, false)? {
                     Some(Stop::Group(_)) => break,
                     Some(Stop::Signal(got)) if got == signal => ptrace::resume(thread.tid, signal, false)?,
-                    Some(Stop::Exited(_) | Stop::Killed(_)) => return Err(RemoteError::Died(thread.tid).into()),
+                    Some(Stop::Exited(_) | Stop::Killed(_)) => {
+                        return Err(RemoteError::Died(thread.tid).into());
+                    }
                     Some(_) => ptrace::resume(thread.tid, 0, false)?,
                     None => {}
                 }
@@ -542,7 +568,9 @@ fn check_family(tree: &Tree) -> anyhow::Result<()> {
         let path = format!("/proc/{}/stat", process.pid);
         let text = std::fs::read_to_string(&path).with_context(|| path.clone())?;
         let mut fields = text.rsplit_once(") ").map_or("", |(_, rest)| rest).split(' ').skip(1);
-        for (what, want) in [("parent", process.ppid), ("process group", process.pgid), ("session", process.sid)] {
+        for (what, want) in
+            [("parent", process.ppid), ("process group", process.pgid), ("session", process.sid)]
+        {
             let got: Option<i32> = fields.next().and_then(|f| f.parse().ok());
             if inside(want) && got != Some(want) {
                 let why = format!("its {what} would be {}, it was {want}", got.unwrap_or(0));

@@ -95,7 +95,8 @@ fn be_init(
     mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_SLAVE, None::<&str>)
         .context("mount(/, MS_SLAVE)")?;
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-    mount(Some("proc"), "/proc", Some("proc"), flags, None::<&str>).context("mount /proc of the new namespace")?;
+    mount(Some("proc"), "/proc", Some("proc"), flags, None::<&str>)
+        .context("mount /proc of the new namespace")?;
     let root = crate::restore(args, tree, set, signals, false)?;
     parent.write_all(&[0]).context("tell the parent")?;
     prctl::set_pdeathsig(None).context("prctl(PR_SET_PDEATHSIG)")?;
@@ -103,7 +104,10 @@ fn be_init(
     drop(std::mem::take(set));
     if args.detach {
         let null = File::options().read(true).write(true).open("/dev/null").context("/dev/null")?;
-        dup2_stdin(&null).and_then(|()| dup2_stdout(&null)).and_then(|()| dup2_stderr(&null)).context("dup2")?;
+        dup2_stdin(&null)
+            .and_then(|()| dup2_stdout(&null))
+            .and_then(|()| dup2_stderr(&null))
+            .context("dup2")?;
     }
     loop {
         let code = match wait() {

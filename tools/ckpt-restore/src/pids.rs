@@ -24,7 +24,8 @@ fn exists(pid: i32) -> bool {
 
 fn comm(pid: i32) -> String {
     let path = format!("/proc/{pid}/comm");
-    std::fs::read(path).map_or_else(|_| "?".to_owned(), |c| String::from_utf8_lossy(c.trim_ascii_end()).into_owned())
+    std::fs::read(path)
+        .map_or_else(|_| "?".to_owned(), |c| String::from_utf8_lossy(c.trim_ascii_end()).into_owned())
 }
 
 /// Checks that no pid or tid of the tree is in use.
@@ -44,9 +45,9 @@ pub fn check_free(tree: &Tree) -> anyhow::Result<()> {
 }
 
 fn holder(tid: i32) -> String {
-    let leader = std::fs::read_to_string(format!("/proc/{tid}/status"))
-        .ok()
-        .and_then(|status| status.lines().find_map(|line| line.strip_prefix("Tgid:")?.trim().parse::<i32>().ok()));
+    let leader = std::fs::read_to_string(format!("/proc/{tid}/status")).ok().and_then(|status| {
+        status.lines().find_map(|line| line.strip_prefix("Tgid:")?.trim().parse::<i32>().ok())
+    });
     match leader {
         Some(leader) if leader != tid => format!("a thread of {} ({leader})", comm(leader)),
         _ => comm(tid),
@@ -85,7 +86,8 @@ pub fn replace(tree: &Tree, set: &ImageSet) -> anyhow::Result<()> {
         let Ok(fd) = pidfd::open(pid) else { continue };
         let refuse = |why: String| {
             let who = format!("pid {pid}");
-            Refused::new(who, why).advise("it is not the process that was checkpointed, so --replace leaves it alone")
+            Refused::new(who, why)
+                .advise("it is not the process that was checkpointed, so --replace leaves it alone")
         };
         let now = comm(pid.0);
         if now != process.comm {
@@ -93,7 +95,8 @@ pub fn replace(tree: &Tree, set: &ImageSet) -> anyhow::Result<()> {
         }
         if let Some(body) = &process.body {
             let id = body.space.mm.exe_file_id;
-            let recorded = files.iter().find(|f| f.id == id).and_then(|f| f.reg.as_ref()).map(|r| r.name.clone());
+            let recorded =
+                files.iter().find(|f| f.id == id).and_then(|f| f.reg.as_ref()).map(|r| r.name.clone());
             let exe = link(&format!("/proc/{pid}/exe"));
             // A zombie has no executable any more.
             if let (Some(recorded), Ok(exe)) = (recorded, exe)

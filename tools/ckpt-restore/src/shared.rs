@@ -11,7 +11,7 @@ use nix::{
     errno::Errno,
     fcntl::{SpliceFFlags, copy_file_range, splice},
     sys::uio::{pread, pwrite},
-    unistd::read,
+    unistd::{ftruncate, read},
 };
 
 /// One segment.
@@ -65,6 +65,18 @@ impl Segment {
             at += run.len;
         }
         pieces
+    }
+
+    /// Whole pages are stored, so the last one has made memory longer whose size is no multiple of that.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn trim(&self, files: &OpenFiles) -> anyhow::Result<()> {
+        let (Some((fd, size)), false) = (files.shmem(self.shmid), self.pages.runs.is_empty()) else {
+            return Ok(());
+        };
+        ftruncate(fd, i64::try_from(size).context("size of shared memory")?)
+            .context("ftruncate(shared memory)")
     }
 
     /// Fills it from the image directory.

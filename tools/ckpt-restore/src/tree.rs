@@ -7,7 +7,9 @@ use ckpt_images::ImageSet;
 use ckpt_kinds::{mem::restore::AddressSpace, task};
 use ckpt_proto::{
     Image,
-    types::{CoreEntry, FdinfoEntry, FsEntry, InventoryEntry, PstreeEntry, TaskKobjIdsEntry, core_entry::March},
+    types::{
+        CoreEntry, FdinfoEntry, FsEntry, InventoryEntry, PstreeEntry, TaskKobjIdsEntry, core_entry::March,
+    },
 };
 use ckpt_sys::{Pid, Refused, Tid};
 
@@ -107,7 +109,8 @@ impl Tree {
             let before = order.len();
             order.retain(|pid| {
                 let parent = found.get(pid).map_or(0, |p| p.ppid);
-                let ready = placed.contains(&parent) || !found.contains_key(&Pid(parent)) && !placed.contains(&parent);
+                let ready = placed.contains(&parent)
+                    || !found.contains_key(&Pid(parent)) && !placed.contains(&parent);
                 if ready && let Some(process) = found.remove(pid) {
                     placed.insert(pid.0);
                     processes.push(process);
@@ -126,10 +129,7 @@ impl Tree {
 
     /// Every pid and tid that will be in use, those of groups and sessions included.
     pub fn numbers(&self) -> BTreeSet<i32> {
-        self.processes
-            .iter()
-            .flat_map(|p| p.threads.iter().map(|t| t.tid.0).chain([p.pgid, p.sid]))
-            .collect()
+        self.processes.iter().flat_map(|p| p.threads.iter().map(|t| t.tid.0).chain([p.pgid, p.sid])).collect()
     }
 }
 
@@ -184,7 +184,8 @@ fn read_process(set: &ImageSet, entry: &PstreeEntry, inventory: &InventoryEntry)
         None
     } else {
         for thread in &threads {
-            task::restore::check(&thread.core).with_context(|| format!("pid {pid} ({comm}) tid {}", thread.tid))?;
+            task::restore::check(&thread.core)
+                .with_context(|| format!("pid {pid} ({comm}) tid {}", thread.tid))?;
         }
         let ids = ids(set, entry.pid, &leader.core)?;
         check_namespaces(pid, &ids, inventory)?;
@@ -193,7 +194,8 @@ fn read_process(set: &ImageSet, entry: &PstreeEntry, inventory: &InventoryEntry)
         let fds = set.all(Image::Fdinfo, ids.files_id.into())?;
         Some(Body { space, fs, fds })
     };
-    let (ppid, pgid, sid) = (number(entry.ppid, "a ppid")?, number(entry.pgid, "a pgid")?, number(entry.sid, "a sid")?);
+    let (ppid, pgid, sid) =
+        (number(entry.ppid, "a ppid")?, number(entry.pgid, "a pgid")?, number(entry.sid, "a sid")?);
     Ok(Process { pid: Pid(pid), ppid, pgid, sid, threads, body, comm })
 }
 

@@ -95,7 +95,9 @@ impl Pages {
                 return Err(Refused::new(file, what).advise("merge the chain first, with ckpt-merge").into());
             }
             if flags & (page::LAZY | page::PRESENT) == page::LAZY {
-                return Err(Refused::new(file, format!("pages at {addr:#x} were left at the source (lazy)")).into());
+                return Err(
+                    Refused::new(file, format!("pages at {addr:#x} were left at the source (lazy)")).into()
+                );
             }
             if flags & page::PRESENT == 0 || len == 0 {
                 continue;
@@ -181,12 +183,15 @@ impl AddressSpace {
                 block.add(vma)?;
                 continue;
             }
-            let kinds = [status::FILE_PRIVATE, status::FILE_SHARED, status::ANON_PRIVATE, status::ANON_SHARED];
+            let kinds =
+                [status::FILE_PRIVATE, status::FILE_SHARED, status::ANON_PRIVATE, status::ANON_SHARED];
             if kinds.iter().filter(|&&k| vma.status & k != 0).count() != 1 {
                 bail!("{file}: area {}: status {:#x} names no kind", text(vma), vma.status);
             }
             if vma.status & status::ANON_SHARED != 0 {
-                return Err(refuse("shared memory without a memfd entry (an image of CRIU before 3.17)").into());
+                return Err(
+                    refuse("shared memory without a memfd entry (an image of CRIU before 3.17)").into()
+                );
             }
             ensure!(vma.pgoff.is_multiple_of(PAGE), "{file}: area {}: offset {:#x}", text(vma), vma.pgoff);
             ensure!(vma.prot & !7 == 0, "{file}: area {}: protection {:#x}", text(vma), vma.prot);
@@ -201,7 +206,10 @@ impl AddressSpace {
     #[must_use]
     pub fn taken(&self) -> Vec<Range<u64>> {
         let grow = |vma: &VmaEntry| if grows(vma) { 8 << 20 } else { 0 };
-        self.areas().map(|vma| vma.start.saturating_sub(grow(vma))..vma.end).chain(self.vdso_range()).collect()
+        self.areas()
+            .map(|vma| vma.start.saturating_sub(grow(vma))..vma.end)
+            .chain(self.vdso_range())
+            .collect()
     }
 
     fn vdso_range(&self) -> Option<Range<u64>> {
@@ -271,8 +279,11 @@ impl AddressSpace {
     /// # Errors
     /// A file is missing.
     pub fn map_calls(&self, fd: &dyn Fn(FileId) -> Option<i32>) -> anyhow::Result<Vec<Call>> {
-        const KEPT: i32 =
-            libc::MAP_SHARED | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_GROWSDOWN | libc::MAP_NORESERVE;
+        const KEPT: i32 = libc::MAP_SHARED
+            | libc::MAP_PRIVATE
+            | libc::MAP_ANONYMOUS
+            | libc::MAP_GROWSDOWN
+            | libc::MAP_NORESERVE;
         let mut calls = Vec::new();
         for vma in self.areas() {
             let len = vma.end - vma.start;
@@ -284,15 +295,22 @@ impl AddressSpace {
             let (fd, pgoff) = if is_file(vma) {
                 flags &= !libc::MAP_ANONYMOUS.unsigned_abs();
                 let id = u32::try_from(vma.shmid).unwrap_or(u32::MAX);
-                let number = fd(FileId(id))
-                    .with_context(|| format!("pid {} area {}: file {id} is in no image", self.pid, text(vma)))?;
+                let number = fd(FileId(id)).with_context(|| {
+                    format!("pid {} area {}: file {id} is in no image", self.pid, text(vma))
+                })?;
                 (number, vma.pgoff)
             } else {
                 flags |= libc::MAP_ANONYMOUS.unsigned_abs();
                 (-1, 0)
             };
-            let args =
-                [Arg::Val(vma.start), len.into(), u64::from(prot).into(), u64::from(flags).into(), fd.into(), pgoff.into()];
+            let args = [
+                Arg::Val(vma.start),
+                len.into(),
+                u64::from(prot).into(),
+                u64::from(flags).into(),
+                fd.into(),
+                pgoff.into(),
+            ];
             calls.push(Call::new(format!("mmap({})", text(vma)), libc::SYS_mmap, args));
             // Page size advice has to come before the pages.
             calls.extend(advice_calls(vma, true));
@@ -342,7 +360,9 @@ impl AddressSpace {
         let fd = place.file.as_raw_fd();
         let mut calls = Vec::new();
         for (offset, sum, list) in lists {
-            for &(addr, len) in list.iter().filter(|&&(addr, len)| len >= POPULATE_MIN && self.anonymous(addr)) {
+            for &(addr, len) in
+                list.iter().filter(|&&(addr, len)| len >= POPULATE_MIN && self.anonymous(addr))
+            {
                 calls.push(populate(addr, len));
             }
             let count = list.len() as u64;
@@ -450,7 +470,9 @@ fn is_file(vma: &VmaEntry) -> bool {
 
 /// The madvise(2) values in `vma.madv`, which has bit n set for advice n.
 fn advice(vma: &VmaEntry) -> anyhow::Result<Vec<i32>> {
-    const KNOWN: [i32; 6] = [
+    const KNOWN: [i32; 8] = [
+        libc::MADV_RANDOM,
+        libc::MADV_SEQUENTIAL,
         libc::MADV_DONTFORK,
         libc::MADV_MERGEABLE,
         libc::MADV_HUGEPAGE,

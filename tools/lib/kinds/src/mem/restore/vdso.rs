@@ -51,7 +51,10 @@ impl Collect {
             return Ok(None);
         };
         let start = self.data.map_or(code, |(start, _)| start);
-        ensure!(self.data.is_none_or(|(_, data_end)| data_end == code), "the vdso's data does not end where its code begins");
+        ensure!(
+            self.data.is_none_or(|(_, data_end)| data_end == code),
+            "the vdso's data does not end where its code begins"
+        );
         Ok(Some(Block { start, code, end }))
     }
 }
@@ -148,7 +151,8 @@ impl Ours {
         for (from, to) in [(self.block.start, stage), (stage, to)] {
             for (start, end) in &self.parts {
                 let offset = start - self.block.start;
-                let args = [from + offset, end - start, end - start, u64::from(flags), to + offset].map(Arg::Val);
+                let args =
+                    [from + offset, end - start, end - start, u64::from(flags), to + offset].map(Arg::Val);
                 let name = format!("mremap(vdso to {:#x})", to + offset);
                 calls.push(Call::new(name, libc::SYS_mremap, args));
             }
