@@ -49,7 +49,7 @@ pub fn dump(
             sigmask: thread.sigmask,
             stopped_by: process.stopped_by,
         };
-        let core = if leader { task::dump_leader(input, ids) } else { task::dump_thread(input) }
+        let core = if leader { task::dump_leader(input) } else { task::dump_thread(input) }
             .with_context(what)?;
         if leader {
             mm = Some(task::dump_mm_fields(pid, &mut borrowed).with_context(what)?);

@@ -24,6 +24,7 @@ use ckpt_proc::stat;
 use ckpt_sys::{
     Pid, Refused, SysError, Tid,
     ptrace::{self, Regs, Stop},
+    rseq,
 };
 use nix::errno::Errno;
 
@@ -468,6 +469,11 @@ impl Attempt {
                         regs.rax = regs.orig_rax;
                         regs.rip -= 2;
                         ptrace::set_regs(tid, regs)?;
+                    }
+                    // Inside a restartable sequence: it would be aborted by the kernel before another
+                    // instruction of it runs, but remote calls make the kernel forget that.
+                    if let Some(abort) = rseq::abort_address(pid, tid, regs.rip)? {
+                        regs.rip = abort;
                     }
                     let thread = Thread { tid, regs, sigmask };
                     process.threads.push(thread);

@@ -49,7 +49,13 @@ pub fn get_regset(tid: Tid, kind: i32, limit: usize) -> Result<Vec<u8>, SysError
     let mut iov = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: limit };
     // SAFETY: `iov` describes `bytes`, which outlives the call; the kernel writes at most iov_len bytes.
     unsafe {
-        request(PTRACE_GETREGSET, "ptrace(GETREGSET)", tid, number(kind.unsigned_abs() as usize), (&raw mut iov).cast())
+        request(
+            PTRACE_GETREGSET,
+            "ptrace(GETREGSET)",
+            tid,
+            number(kind.unsigned_abs() as usize),
+            (&raw mut iov).cast(),
+        )
     }?;
     bytes.truncate(iov.iov_len);
     Ok(bytes)
@@ -63,7 +69,13 @@ pub fn set_regset(tid: Tid, kind: i32, bytes: &[u8]) -> Result<(), SysError> {
     let mut iov = libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
     // SAFETY: SETREGSET only reads the memory that `iov` describes.
     unsafe {
-        request(PTRACE_SETREGSET, "ptrace(SETREGSET)", tid, number(kind.unsigned_abs() as usize), (&raw mut iov).cast())
+        request(
+            PTRACE_SETREGSET,
+            "ptrace(SETREGSET)",
+            tid,
+            number(kind.unsigned_abs() as usize),
+            (&raw mut iov).cast(),
+        )
     }
     .map(drop)
 }
@@ -86,7 +98,8 @@ pub fn sigmask(tid: Tid) -> Result<u64, SysError> {
 pub fn set_sigmask(tid: Tid, mask: u64) -> Result<(), SysError> {
     let mut mask = mask;
     // SAFETY: the kernel reads 8 bytes, the size given, from `mask`.
-    unsafe { request(PTRACE_SETSIGMASK, "ptrace(SETSIGMASK)", tid, number(8), (&raw mut mask).cast()) }.map(drop)
+    unsafe { request(PTRACE_SETSIGMASK, "ptrace(SETSIGMASK)", tid, number(8), (&raw mut mask).cast()) }
+        .map(drop)
 }
 
 /// Pending signals of a stopped task (`shared`: of its process), each as the 128 bytes of a siginfo_t.
@@ -164,7 +177,9 @@ pub fn rseq(tid: Tid) -> Result<RseqConfiguration, SysError> {
 pub fn thread_area(tid: Tid, index: usize) -> Result<[u32; 4], SysError> {
     let mut desc = [0_u32; 4];
     // SAFETY: the kernel writes a struct user_desc, which is four 32-bit words.
-    unsafe { request(PTRACE_GET_THREAD_AREA, "ptrace(GET_THREAD_AREA)", tid, number(index), (&raw mut desc).cast()) }?;
+    unsafe {
+        request(PTRACE_GET_THREAD_AREA, "ptrace(GET_THREAD_AREA)", tid, number(index), (&raw mut desc).cast())
+    }?;
     Ok(desc)
 }
 
@@ -185,10 +200,13 @@ pub fn robust_list(tid: Tid) -> Result<(u64, u64), SysError> {
 /// # Errors
 /// ESRCH if the task is not stopped or gone.
 pub fn resume(tid: Tid, signal: i32, syscalls: bool) -> Result<(), SysError> {
-    let (op, name) =
-        if syscalls { (libc::PTRACE_SYSCALL, "ptrace(SYSCALL)") } else { (libc::PTRACE_CONT, "ptrace(CONT)") };
+    let (op, name) = if syscalls {
+        (libc::PTRACE_SYSCALL, "ptrace(SYSCALL)")
+    } else {
+        (libc::PTRACE_CONT, "ptrace(CONT)")
+    };
     // SAFETY: CONT and SYSCALL take a signal number and touch no memory.
-    unsafe { request(op as u32, name, tid, number(0), number(signal.unsigned_abs() as usize)) }.map(drop)
+    unsafe { request(op, name, tid, number(0), number(signal.unsigned_abs() as usize)) }.map(drop)
 }
 
 /// Ends tracing of a stopped task, delivering `signal` (0: none).
@@ -198,7 +216,7 @@ pub fn resume(tid: Tid, signal: i32, syscalls: bool) -> Result<(), SysError> {
 pub fn detach(tid: Tid, signal: i32) -> Result<(), SysError> {
     // SAFETY: DETACH takes a signal number and touches no memory.
     unsafe {
-        request(libc::PTRACE_DETACH as u32, "ptrace(DETACH)", tid, number(0), number(signal.unsigned_abs() as usize))
+        request(libc::PTRACE_DETACH, "ptrace(DETACH)", tid, number(0), number(signal.unsigned_abs() as usize))
     }
     .map(drop)
 }
@@ -209,7 +227,8 @@ pub fn detach(tid: Tid, signal: i32) -> Result<(), SysError> {
 /// EPERM if it is traced already or may not be traced, ESRCH if it is gone.
 pub fn seize(tid: Tid, options: u32) -> Result<(), SysError> {
     // SAFETY: SEIZE takes an integer and touches no memory.
-    unsafe { request(libc::PTRACE_SEIZE as u32, "ptrace(SEIZE)", tid, number(0), number(options as usize)) }.map(drop)
+    unsafe { request(libc::PTRACE_SEIZE, "ptrace(SEIZE)", tid, number(0), number(options as usize)) }
+        .map(drop)
 }
 
 /// Asks a seized task to stop.
@@ -218,7 +237,7 @@ pub fn seize(tid: Tid, options: u32) -> Result<(), SysError> {
 /// ESRCH if it is gone.
 pub fn interrupt(tid: Tid) -> Result<(), SysError> {
     // SAFETY: INTERRUPT takes nothing.
-    unsafe { request(libc::PTRACE_INTERRUPT as u32, "ptrace(INTERRUPT)", tid, number(0), number(0)) }.map(drop)
+    unsafe { request(libc::PTRACE_INTERRUPT, "ptrace(INTERRUPT)", tid, number(0), number(0)) }.map(drop)
 }
 
 /// Changes the `PTRACE_O_*` bits of a stopped task.
@@ -227,8 +246,10 @@ pub fn interrupt(tid: Tid) -> Result<(), SysError> {
 /// EPERM (PTRACE_O_SUSPEND_SECCOMP without CAP_SYS_ADMIN), EINVAL, ESRCH.
 pub fn set_options(tid: Tid, options: u32) -> Result<(), SysError> {
     // SAFETY: SETOPTIONS takes an integer and touches no memory.
-    unsafe { request(libc::PTRACE_SETOPTIONS as u32, "ptrace(SETOPTIONS)", tid, number(0), number(options as usize)) }
-        .map(drop)
+    unsafe {
+        request(libc::PTRACE_SETOPTIONS, "ptrace(SETOPTIONS)", tid, number(0), number(options as usize))
+    }
+    .map(drop)
 }
 
 /// General registers of a stopped task.
@@ -236,7 +257,8 @@ pub fn set_options(tid: Tid, options: u32) -> Result<(), SysError> {
 /// # Errors
 /// ESRCH if the task is not stopped or gone.
 pub fn regs(tid: Tid) -> Result<Regs, SysError> {
-    nix::sys::ptrace::getregs(tid.nix()).map_err(|e| SysError::new("ptrace(GETREGS)", format!("tid {tid}"), e))
+    nix::sys::ptrace::getregs(tid.nix())
+        .map_err(|e| SysError::new("ptrace(GETREGS)", format!("tid {tid}"), e))
 }
 
 /// Sets the general registers of a stopped task.
@@ -244,7 +266,8 @@ pub fn regs(tid: Tid) -> Result<Regs, SysError> {
 /// # Errors
 /// EIO for values that the kernel refuses, ESRCH if the task is not stopped or gone.
 pub fn set_regs(tid: Tid, regs: Regs) -> Result<(), SysError> {
-    nix::sys::ptrace::setregs(tid.nix(), regs).map_err(|e| SysError::new("ptrace(SETREGS)", format!("tid {tid}"), e))
+    nix::sys::ptrace::setregs(tid.nix(), regs)
+        .map_err(|e| SysError::new("ptrace(SETREGS)", format!("tid {tid}"), e))
 }
 
 /// The event of a `PTRACE_EVENT_*` stop.

@@ -26,9 +26,7 @@ mod tests;
 mod timers;
 
 use anyhow::Context;
-use ckpt_proto::types::{
-    CoreEntry, MmEntry, TaskCoreEntry, TaskKobjIdsEntry, ThreadCoreEntry, ThreadInfoX86, core_entry,
-};
+use ckpt_proto::types::{CoreEntry, MmEntry, TaskCoreEntry, ThreadCoreEntry, ThreadInfoX86, core_entry};
 use ckpt_remote::Syscalls;
 use ckpt_sys::{Pid, Tid, ptrace, ptrace::Regs};
 
@@ -69,7 +67,7 @@ pub fn check(pid: Pid) -> anyhow::Result<()> {
 ///
 /// # Errors
 /// Remote calls, ptrace, /proc; [`ckpt_sys::Refused`] for state that has no place in the images.
-pub fn dump_leader(input: ThreadInput<'_>, ids: TaskKobjIdsEntry) -> anyhow::Result<CoreEntry> {
+pub fn dump_leader(input: ThreadInput<'_>) -> anyhow::Result<CoreEntry> {
     let pid = input.pid;
     let posix_timers = timers::list(pid)?;
     let mut calls = Vec::new();
@@ -104,7 +102,7 @@ pub fn dump_leader(input: ThreadInput<'_>, ids: TaskKobjIdsEntry) -> anyhow::Res
         mtype: core_entry::March::X8664.into(),
         thread_info: Some(thread_info),
         tc: Some(tc),
-        ids: Some(ids),
+        ids: None,
         thread_core: Some(thread_core),
     })
 }

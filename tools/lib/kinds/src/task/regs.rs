@@ -32,7 +32,10 @@ use ckpt_sys::{
     xstate,
 };
 
-use super::answers::{malformed, u16_at, u32_at, u64_at};
+use super::{
+    answers::{malformed, u16_at, u32_at, u64_at},
+    signals,
+};
 
 /// Offsets in the area.
 const ST_SPACE: usize = 32;
@@ -156,8 +159,10 @@ pub(super) fn restore(core: &CoreEntry) -> anyhow::Result<Regs> {
         return Err(Refused::new("registers", "of a 32-bit task can't be restored").into());
     }
     // With a handler's return the kernel sets orig_ax to -1; only the freeze leaves EINTR beside a number.
-    let repeat =
-        gp.ax.cast_signed() == -i64::from(libc::EINTR) && REPEATABLE.contains(&gp.orig_ax.cast_signed());
+    // With a signal about to be handled EINTR is what the program has to see.
+    let repeat = gp.ax.cast_signed() == -i64::from(libc::EINTR)
+        && REPEATABLE.contains(&gp.orig_ax.cast_signed())
+        && !signals::deliverable(core);
     let (ax, ip) =
         if repeat { (gp.orig_ax, gp.ip.wrapping_sub(SYSCALL_INSTRUCTION)) } else { (gp.ax, gp.ip) };
     Ok(Regs {

@@ -4,7 +4,7 @@
 //! by ptrace without being taken (PTRACE_PEEKSIGINFO) and put back by the task itself: only to
 //! oneself may a signal be sent with the siginfo of one that the kernel made (rt_sigqueueinfo(2)).
 
-use ckpt_proto::types::{SaEntry, SiginfoEntry, SignalQueueEntry, ThreadSasEntry};
+use ckpt_proto::types::{CoreEntry, SaEntry, SiginfoEntry, SignalQueueEntry, ThreadSasEntry};
 use ckpt_remote::{Arg, Call};
 use ckpt_sys::{Pid, Tid, ptrace};
 
@@ -103,6 +103,15 @@ pub(super) fn check_queue(queue: &SignalQueueEntry) -> anyhow::Result<()> {
 /// Whether SIGSTOP is among them: it can't be blocked, so it is not put back but sent at the end.
 pub(super) fn holds_stop(queue: &SignalQueueEntry) -> bool {
     queue.signals.iter().any(|i| number(i) == libc::SIGSTOP)
+}
+
+/// Whether a signal waits in the entry's queues that the thread does not block.
+pub(super) fn deliverable(core: &CoreEntry) -> bool {
+    let blocked = super::restore::sigmask(core);
+    let shared = core.tc.as_ref().and_then(|tc| tc.signals_s.as_ref());
+    let own = core.thread_core.as_ref().and_then(|t| t.signals_p.as_ref());
+    let waiting = [shared, own].into_iter().flatten().flat_map(|queue| &queue.signals).map(number);
+    waiting.filter(|n| (1..=64).contains(n)).any(|n| blocked & (1 << (n - 1)) == 0)
 }
 
 /// Puts signals back; all must be blocked. SIGKILL (the task was about to die) and SIGSTOP can't wait

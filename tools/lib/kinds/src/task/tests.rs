@@ -2,10 +2,7 @@
 
 use std::time::Duration;
 
-use ckpt_proto::{
-    Message,
-    types::{CoreEntry, TaskKobjIdsEntry},
-};
+use ckpt_proto::{Message, types::CoreEntry};
 use ckpt_remote::{Frozen, Release};
 use ckpt_sys::{Pid, RemoteAddr, Tid, selfcall};
 use nix::{
@@ -49,7 +46,7 @@ fn dump(pid: Pid) -> CoreEntry {
         sigmask: thread.sigmask,
         stopped_by: process.stopped_by,
     };
-    let core = dump_leader(input, TaskKobjIdsEntry::default()).unwrap();
+    let core = dump_leader(input).unwrap();
     borrowed.finish().unwrap();
     frozen.release(Release::Run);
     core
