@@ -24,6 +24,7 @@ use crate::{
 
 /// First bytes of a stream; the last one is the version.
 pub const MAGIC: [u8; 8] = *b"CKPTSTR\x01";
+const GAVE_UP: &str = "the stage before gave up";
 /// Longest frame header, bytes.
 pub const MAX_HEADER: u32 = 1 << 16;
 
@@ -62,7 +63,7 @@ pub enum StreamError {
         at: &'static str,
     },
     /// The producer gave up and said why.
-    #[error("the stage before gave up: {reason}")]
+    #[error("{GAVE_UP}: {reason}")]
     Aborted {
         /// Its words.
         reason: String,
@@ -454,11 +455,14 @@ impl<W: Write> Writer<W> {
         self.header(Header { kind: FrameKind::Bulk.into(), ..Header::default() }, &[])
     }
 
-    /// Tells the reader why there will be no END.
+    /// Tells the reader why there will be no END: the first line of `reason`. The words of a stage further
+    /// up are handed on as they are, without one more "gave up" in front.
     ///
     /// # Errors
     /// The output's.
     pub fn abort(mut self, reason: &str) -> io::Result<()> {
+        let reason = reason.lines().next().unwrap_or_default();
+        let reason = reason.trim_start_matches(GAVE_UP).trim_start_matches(": ");
         let header =
             Header { kind: FrameKind::Abort.into(), reason: Some(reason.to_owned()), ..Header::default() };
         self.header(header, &[])?;

@@ -79,7 +79,7 @@ fn take_hold(hello: &Hello) -> Option<Hold> {
         Ok(hold) => Some(hold),
         // A stream that was kept in a file has outlived its tree.
         Err(HoldError::Gone) => {
-            ckpt_cli::note!(1, "the tree that this stream was made of is not held any more");
+            ckpt_cli::note!(2, "the tree that this stream was made of is not held any more");
             None
         }
         Err(error) => {

@@ -12,7 +12,7 @@ use std::{
     process::{Command, ExitCode},
 };
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use clap::{CommandFactory, Parser, Subcommand};
 
 pub use pipeline::{Pipeline, Stage, blame};
@@ -138,7 +138,13 @@ pub fn command() -> clap::Command {
 /// Programs that can't be started; a stage that fails says so itself and is only seen in the status.
 pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let pipeline = match &args.command {
-        Verb::Dump(dump) => dump.pipeline(),
+        Verb::Dump(dump) => {
+            // ckpt-write would say so too, but not before the tree was frozen for nothing.
+            if std::fs::symlink_metadata(&dump.dir).is_ok() {
+                bail!("{} exists already; checkpoints are never overwritten", dump.dir.display());
+            }
+            dump.pipeline()
+        }
         Verb::Restore(restore) => restore.pipeline(),
         Verb::Other(words) => other(words)?,
     };
