@@ -141,6 +141,26 @@ pub fn end_all(dir: &Path) {
     }
 }
 
+/// Does `work` while orphans and children among `pids` are reaped, as a parent that waits for them would.
+pub fn reaping<R>(pids: &[i32], work: impl FnOnce() -> R) -> R {
+    let done = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(std::sync::atomic::Ordering::SeqCst) {
+                for &pid in pids {
+                    if state(pid) == Some('Z') {
+                        let _ = is_free(pid);
+                    }
+                }
+                std::thread::sleep(std::time::Duration::from_millis(1));
+            }
+        });
+        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
+        done.store(true, std::sync::atomic::Ordering::SeqCst);
+        result.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
+}
+
 /// Waits until all of `pids` are free.
 ///
 /// # Panics

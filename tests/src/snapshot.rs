@@ -76,7 +76,12 @@ fn call(text: &str) -> String {
 
 fn fdinfo(text: &str) -> String {
     let mut out = String::new();
-    for line in text.lines() {
+    let mut lines: Vec<&str> = text.lines().collect();
+    if text.contains("tfd:") {
+        // An epoll set lists its members by address.
+        lines.sort_unstable();
+    }
+    for line in lines {
         let name = line.split(':').next().unwrap_or_default();
         if !["it_value", "ticks", "eventfd-id"].contains(&name) {
             let _ = write!(out, "{} ", line.split_whitespace().collect::<Vec<_>>().join(" "));
@@ -183,6 +188,13 @@ impl Snapshot {
         let mut map = BTreeMap::new();
         for (key, value) in &self.0 {
             let of_root = key.starts_with(&format!("pid {root} "));
+            // Of the dead only the exit status comes back, and where a stopped task stands in the kernel is its own affair.
+            let thread =
+                key.rsplit_once(" status ").or_else(|| key.rsplit_once(' ')).map_or("", |(thread, _)| thread);
+            let state = self.0.get(&format!("{thread} state")).map_or("", String::as_str);
+            if state == "dead" && (key.contains("status Sig") || key.ends_with("ShdPnd")) {
+                continue;
+            }
             if key.ends_with("status FDSize")
                 || key.ends_with("loginuid")
                 || (of_root && (key.ends_with("status PPid") || key.ends_with(" ppid")))
@@ -190,6 +202,10 @@ impl Snapshot {
                 continue;
             }
             let mut words: Vec<String> = value.split(' ').map(str::to_owned).collect();
+            if key.ends_with(" syscall") && state == "stopped" {
+                // The last two are stack pointer and program counter.
+                words = words.split_off(words.len().saturating_sub(2));
+            }
             if key.contains(" map ") {
                 // perms offset dev inode path: the inode of a shared or deleted file is a new one.
                 if value.contains("/dev/zero") || value.contains("/memfd:") || value.contains("(deleted)") {
@@ -221,7 +237,49 @@ impl Snapshot {
             }
             map.insert(key.clone(), words.join(" "));
         }
-        Self(map)
+        Self(map).merged()
+    }
+
+    /// Neighbouring mappings of the same kind as one: whether the kernel merges them depends on their history.
+    #[must_use]
+    fn merged(self) -> Self {
+        let mut out = BTreeMap::new();
+        let mut last: Option<(String, u64, u64, String)> = None;
+        let mut maps = Vec::new();
+        for (key, value) in self.0 {
+            let range = key.split_once(" map ").and_then(|(pid, range)| {
+                let (start, end) = range.split_once('-')?;
+                Some((
+                    pid.to_owned(),
+                    u64::from_str_radix(start, 16).ok()?,
+                    u64::from_str_radix(end, 16).ok()?,
+                ))
+            });
+            match range {
+                Some((pid, start, end)) => maps.push((pid, start, end, value)),
+                None => _ = out.insert(key, value),
+            }
+        }
+        maps.sort();
+        for (pid, start, end, value) in maps {
+            match &mut last {
+                // Only memory without a file: its offset says nothing.
+                Some((p, _, e, v))
+                    if *p == pid && *e == start && *v == value && value.contains(" 00:00 0") =>
+                {
+                    *e = end
+                }
+                _ => {
+                    if let Some((p, s, e, v)) = last.replace((pid, start, end, value)) {
+                        out.insert(format!("{p} map {s:x}-{e:x}"), v);
+                    }
+                }
+            }
+        }
+        if let Some((p, s, e, v)) = last {
+            out.insert(format!("{p} map {s:x}-{e:x}"), v);
+        }
+        Self(out)
     }
 
     /// Without the keys for which `drop` says so.

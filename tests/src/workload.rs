@@ -68,8 +68,9 @@ pub fn breaks(name: &str) -> Vec<String> {
     names
 }
 
-const CLOSE_ALL: &str =
-    r#"for f in /proc/$$/fd/*; do n=${f##*/}; [ $n -gt 2 ] && eval "exec $n>&-"; done 2>&-; exec "$@""#;
+/// Shell words that close every descriptor above 2 and become the command that follows.
+pub const CLOSE_ALL: &str =
+    r#"for f in /proc/$$/fd/*; do n=${f##*/}; [ $n -gt 2 ] && eval "exec $n>&-"; done; exec "$@""#;
 
 /// A program under test, in a directory of its own. Dropping it ends all its processes.
 #[derive(Debug)]

@@ -86,6 +86,12 @@ fn contents(dir: &Path) -> BTreeMap<String, Vec<u8>> {
         .collect()
 }
 
+/// Whether the same but for a few words: a thread's rseq area holds the CPU that it ran on last.
+fn nearly(a: Option<&Vec<u8>>, b: Option<&Vec<u8>>) -> bool {
+    let (Some(a), Some(b)) = (a, b) else { return false };
+    a.len() == b.len() && a.iter().zip(b).filter(|(x, y)| x != y).count() <= 64
+}
+
 /// Files that differ. What tells the time of the dump differs rightly.
 fn differing(a: &Path, b: &Path) -> Vec<String> {
     let (a, b) = (contents(a), contents(b));
@@ -97,6 +103,7 @@ fn differing(a: &Path, b: &Path) -> Vec<String> {
             && !["inventory.img", "ckpt-manifest.img"].contains(&n.as_str())
             && !n.starts_with("timens-")
     });
+    names.retain(|n| !(n.starts_with("pages-") && nearly(a.get(n), b.get(n))));
     names
 }
 
@@ -224,7 +231,7 @@ fn show_head_is_success_and_jq_round_trips() {
     let core = target.path("img").join(format!("core-{}.img", target.pid));
     let _ = Pipeline::new(target.dir.path())
         .stage(["ckpt-show".into(), core.clone()])
-        .stage(["ckpt-encode"])
+        .stage(["ckpt-encode", "--image"])
         .output(fs::File::create(target.path("core")).expect("make a file"))
         .run()
         .ok("ckpt-show | ckpt-encode");

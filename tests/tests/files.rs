@@ -30,7 +30,9 @@ fn shell_job_gets_the_terminal_of_its_restorer() {
     let dir = TestDir::new("terminal");
     let log = dir.path().join("log");
     let tty = || std::fs::File::from(pty.slave.try_clone().expect("clone the terminal"));
-    let mut command = Command::new(workload::compile("terminal"));
+    // Without the master's descriptor, which a child of this process would inherit.
+    let mut command = Command::new("bash");
+    command.args(["-c", workload::CLOSE_ALL, "bash"]).arg(workload::compile("terminal"));
     command.arg(&log).stdin(tty()).stdout(tty()).stderr(tty());
     let target = Target::spawn_as_it_is(dir, command);
     target.wait_log("ready");

@@ -17,6 +17,8 @@ fn group_stopped_target_stays_stopped() {
     let target = Target::start("attacked");
     target.signal(Signal::SIGSTOP);
     assert!(ckpt_tests::soon(|| process::state(target.pid) == Some('T')));
+    // Its timer goes on and makes a signal pending.
+    ckpt_tests::soon(|| process::text(target.pid, "status").contains("ShdPnd:\t0000000400002000"));
     let before = target.snapshot();
     target.dump_ok("img");
     target.unchanged(&before);

@@ -52,10 +52,13 @@ fn replace_ends_the_original_only() {
     let target = Target::start("attacked");
     target.dump_ok("img");
     let image = target.path("img");
-    let _ = Pipeline::new(target.dir.path())
-        .stage(["ckpt-restore".into(), "--detach".into(), "--replace".into(), image.clone()])
-        .run()
-        .ok("restore --replace");
+    let restore = Pipeline::new(target.dir.path()).stage([
+        "ckpt-restore".into(),
+        "--detach".into(),
+        "--replace".into(),
+        image.clone(),
+    ]);
+    let _ = process::reaping(&process::tree(target.pid), || restore.run()).ok("restore --replace");
     target.passes("the restored one");
     target.end();
     // Somebody else by that number is not the original: taken by force with the kernel's own counter.

@@ -30,7 +30,7 @@ int main(int argc, char **argv)
 	ready();
 	for (;;) {
 		struct pollfd f[2] = { { c >= 0 ? c : l, POLLIN, 0 }, { sfd, POLLIN, 0 } };
-		if (poll(f, 2, -1) < 0) { CHECK(errno == EINTR, "poll"); continue; }
+		if (poll(f, 2, -1) < 0) { if (errno != EINTR) BROKEN("poll"); continue; }
 		if (f[1].revents) {
 			struct signalfd_siginfo si;
 			NEED(read(sfd, &si, sizeof si) == sizeof si);

@@ -26,7 +26,7 @@ int main(int argc, char **argv)
 	NEED(send(shut[0], "before", 6, 0) == 6 && !shutdown(shut[0], SHUT_WR));
 	NEED(send(widow[0], "last words", 10, 0) == 10 && !close(widow[0]));
 	NEED(!setsockopt(st[0], SOL_SOCKET, SO_SNDBUF, &(int){ 100000 }, 4) && !setsockopt(st[1], SOL_SOCKET, SO_RCVBUF, &(int){ 50000 }, 4));
-	NEED(!setsockopt(st[0], SOL_SOCKET, SO_PASSCRED, &(int){ 1 }, 4) && !setsockopt(st[1], SOL_SOCKET, SO_RCVTIMEO, &(struct timeval){ 9, 500000 }, sizeof(struct timeval)));
+	NEED(!setsockopt(shared[0], SOL_SOCKET, SO_PASSCRED, &(int){ 1 }, 4) && !setsockopt(st[1], SOL_SOCKET, SO_RCVTIMEO, &(struct timeval){ 9, 500000 }, sizeof(struct timeval)));
 	NEED(!setsockopt(big[0], SOL_SOCKET, SO_SNDBUF, &(int){ 400000 }, 4));
 	fill(block, sizeof block, 81);
 	NEED(send(big[0], block, sizeof block, MSG_DONTWAIT) == sizeof block);
@@ -50,12 +50,12 @@ int main(int argc, char **argv)
 	BREAK("seqpacket") NEED(send(sq[0], "packet 4", 8, 0) == 8);
 	BREAK("shutdown") NEED(dup2(st[0], shut[1]) == shut[1]);
 	BREAK("widow") NEED(dup2(st[0], widow[1]) == widow[1]);
-	BREAK("option") setsockopt(st[0], SOL_SOCKET, SO_PASSCRED, &(int){ 0 }, 4);
+	BREAK("option") setsockopt(shared[0], SOL_SOCKET, SO_PASSCRED, &(int){ 0 }, 4);
 	BREAK("child") kill(child, SIGSTOP);
 	BREAK("big") { NEED(recv(big[1], b, 100, 0) == 100); }
 	BREAK("cloexec") fcntl(dg[0], F_SETFD, 0);
 	CHECK(option(st[0], SO_SNDBUF) == sndbuf && option(st[1], SO_RCVBUF) == rcvbuf, "buffer sizes %d %d became %d %d", sndbuf, rcvbuf, option(st[0], SO_SNDBUF), option(st[1], SO_RCVBUF));
-	CHECK(option(st[0], SO_PASSCRED) == 1 && option(st[1], SO_PASSCRED) == 0, "SO_PASSCRED");
+	CHECK(option(shared[0], SO_PASSCRED) == 1 && option(st[1], SO_PASSCRED) == 0, "SO_PASSCRED");
 	struct timeval tv;
 	socklen_t len = sizeof tv;
 	CHECK(!getsockopt(st[1], SOL_SOCKET, SO_RCVTIMEO, &tv, &len) && tv.tv_sec == 9 && tv.tv_usec == 500000, "SO_RCVTIMEO %ld.%06ld", tv.tv_sec, tv.tv_usec);
