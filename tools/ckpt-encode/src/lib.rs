@@ -87,7 +87,7 @@ pub fn run(args: &Args, input: File, output: File) -> anyhow::Result<()> {
     match document.write_entries(&mut writer) {
         Ok(()) => {}
         Err(error) => {
-            let _ = writer.abort(&ckpt_cli::describe(&error));
+            let _ = writer.abort(&ckpt_cli::reason("ckpt-encode", &error));
             return Err(error);
         }
     }

@@ -64,8 +64,9 @@ pub fn run(_args: &Args, input: File, output: File) -> anyhow::Result<()> {
             Ok(())
         }
         Err(error) => {
-            hold.fail(&format!("{error:#}"));
-            let _ = writer.abort(&format!("ckpt-mem: {error:#}"));
+            let reason = ckpt_cli::reason("ckpt-mem", &error);
+            hold.fail(&reason);
+            let _ = writer.abort(&reason);
             Err(error)
         }
     }

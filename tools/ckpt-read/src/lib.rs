@@ -59,7 +59,7 @@ pub fn run(args: &Args, output: File) -> anyhow::Result<()> {
     let images: Vec<_> = set.images().filter(|&(image, _)| image != Image::CkptManifest).collect();
     for &(image, arg) in images.iter().filter(|(image, _)| *image != Image::Pages) {
         if let Err(error) = write_image(&set, &mut out, image, arg) {
-            let _ = out.abort(&ckpt_cli::describe(&error));
+            let _ = out.abort(&ckpt_cli::reason("ckpt-read", &error));
             return Err(error);
         }
     }

@@ -27,7 +27,7 @@ use ckpt_proto::{
     stream::Writer,
     types::{Hello, InventoryEntry, PstreeEntry, SeccompEntry, TimensEntry, Timespec, core_entry::March},
 };
-use ckpt_remote::{Frozen, Release};
+use ckpt_remote::{FreezeError, Frozen, Release};
 use ckpt_sys::{Pid, Refused, transfer::Output};
 use clap::{CommandFactory, Parser};
 
@@ -93,7 +93,8 @@ pub fn run(args: &Args, output: File) -> anyhow::Result<()> {
     let plain_file = output.metadata().is_ok_and(|m| m.is_file());
     let durable = if plain_file { Some(output.try_clone().context("stdout")?) } else { None };
     let holder = Holder::bind()?;
-    let mut frozen = Frozen::freeze(args.tree, Duration::from_secs(args.freeze_timeout))?;
+    let mut frozen =
+        Frozen::freeze(args.tree, Duration::from_secs(args.freeze_timeout)).map_err(as_refusal)?;
     ckpt_cli::note!(1, "froze {} processes", frozen.processes.len());
     let needs = match what_lacks(args, &frozen, plain_file) {
         Ok(needs) => needs,
@@ -116,12 +117,20 @@ pub fn run(args: &Args, output: File) -> anyhow::Result<()> {
     settle(args, frozen, &holder, &needs, durable)
 }
 
+/// A refusal as such, so that it is told from a failure.
+fn as_refusal(error: FreezeError) -> anyhow::Error {
+    match error {
+        FreezeError::Refused(refused) => refused.into(),
+        error => error.into(),
+    }
+}
+
 /// Lets the tree go before anything else, then tells the reader why.
 fn give_up(frozen: Frozen, writer: Option<Writer<Output>>, error: anyhow::Error) -> anyhow::Result<()> {
     frozen.release(Release::Run);
     if let Some(writer) = writer {
         // If the reader is gone it knows already.
-        let _ = writer.abort(&format!("ckpt-scan: {error:#}"));
+        let _ = writer.abort(&ckpt_cli::reason("ckpt-scan", &error));
     }
     Err(error)
 }
@@ -180,7 +189,12 @@ fn settle(
         Outcome::Released => {
             bail!("pid {}: not killed: no writer has said that the images are durable", args.tree)
         }
-        Outcome::Failed { stage, reason } => bail!("the checkpoint failed in ckpt-{stage}: {reason}"),
+        Outcome::Failed { stage, reason } => {
+            bail!(
+                "the checkpoint failed in ckpt-{stage}: {}",
+                reason.trim_start_matches(&format!("ckpt-{stage}: "))
+            )
+        }
         Outcome::NobodyCame { missing } => {
             let stages = missing.iter().map(|s| format!("ckpt-{s}")).collect::<Vec<_>>().join(", ");
             let reason = format!("no {stages} has come to this stream, so the checkpoint is incomplete");

@@ -14,8 +14,8 @@ use ckpt_proto::{
     Image,
     types::{FsEntry, TaskKobjIdsEntry, VmaEntry},
 };
-use ckpt_remote::{Frozen, Process, interrupted_call};
-use ckpt_sys::Pid;
+use ckpt_remote::{Frozen, Process, RemoteError, interrupted_call};
+use ckpt_sys::{Pid, Refused};
 
 use crate::number;
 
@@ -39,7 +39,7 @@ pub fn dump(
     let mut mm = None;
     for thread in &process.threads {
         let what = || format!("tid {}", thread.tid);
-        let mut borrowed = frozen.borrow(pid, thread.tid).with_context(what)?;
+        let mut borrowed = frozen.borrow(pid, thread.tid).map_err(as_refusal).with_context(what)?;
         let leader = thread.tid == pid.leader();
         let input = ThreadInput {
             pid,
@@ -49,8 +49,8 @@ pub fn dump(
             sigmask: thread.sigmask,
             stopped_by: process.stopped_by,
         };
-        let core = if leader { task::dump_leader(input) } else { task::dump_thread(input) }
-            .with_context(what)?;
+        let core =
+            if leader { task::dump_leader(input) } else { task::dump_thread(input) }.with_context(what)?;
         if leader {
             mm = Some(task::dump_mm_fields(pid, &mut borrowed).with_context(what)?);
         }
@@ -67,6 +67,14 @@ pub fn dump(
     emit(sink, Image::Fs, arg, &FsEntry { cwd_id, root_id, umask: Some(umask(pid)?) })?;
     files.add_task(pid, &process.comm(), ids.files_id, sink)?;
     Ok(vmas)
+}
+
+/// A task that can't be asked can't be checkpointed.
+fn as_refusal(error: RemoteError) -> anyhow::Error {
+    match error {
+        RemoteError::Unusable { tid, what } => Refused::new(format!("tid {tid}"), what).into(),
+        error => error.into(),
+    }
 }
 
 fn link(pid: Pid, name: &str) -> PathBuf {

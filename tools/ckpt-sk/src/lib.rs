@@ -117,7 +117,7 @@ pub fn run(args: &Args, input: File, output: File) -> anyhow::Result<()> {
     match stage.copy(&mut reader, &mut writer) {
         Ok(()) => writer.end().context("write the stream").map(drop),
         Err(error) => {
-            let reason = ckpt_cli::describe(&error);
+            let reason = ckpt_cli::reason("ckpt-sk", &error);
             if let Some(hold) = stage.hold.take() {
                 hold.fail(&reason);
             }

@@ -116,7 +116,7 @@ pub fn run(args: &Args, input: File, output: File) -> anyhow::Result<()> {
         Err(error) => {
             // In the middle of contents an ABORT would be taken for them; there the missing end says it.
             if reader.bulk_input().is_none() {
-                let _ = writer.abort(&ckpt_cli::describe(&error));
+                let _ = writer.abort(&ckpt_cli::reason("sk-rewrite", &error));
             }
             Err(error)
         }

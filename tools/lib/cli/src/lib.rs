@@ -85,29 +85,42 @@ pub fn code_of(error: &anyhow::Error) -> Status {
 /// The error as [`finish`] prints it: the chain joined by colons, then an indented line of advice.
 #[must_use]
 pub fn describe(error: &anyhow::Error) -> String {
-    let mut text = String::new();
-    let mut advice = None;
-    for cause in error.chain() {
-        let part = cause.to_string();
-        // Some errors show their cause in their own text.
-        if !text.is_empty() && text.ends_with(&part) {
-            continue;
-        }
-        if !text.is_empty() {
-            text.push_str(": ");
-        }
-        text.push_str(&part);
-        if let Some(refused) = cause.downcast_ref::<Refused>() {
-            advice = advice.or_else(|| refused.advice.clone());
-        }
-    }
-    if let Some(advice) = advice {
-        for line in advice.lines() {
-            text.push_str("\n  ");
-            text.push_str(line);
-        }
+    let mut text = one_line(error);
+    let advice = error.chain().find_map(|c| c.downcast_ref::<Refused>().and_then(|r| r.advice.as_deref()));
+    for line in advice.unwrap_or_default().lines() {
+        text.push_str("\n  ");
+        text.push_str(line);
     }
     text
+}
+
+/// The chain of causes on one line. What a cause repeats of the one above it is said once.
+fn one_line(error: &anyhow::Error) -> String {
+    let mut parts: Vec<String> = Vec::new();
+    for cause in error.chain() {
+        let part = cause.to_string();
+        match parts.last() {
+            // Some errors show their cause in their own text.
+            Some(last) if last.ends_with(&part) => continue,
+            // "pid 7 (a)", then "pid 7 (a) fd 3: ...".
+            Some(last) if part.starts_with(last.as_str()) => drop(parts.pop()),
+            _ => {}
+        }
+        parts.push(part);
+    }
+    parts.join(": ")
+}
+
+/// The error for those behind and before in the pipeline, on one line: what `tool` met, or, if the
+/// stage before had given up already, what that one said.
+#[must_use]
+pub fn reason(tool: &str, error: &anyhow::Error) -> String {
+    use ckpt_proto::stream::StreamError;
+    let aborted = error.chain().find_map(|cause| match cause.downcast_ref::<StreamError>() {
+        Some(StreamError::Aborted { reason }) => Some(reason.clone()),
+        _ => None,
+    });
+    aborted.unwrap_or_else(|| format!("{tool}: {}", one_line(error)))
 }
 
 static TOOL: OnceLock<String> = OnceLock::new();

@@ -69,7 +69,9 @@ impl<W: Write + AsFd> Sink for stream::Writer<W> {
                     left -= n as u64;
                 }
                 Err(nix::errno::Errno::EINTR) => {}
-                Err(errno) => return Err(errno).context(format!("read contents of {}", image.file_name(arg))),
+                Err(errno) => {
+                    return Err(errno).context(format!("read contents of {}", image.file_name(arg)));
+                }
             }
         }
         Ok(())

@@ -22,7 +22,7 @@ use std::{
 
 use ckpt_proc::stat;
 use ckpt_sys::{
-    Pid, Refused, SysError, Tid,
+    Pid, Refused, SysError, Tid, kcmp,
     ptrace::{self, Regs, Stop},
     rseq,
 };
@@ -212,6 +212,9 @@ fn check_root(root: Pid) -> Result<(), FreezeError> {
     if status_number(&status, b"Kthread:") == Some(1) {
         return Err(Refused::new(subject, "is a kernel thread").into());
     }
+    if state_of(root.leader()) == Some(b'Z') && numbers_in(&format!("/proc/{root}/task")).len() > 1 {
+        return Err(leader_gone(root).into());
+    }
     if state_of(root.leader()) == Some(b'Z') {
         return Err(Refused::new(subject, "is a zombie: there is nothing left to checkpoint").into());
     }
@@ -244,15 +247,34 @@ fn children_of(pid: Pid) -> Vec<Pid> {
     children
 }
 
+fn leader_gone(pid: Pid) -> Refused {
+    Refused::new(
+        format!("pid {pid}"),
+        "its main thread has ended while other threads go on, which can't be restored",
+    )
+}
+
 fn stuck_error((tid, pid): (Tid, Pid)) -> Refused {
     let read = |file: &str| fs::read_to_string(format!("/proc/{pid}/task/{tid}/{file}")).unwrap_or_default();
     let (comm, wchan) = (read("comm"), read("wchan"));
     let state = state_of(tid).map_or('?', char::from);
+    let in_vfork = state == 'D' && children_of(pid).iter().any(|child| shares_memory(pid, *child));
+    if in_vfork {
+        return Refused::new(
+            format!("pid {pid} ({}) tid {tid}", comm.trim_end()),
+            "can't be stopped: it waits in vfork(2) for a child that has neither exec'ed nor ended",
+        )
+        .advise("try again when the child has, or raise --freeze-timeout");
+    }
     Refused::new(
         format!("pid {pid} ({}) tid {tid}", comm.trim_end()),
         format!("can't be stopped: it stays in state {state} (waiting in {})", wchan.trim()),
     )
-    .advise("it is in vfork(2) or in uninterruptible I/O; try again when that is over")
+    .advise("it is in uninterruptible I/O; try again when that is over, or raise --freeze-timeout")
+}
+
+fn shares_memory(a: Pid, b: Pid) -> bool {
+    kcmp::compare(a.leader(), b.leader(), kcmp::Object::Vm).is_ok_and(std::cmp::Ordering::is_eq)
 }
 
 impl Attempt {

@@ -158,7 +158,9 @@ pub fn pagemap_scan(
         };
         for &range in &vec[..n] {
             match ranges.last_mut() {
-                Some(last) if last.end == range.start && last.categories == range.categories => last.end = range.end,
+                Some(last) if last.end == range.start && last.categories == range.categories => {
+                    last.end = range.end
+                }
                 _ => ranges.push(range),
             }
         }

@@ -90,7 +90,8 @@ pub fn sock_diag(family: i32) -> Result<(), SysError> {
     const NLM_F_REQUEST_DUMP: u16 = 0x301;
     let on = || if family == libc::AF_UNIX { "unix" } else { "inet" };
     // SAFETY: socket takes three integers.
-    let fd = unsafe { libc::socket(libc::AF_NETLINK, libc::SOCK_RAW | libc::SOCK_CLOEXEC, NETLINK_SOCK_DIAG) };
+    let fd =
+        unsafe { libc::socket(libc::AF_NETLINK, libc::SOCK_RAW | libc::SOCK_CLOEXEC, NETLINK_SOCK_DIAG) };
     if fd < 0 {
         return Err(SysError::last("socket(NETLINK_SOCK_DIAG)", on()));
     }
@@ -188,14 +189,14 @@ fn with_tracee(options: u32, look: impl FnOnce(Tid) -> Result<(), SysError>) -> 
         .and_then(|()| ptrace::wait(tid, false))
         .and_then(|_| look(tid));
     let _ = nix::sys::signal::kill(Pid(pid).nix(), nix::sys::signal::Signal::SIGKILL);
-    while nix::sys::wait::waitpid(Pid(pid).nix(), Some(nix::sys::wait::WaitPidFlag::__WALL))
-        .is_ok_and(|status| {
+    while nix::sys::wait::waitpid(Pid(pid).nix(), Some(nix::sys::wait::WaitPidFlag::__WALL)).is_ok_and(
+        |status| {
             !matches!(
                 status,
                 nix::sys::wait::WaitStatus::Exited(..) | nix::sys::wait::WaitStatus::Signaled(..)
             )
-        })
-    {}
+        },
+    ) {}
     result
 }
 

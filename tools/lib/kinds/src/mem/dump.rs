@@ -85,7 +85,9 @@ pub fn dump_vmas(
         match entries.last_mut() {
             // The kernel shows the vvar area in parts, the images know it as one.
             Some(last)
-                if last.status & entry.status & status::VVAR != 0 && last.end == entry.start && last.prot == entry.prot =>
+                if last.status & entry.status & status::VVAR != 0
+                    && last.end == entry.start
+                    && last.prot == entry.prot =>
             {
                 last.end = entry.end;
             }
@@ -124,8 +126,14 @@ fn dump_vma(
     if let Some((_, what)) = REFUSED.iter().find(|(flag, _)| m.has(flag)) {
         return Err(refuse(&format!("{what} can't be checkpointed")).into());
     }
-    let advice = ADVICE.iter().filter(|(flag, _)| m.has(flag)).fold(0, |bits, (_, advice)| bits | 1_u64 << advice);
-    let anonymous = bits(&[(true, libc::MAP_ANONYMOUS), (m.has(b"gd"), libc::MAP_GROWSDOWN), (m.has(b"lo"), libc::MAP_LOCKED), (m.has(b"nr"), libc::MAP_NORESERVE)]);
+    let advice =
+        ADVICE.iter().filter(|(flag, _)| m.has(flag)).fold(0, |bits, (_, advice)| bits | 1_u64 << advice);
+    let anonymous = bits(&[
+        (true, libc::MAP_ANONYMOUS),
+        (m.has(b"gd"), libc::MAP_GROWSDOWN),
+        (m.has(b"lo"), libc::MAP_LOCKED),
+        (m.has(b"nr"), libc::MAP_NORESERVE),
+    ]);
     match m.name.as_slice() {
         b"[vsyscall]" => {
             entry.status = status::VSYSCALL | status::ANON_PRIVATE;
@@ -171,11 +179,14 @@ fn dump_vma(
             let access = if m.shared && m.has(b"mw") { libc::O_RDWR } else { libc::O_RDONLY }.unsigned_abs();
             entry.fdflags = Some(access);
             if is_shmem(name) {
-                let segment = files.add_shmem(pid, &link, sink).with_context(|| refuse("mapped memory").subject)?;
+                let segment =
+                    files.add_shmem(pid, &link, sink).with_context(|| refuse("mapped memory").subject)?;
                 entry.shmid = u64::from(segment.file_id);
                 entry.status |= status::MEMFD;
             } else {
-                let file = files.add_path(pid, &link, access, sink).with_context(|| refuse("mapped file").subject)?;
+                let file = files
+                    .add_path(pid, &link, access, sink)
+                    .with_context(|| refuse("mapped file").subject)?;
                 entry.shmid = u64::from(file);
             }
             entry.status |= if m.shared { status::FILE_SHARED } else { status::FILE_PRIVATE };
@@ -302,7 +313,8 @@ impl Plan {
                         mem = Some(File::open(&mem_path).with_context(|| mem_path.clone())?);
                     }
                     if let Some(mem) = &mem {
-                        mem.read_exact_at(place, at).with_context(|| format!("{mem_path}: read at {at:#x}"))?;
+                        mem.read_exact_at(place, at)
+                            .with_context(|| format!("{mem_path}: read at {at:#x}"))?;
                     }
                 }
                 filled += n;
@@ -392,7 +404,12 @@ impl ShmemPlan {
     pub fn emit(&self, sink: &mut dyn Sink) -> anyhow::Result<()> {
         emit(sink, Image::ShmemPagemap, self.shmid, &PagemapHead { pages_id: self.pages_id })?;
         for &(start, end) in &self.runs {
-            emit(sink, Image::ShmemPagemap, self.shmid, &pagemap_entry(start, (end - start) / PAGE, page::PRESENT))?;
+            emit(
+                sink,
+                Image::ShmemPagemap,
+                self.shmid,
+                &pagemap_entry(start, (end - start) / PAGE, page::PRESENT),
+            )?;
         }
         Ok(())
     }
