@@ -27,7 +27,7 @@ fn every_option_is_in_its_page_and_every_page_option_exists() {
                     (None, None) => continue,
                 };
                 let has = |line: &&str| line.ends_with(&item) || line.contains(&format!("{item} "));
-                assert!(items.iter().any(|line| has(line)), "{name}.1 lacks {item}");
+                assert!(items.iter().any(has), "{name}.1 lacks {item}");
                 known.extend(arg.get_long().map(str::to_owned));
             }
         }
