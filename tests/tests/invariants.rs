@@ -67,7 +67,7 @@ fn killed_at_random(test: &str, stage: &str) {
     let parent = target.path("out");
     fs::create_dir(&parent).expect("make a directory");
     let span = duration_of_a_dump(&target) * 12 / 10;
-    let before = target.at_rest();
+    let mut before = target.at_rest();
     let (mut complete, mut absent) = (0, 0);
     for instant in 0..INSTANTS {
         let out = parent.join("img");
@@ -109,6 +109,7 @@ fn killed_at_random(test: &str, stage: &str) {
         target.unchanged(&before);
         if instant % 20 == 0 {
             target.passes(&context());
+            before = target.at_rest();
         }
     }
     eprintln!("{test}: {complete} whole, {absent} absent, dump takes up to {span:?}");
