@@ -52,7 +52,11 @@ impl Signals {
         };
         let bits = mask("SigPnd:").unwrap_or(0) | mask("ShdPnd:").unwrap_or(0);
         match FORWARDED.into_iter().find(|&signal| bits & (1 << (signal as i32 - 1)) != 0) {
-            Some(signal) => bail!("interrupted by {signal}; nothing was restored"),
+            Some(signal) => {
+                // Taken away, so that there is time to undo everything and say so.
+                let _ = self.fd.read_signal();
+                bail!("interrupted by {signal}; nothing was restored")
+            }
             None => Ok(()),
         }
     }
