@@ -35,6 +35,11 @@ fn comm(pid: i32) -> String {
 pub fn check_free(tree: &Tree) -> anyhow::Result<()> {
     for thread in tree.processes.iter().flat_map(|p| &p.threads) {
         let tid = thread.tid.0;
+        // One that has ended is gone as soon as its parent looks; some are not quick.
+        let start = Instant::now();
+        while ended(tid) && start.elapsed() < Duration::from_secs(2) {
+            std::thread::sleep(Duration::from_millis(2));
+        }
         if exists(tid) {
             return Err(Refused::new(format!("pid {tid}"), format!("taken by {}", holder(tid)))
                 .advise("end that process, or pass --replace (if it is the original) or --new-pidns")
@@ -42,6 +47,11 @@ pub fn check_free(tree: &Tree) -> anyhow::Result<()> {
         }
     }
     Ok(())
+}
+
+fn ended(tid: i32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{tid}/stat")).unwrap_or_default();
+    stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with(['Z', 'X']))
 }
 
 fn holder(tid: i32) -> String {
