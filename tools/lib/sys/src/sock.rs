@@ -298,6 +298,27 @@ fn rights(control: &[u8]) -> Vec<i32> {
     found
 }
 
+/// Memory taken by what was sent through a unix socket and not read yet, bytes (`SIOCOUTQ`).
+///
+/// # Errors
+/// Those of ioctl(2).
+pub fn unread_memory(fd: BorrowedFd<'_>) -> Result<u32, SysError> {
+    let mut n = 0i32;
+    // SAFETY: SIOCOUTQ writes one int.
+    let ret = unsafe { libc::ioctl(fd.as_raw_fd(), libc::TIOCOUTQ, &raw mut n) };
+    if ret < 0 { Err(SysError::last("ioctl(SIOCOUTQ)", on(fd))) } else { Ok(n.unsigned_abs()) }
+}
+
+/// Lets `fd` have this much sent and unread. Best effort: beyond `net.core.wmem_max` it takes CAP_NET_ADMIN.
+pub fn make_room(fd: BorrowedFd<'_>, bytes: usize) {
+    const SO_SNDBUFFORCE: i32 = 32;
+    let wanted = i32::try_from(bytes).unwrap_or(i32::MAX / 2);
+    let now = option(fd, libc::SOL_SOCKET, libc::SO_SNDBUF).unwrap_or(0);
+    if now < wanted && set_option(fd, libc::SOL_SOCKET, SO_SNDBUFFORCE, wanted).is_err() {
+        let _ = set_option(fd, libc::SOL_SOCKET, libc::SO_SNDBUF, wanted);
+    }
+}
+
 /// One unix socket of the network namespace.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct UnixSocket {

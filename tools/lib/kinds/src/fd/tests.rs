@@ -513,6 +513,43 @@ fn message_boundaries_survive() {
 }
 
 #[test]
+fn empty_message_is_kept_or_refused_but_never_lost() {
+    let (a, b) = pair(SockType::Datagram);
+    for text in [&b""[..], b"one", b"", b"three"] {
+        say(&a, text);
+    }
+    let fds = [target(&a), target(&b)];
+    let set = dump(&fds);
+    let files = restore(&set);
+    let back = restored(&set, &files, fds[1]);
+    for text in [&b""[..], b"one", b"", b"three"] {
+        let mut buffer = [0; 9];
+        let flags = nix::sys::socket::MsgFlags::MSG_DONTWAIT;
+        let n = nix::sys::socket::recv(back.as_raw_fd(), &mut buffer, flags).unwrap();
+        assert_eq!(&buffer[..n], text);
+    }
+    let refused = refusal(Dump::default().run(&fds));
+    assert!(refused.reason.contains("no bytes"), "{refused:?}");
+    say(&b, b"");
+    say(&a, &vec![3; 100_000]);
+    assert!(refusal(Dump::default().run(&fds)).reason.contains("no bytes"));
+}
+
+#[test]
+fn only_an_empty_message_can_be_checkpointed_again() {
+    for kind in [SockType::Datagram, SockType::SeqPacket] {
+        let (a, b) = pair(kind);
+        say(&a, b"");
+        say(&a, &vec![3; 100_000]);
+        for _ in 0..3 {
+            let set = dump(&[target(&a), target(&b)]);
+            let queue: Vec<ckpt_proto::types::SkPacketEntry> = set.all(Image::SkQueues, 0).unwrap();
+            assert_eq!(queue.iter().map(|p| p.length).collect::<Vec<_>>(), [0, 100_000], "{kind:?}");
+        }
+    }
+}
+
+#[test]
 fn large_queue_and_small_buffer() {
     let (a, b) = pair(SockType::Stream);
     sock::set_option(a.as_fd(), libc::SOL_SOCKET, libc::SO_SNDBUF, 400_000).unwrap();

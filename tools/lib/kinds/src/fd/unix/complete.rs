@@ -3,7 +3,7 @@
 use std::{
     collections::{BTreeMap, HashMap},
     os::{
-        fd::{AsFd, BorrowedFd, OwnedFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
         unix::fs::MetadataExt,
     },
 };
@@ -20,7 +20,10 @@ use ckpt_sys::{
     Pid, Refused, TargetFd, file, pidfd,
     sock::{self, UnixSocket, trim_path},
 };
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::{
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, socketpair},
+};
 
 use super::{CLOSE, EXTERNAL, ExternalSocket, LISTEN, kind_name, shown};
 use crate::{
@@ -141,8 +144,11 @@ pub fn complete(
                 let reason = "unread messages carry credentials (SO_PASSCRED), which can't be made again";
                 return Err(socket.refuse(reason).advise("checkpoint when they have been read").into());
             }
-            if !messages.is_empty() && !is_external {
-                check_can_refill(socket, &sockets)?;
+            if !is_external {
+                if !messages.is_empty() {
+                    check_can_refill(socket, &sockets)?;
+                }
+                check_nothing_hidden(socket, &sockets, &messages)?;
             }
             queues.push((socket.file_id, messages));
         }
@@ -317,6 +323,44 @@ fn check_can_refill(socket: &Socket<'_>, sockets: &BTreeMap<u64, Socket<'_>>) ->
     }
     let advice = "checkpoint when they have been read";
     Err(socket.refuse("unread messages from senders that it is not connected to").advise(advice).into())
+}
+
+/// Whether `messages` are all that there are. A message of no bytes behind others shows in one peek
+/// of its life only; but it takes memory, which the sender is charged with, and the same messages
+/// sent once more take the same.
+fn check_nothing_hidden(
+    socket: &Socket<'_>,
+    sockets: &BTreeMap<u64, Socket<'_>>,
+    messages: &[Vec<u8>],
+) -> anyhow::Result<()> {
+    let kind = match socket.diag.kind {
+        libc::SOCK_DGRAM => SockType::Datagram,
+        libc::SOCK_SEQPACKET => SockType::SeqPacket,
+        _ => return Ok(()),
+    };
+    let Some(sender) = socket.diag.peer.and_then(|p| sockets.get(&p)) else { return Ok(()) };
+    let charged = sock::unread_memory(sender.copy.as_fd())?;
+    if charged == 0 {
+        return Ok(());
+    }
+    let (a, b) = socketpair(AddressFamily::Unix, kind, None, SockFlag::SOCK_CLOEXEC).context("socketpair")?;
+    let longest = messages.iter().map(Vec::len).max().unwrap_or(0);
+    sock::make_room(a.as_fd(), longest.saturating_mul(2));
+    let mut seen = 0;
+    for message in messages {
+        send(a.as_raw_fd(), message, MsgFlags::MSG_DONTWAIT)
+            .context("send a copy of a message to oneself")?;
+        seen += sock::unread_memory(a.as_fd())?;
+        recv(b.as_raw_fd(), &mut [0; 1], MsgFlags::MSG_DONTWAIT).context("receive a copy of a message")?;
+    }
+    if charged == seen {
+        return Ok(());
+    }
+    let reason = format!(
+        "unread messages of no bytes, or to others, from {}: {charged} bytes of memory, {seen} of which could be seen",
+        sender.subject
+    );
+    Err(socket.refuse(reason).advise("checkpoint when they have been read").into())
 }
 
 fn entry(
@@ -519,6 +563,8 @@ fn peek_queue(socket: &Socket<'_>) -> anyhow::Result<Vec<Vec<u8>>> {
         let _guard = PeekOffset::set(fd, -1)?;
         match peek_message(socket, &mut buffer)? {
             Some(first) if first.rights > 0 || first.control_truncated => return Err(rights().into()),
+            // The look at it has hidden it from those that follow.
+            Some(first) if first.full_len == 0 => messages.push(Vec::new()),
             Some(_) => {}
             None => return Ok(messages),
         }

@@ -314,22 +314,13 @@ impl<'e> Sockets<'e> {
                 return Err(Refused::new(what(usk), reason).advise(advice).into());
             };
             if let Some(&total) = totals.get(&packet.id_for) {
-                make_room(far.as_fd(), total);
+                sock::make_room(far.as_fd(), total);
             }
             let bytes = opening.set.payload_bytes(Image::SkQueues, 0, index, packet.length.into())?;
             put(far.as_fd(), &bytes, usk)
                 .with_context(|| format!("{}: put back what it has received", what(usk)))?;
         }
         Ok(())
-    }
-}
-
-/// Lets `fd` have this much sent and unread; best effort, as [`put`] tells if it was too little.
-fn make_room(fd: BorrowedFd<'_>, bytes: usize) {
-    let wanted = i32::try_from(bytes).unwrap_or(i32::MAX / 2);
-    let now = sock::option(fd, libc::SOL_SOCKET, libc::SO_SNDBUF).unwrap_or(0);
-    if now < wanted && sock::set_option(fd, libc::SOL_SOCKET, SO_SNDBUFFORCE, wanted).is_err() {
-        let _ = sock::set_option(fd, libc::SOL_SOCKET, libc::SO_SNDBUF, wanted);
     }
 }
 
