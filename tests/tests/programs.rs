@@ -25,10 +25,13 @@ fn dump_between_requests(target: &Target) -> u32 {
             return attempt;
         }
         assert!(!target.path("img").exists());
-        // Accepted, or still in the listener's queue.
-        let refused = outcome.said.contains("--external") || outcome.said.contains("not accepted");
-        assert!(refused, "{outcome}");
-        let _ = outcome.fails("ckpt-sk", 3, &[]);
+        // A client is connected, or redis has its own /proc/PID/stat open, as it does now and then for a moment.
+        let (stage, word) = if outcome.code("ckpt-sk") == 3 {
+            ("ckpt-sk", "--external")
+        } else {
+            ("ckpt-scan", "file in /proc")
+        };
+        let _ = outcome.fails(stage, 3, &[word]);
     }
     panic!("no dump fell between two requests");
 }

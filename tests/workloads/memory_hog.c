@@ -1,5 +1,25 @@
-/* A process with argv[3] MiB of incompressible pages of 4 KiB: what the bench checkpoints. Its own checksum on SIGUSR1. */
+/* A process with argv[3] MiB of incompressible pages of 4 KiB: what the bench checkpoints. Its own checksum on SIGUSR1.
+ * With argv[4] a second thread notes in that file (a shared mapping of one u64) the longest time, in microseconds,
+ * for which it did not get to run: the freeze as the program itself feels it. */
 #include "workload.h"
+
+static volatile uint64_t *gap;
+static uint64_t now_us(void)
+{
+	struct timespec t;
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return t.tv_sec * 1000000ull + t.tv_nsec / 1000;
+}
+static void *tick(void *unused)
+{
+	for (uint64_t last = now_us();;) {
+		usleep(200);
+		uint64_t now = now_us();
+		if (now - last > *gap) *gap = now - last;
+		last = now;
+	}
+	return unused;
+}
 
 int main(int argc, char **argv)
 {
@@ -9,6 +29,13 @@ int main(int argc, char **argv)
 	NEED(m != MAP_FAILED && (!madvise(m, n, MADV_NOHUGEPAGE) || errno == EINVAL));
 	uint64_t x = 88172645463325252ull, sum = 0;
 	for (size_t i = 0; i < n / 8; i++) { x ^= x << 13; x ^= x >> 7; x ^= x << 17; m[i] = x; sum += x; }
+	if (argc > 4) {
+		int fd = open(argv[4], O_RDWR | O_CREAT, 0600);
+		pthread_t t;
+		NEED(fd >= 0 && !ftruncate(fd, 8));
+		gap = mmap(0, 8, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+		NEED(gap != MAP_FAILED && !pthread_create(&t, 0, tick, 0));
+	}
 	ready();
 	for (;;) {
 		wait_asked();
