@@ -91,7 +91,10 @@ pub fn command() -> clap::Command {
 pub fn run(args: &Args, output: File) -> anyhow::Result<()> {
     ckpt_cli::not_a_terminal(&output, "standard output")?;
     let plain_file = output.metadata().is_ok_and(|m| m.is_file());
-    let durable = if plain_file { Some(output.try_clone().context("stdout")?) } else { None };
+    if plain_file && args.kill {
+        let text = "--kill needs a writer that says when the images are durable: pipe into ckpt-write";
+        return Err(ckpt_cli::UsageError(text.to_owned()).into());
+    }
     let holder = Holder::bind()?;
     let mut frozen =
         Frozen::freeze(args.tree, Duration::from_secs(args.freeze_timeout)).map_err(as_refusal)?;
@@ -114,7 +117,7 @@ pub fn run(args: &Args, output: File) -> anyhow::Result<()> {
     }
     // Closing the output lets programs that wait for its end (cat, zstd) finish.
     drop(writer.end().context("write the stream")?);
-    settle(args, frozen, &holder, &needs, durable)
+    settle(args, frozen, (!plain_file).then_some(&holder), &needs)
 }
 
 /// A refusal as such, so that it is told from a failure.
@@ -158,23 +161,11 @@ fn what_lacks(args: &Args, frozen: &Frozen, plain_file: bool) -> anyhow::Result<
     Ok(needs)
 }
 
-/// Ends the hold: waits for the stages behind, then does with the tree what was asked for.
-fn settle(
-    args: &Args,
-    frozen: Frozen,
-    holder: &Holder,
-    needs: &[&str],
-    durable: Option<File>,
-) -> anyhow::Result<()> {
-    let outcome = match &durable {
-        Some(file) => {
-            if args.kill {
-                file.sync_all().context("stdout: fsync")?;
-            }
-            Outcome::Committed
-        }
-        None => holder.wait(needs, args.kill, Duration::from_secs(args.attach_timeout)),
-    };
+/// Ends the hold: waits for the stages behind, then does with the tree what was asked for. Behind a
+/// plain file there are none.
+fn settle(args: &Args, frozen: Frozen, holder: Option<&Holder>, needs: &[&str]) -> anyhow::Result<()> {
+    let patience = Duration::from_secs(args.attach_timeout);
+    let outcome = holder.map_or(Outcome::Released, |holder| holder.wait(needs, args.kill, patience));
     let held = frozen.since().elapsed();
     let release = match (&outcome, args.kill, args.leave_stopped) {
         (Outcome::Committed, true, _) => Release::Kill,

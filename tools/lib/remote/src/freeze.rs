@@ -178,19 +178,30 @@ impl Frozen {
         for (pid, signal) in std::mem::take(&mut self.held) {
             let _ = nix::sys::signal::kill(pid.nix(), nix::sys::signal::Signal::try_from(signal).ok());
         }
-        for tid in tids {
-            if how == Release::Kill {
-                while let Ok(Some(stop)) = ptrace::wait(tid, false) {
-                    if matches!(stop, Stop::Exited(_) | Stop::Killed(_)) {
-                        break;
-                    }
-                    let _ = ptrace::resume(tid, 0, false);
-                }
-            } else {
-                // ESRCH: killed meanwhile by somebody else, nothing to set free.
-                let _ = ptrace::detach(tid, 0);
-            }
+        if how == Release::Kill {
+            reap(tids);
+            return;
         }
+        for tid in tids {
+            // ESRCH: killed meanwhile by somebody else, nothing to set free.
+            let _ = ptrace::detach(tid, 0);
+        }
+    }
+}
+
+/// Waits until all of these killed tasks have ended. A leader can't be waited for before its
+/// threads, so they are taken in whatever order they come.
+fn reap(mut tids: Vec<Tid>) {
+    let mut pause = Duration::from_micros(50);
+    while !tids.is_empty() {
+        tids.retain(|&tid| match ptrace::wait(tid, true) {
+            Ok(None) => true,
+            Ok(Some(Stop::Exited(_) | Stop::Killed(_))) | Err(_) => false,
+            // SIGKILL ends any stop; this one came first.
+            Ok(Some(_)) => ptrace::resume(tid, 0, false).is_ok(),
+        });
+        thread::sleep(pause);
+        pause = (pause * 2).min(Duration::from_millis(5));
     }
 }
 

@@ -132,7 +132,7 @@ pub(super) fn read(status: &Status, answers: &mut Answers) -> anyhow::Result<Cre
         lsm_sockcreate: None,
         apparmor_data: None,
         no_new_privs: status.no_new_privs.then_some(1),
-        cap_amb: if caps.ambient == 0 { Vec::new() } else { halves(caps.ambient) },
+        cap_amb: halves(caps.ambient),
     })
 }
 
@@ -333,7 +333,7 @@ mod tests {
         entry.cap_prm = halves(permitted);
         entry.cap_eff = halves(effective);
         entry.cap_inh = halves(inheritable);
-        entry.cap_amb = if ambient == 0 { Vec::new() } else { halves(ambient) };
+        entry.cap_amb = halves(ambient);
     }
 
     #[test]
