@@ -86,10 +86,7 @@ impl std::str::FromStr for External {
     }
 }
 
-/// Rebuild the processes of a checkpoint
-///
-/// Reads an image directory, or a checkpoint stream on standard input. Without --detach it waits for
-/// the root process, forwards SIGINT, SIGTERM, SIGHUP and SIGQUIT to it, and ends with its status.
+/// Rebuild the processes of a checkpoint; without --detach wait for the root and end with its status
 #[derive(Debug, Parser)]
 #[command(
     name = "ckpt-restore",
@@ -99,7 +96,7 @@ Examples:
   ckpt-restore -D images                        restore, wait, give the root's status
   ckpt-read images | ckpt-restore --detach      from a stream; leave the tree running
   ckpt-restore --external 'unix[48213]:/run/b.sock' images
-  ckpt-restore --inherit-fd 'fd[5]:socket:[48213]' images 5<>/dev/tcp/...
+  ckpt-restore --inherit-fd 'fd[5]:socket:[48213]' images
 
 Exit status: the root's (128 + N if signal N killed it), 125 if the restore failed; with --detach 0 or 125."
 )]
@@ -133,8 +130,8 @@ pub struct Args {
     /// Connect the external unix socket ID to PATH
     #[arg(long, value_name = "unix[ID]:PATH")]
     pub external: Vec<External>,
-    /// What to do about data files that have changed
-    #[arg(long, value_name = "MODE", default_value = "warn")]
+    /// What to do about data files that have changed: warn or strict (fail)
+    #[arg(long, value_name = "MODE", default_value = "warn", hide_possible_values = true)]
     pub files: FilesMode,
 }
 

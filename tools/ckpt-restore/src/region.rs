@@ -44,7 +44,7 @@ impl Region {
         taken.extend(spaces.flat_map(AddressSpace::taken));
         taken.sort_by_key(|range| range.start);
         let mut at = LOWEST;
-        for range in taken.into_iter().chain([USER_END..USER_END]) {
+        for range in taken.into_iter().chain(std::iter::once(USER_END..USER_END)) {
             // A megabyte on each side keeps clear of the guard gaps below stacks.
             if range.start >= at + LEN + (2 << 20) {
                 return Ok(Self { base: at + (1 << 20), vdso, shared });

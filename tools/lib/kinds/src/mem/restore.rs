@@ -260,7 +260,7 @@ impl AddressSpace {
         kept.sort_by_key(|r| r.start);
         let mut calls = Vec::new();
         let mut at = 0;
-        for range in kept.into_iter().chain([USER_END..USER_END]) {
+        for range in kept.into_iter().chain(std::iter::once(USER_END..USER_END)) {
             if range.start > at {
                 calls.push(unmap(at..range.start));
             }
@@ -334,7 +334,9 @@ impl AddressSpace {
     /// populated first (MADV_POPULATE_WRITE, Linux 5.14), which spares a fault per page.
     #[must_use]
     pub fn read_calls(&self, place: &Place<'_>) -> Vec<Call> {
-        let mut lists: Vec<(u64, u64, Vec<(u64, u64)>)> = Vec::new();
+        // Offset in the file, bytes, and where they go.
+        type List = (u64, u64, Vec<(u64, u64)>);
+        let mut lists: Vec<List> = Vec::new();
         let mut offset = place.offset;
         for run in &self.pages.runs {
             let mut addr = run.addr;
