@@ -134,6 +134,8 @@ impl Target {
     pub fn spawn_as_it_is(dir: TestDir, mut command: Command) -> Self {
         process::become_subreaper();
         command.current_dir(dir.path()).env(process::MARKER, dir.path()).env("LC_ALL", "C");
+        // Not kept as a `Child`: the pid goes over to the restored process, and `process::is_free` reaps both.
+        #[allow(clippy::zombie_processes)]
         let child = command.spawn().unwrap_or_else(|e| panic!("start {command:?}: {e}"));
         let pid = i32::try_from(child.id()).expect("pids are small");
         Self { pid, dir }
