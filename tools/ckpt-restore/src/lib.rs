@@ -34,7 +34,7 @@ pub mod tree;
 
 use crate::{births::Node, make::Family, outcome::Signals, region::Region, tree::Tree};
 
-/// Exit status for failures of ckpt-restore itself: all others are the restored root's.
+/// Exit status for failures of ckpt-restore itself in the foreground: all others are the restored root's.
 pub const FAILED: u8 = 125;
 
 /// What happens when a file that is open but not mapped has changed.
@@ -98,7 +98,8 @@ Examples:
   ckpt-restore --external 'unix[48213]:/run/b.sock' images
   ckpt-restore --inherit-fd 'fd[5]:socket:[48213]' images
 
-Exit status: the root's (128 + N if signal N killed it), 125 if the restore failed; with --detach 0 or 125."
+Exit status: the root's (128 + N if signal N killed it), 125 if the restore failed. With --detach: 0 restored,
+1 failed, 2 usage, 3 refused, 4 damaged images."
 )]
 pub struct Args {
     #[command(flatten)]
@@ -141,14 +142,16 @@ pub fn command() -> clap::Command {
     Args::command()
 }
 
-/// Runs the tool; an error ends it with status [`FAILED`].
+/// Runs the tool. In the foreground an error ends it with status [`FAILED`], to be told from the
+/// root's own; with --detach the status is one of the table that all tools share.
 #[must_use]
 pub fn main(args: Args) -> ExitCode {
+    let detach = args.detach;
     match ckpt_cli::stdin().and_then(|input| run(args, input)) {
         Ok(code) => code.into(),
         Err(error) => {
-            let _ = ckpt_cli::finish("ckpt-restore", Err(error));
-            FAILED.into()
+            let code = ckpt_cli::finish("ckpt-restore", Err(error));
+            if detach { code } else { FAILED.into() }
         }
     }
 }

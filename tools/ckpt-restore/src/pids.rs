@@ -33,6 +33,7 @@ fn comm(pid: i32) -> String {
 /// # Errors
 /// [`Refused`], naming who has it.
 pub fn check_free(tree: &Tree) -> anyhow::Result<()> {
+    check_numbers(tree)?;
     for thread in tree.processes.iter().flat_map(|p| &p.threads) {
         let tid = thread.tid.0;
         // One that has ended is gone as soon as its parent looks; some are not quick.
@@ -47,6 +48,37 @@ pub fn check_free(tree: &Tree) -> anyhow::Result<()> {
         }
     }
     Ok(())
+}
+
+/// A number is in use as well while it names a process group or session that somebody is in
+/// (`alloc_pid` in kernel/pid.c), even if the process that gave it its name has ended.
+fn check_numbers(tree: &Tree) -> anyhow::Result<()> {
+    let wanted: BTreeSet<i32> = tree.processes.iter().flat_map(|p| &p.threads).map(|t| t.tid.0).collect();
+    let start = Instant::now();
+    while let Some((number, member)) = group_in_use(&wanted) {
+        if !ended(member) || start.elapsed() > Duration::from_secs(5) {
+            let reason = format!("is still the process group or session of pid {member} ({})", comm(member));
+            return Err(Refused::new(format!("pid {number}"), reason)
+                .advise("end that process, or pass --new-pidns")
+                .into());
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Ok(())
+}
+
+/// A number among `wanted` that is the group or session of a process with another pid, and that process.
+fn group_in_use(wanted: &BTreeSet<i32>) -> Option<(i32, i32)> {
+    let entries = std::fs::read_dir("/proc").ok()?;
+    entries.flatten().find_map(|entry| {
+        let pid: i32 = entry.file_name().to_str()?.parse().ok()?;
+        // Whoever has a wanted pid itself is found and named by `check_free`, or is to be replaced.
+        if wanted.contains(&pid) {
+            return None;
+        }
+        let stat = ckpt_proc::stat::parse(&std::fs::read(entry.path().join("stat")).ok()?).ok()?;
+        [stat.pgrp, stat.session].into_iter().find(|n| wanted.contains(n)).map(|n| (n, pid))
+    })
 }
 
 fn ended(tid: i32) -> bool {

@@ -59,7 +59,7 @@ use crate::{
 
 /// Where a process can be sent home from: found once per address space.
 #[derive(Debug, Clone, Copy)]
-struct Landing {
+pub(crate) struct Landing {
     /// Address of `syscall` followed by `ret` (clearing registers in between is harmless).
     syscall: RemoteAddr,
     /// Address of `mov $15,%eax; syscall`.
@@ -141,11 +141,12 @@ const RUNNER: &[u8] = &[
 const NOTIFIED: u64 = 78;
 
 impl Landings {
-    fn of(&mut self, frozen: &[Thread], pid: Pid) -> Result<Landing, RemoteError> {
+    /// The landing of process `pid`, whose threads are `threads`. Only reads.
+    pub(crate) fn of(&mut self, threads: &[Thread], pid: Pid) -> Result<Landing, RemoteError> {
         if let Some(&landing) = self.by_pid.get(&pid) {
             return Ok(landing);
         }
-        let landing = self.find(frozen, pid)?;
+        let landing = self.find(threads, pid)?;
         self.by_pid.insert(pid, landing);
         Ok(landing)
     }
@@ -179,8 +180,13 @@ impl Landings {
                  so no system call can be run in it safely",
             ));
         };
-        let dead = dead_stack(&maps, threads)
-            .ok_or_else(|| unusable("no unused stack was found for a return frame (stack nearly full?)"))?;
+        let dead = dead_stack(&maps, threads).ok_or_else(|| {
+            let pointers: Vec<String> = threads.iter().map(|t| format!("{:#x}", t.regs.rsp)).collect();
+            unusable(&format!(
+                "no unused stack was found for a return frame (stack nearly full? stack pointers: {})",
+                pointers.join(" ")
+            ))
+        })?;
         let hex = |key: &[u8]| {
             status
                 .split(|&b| b == b'\n')

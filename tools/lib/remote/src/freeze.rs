@@ -28,7 +28,7 @@ use ckpt_sys::{
 };
 use nix::errno::Errno;
 
-use crate::borrow::Landings;
+use crate::{RemoteError, borrow::Landings};
 
 /// Why a tree could not be stopped.
 #[derive(Debug, thiserror::Error)]
@@ -132,7 +132,19 @@ impl Frozen {
         loop {
             let since = Instant::now();
             match attempt.stop_all(root) {
-                Ok(None) => return attempt.done(root, since),
+                Ok(None) => {
+                    let mut frozen = attempt.done(root, since)?;
+                    match frozen.prepare() {
+                        Err(error) if Instant::now() < deadline => {
+                            // Deep in its stack at this instant, or between exec and its first
+                            // instruction: a moment later it stands elsewhere.
+                            drop((frozen, error));
+                            thread::sleep(Duration::from_millis(3));
+                        }
+                        // What can't be borrowed is said when it is tried.
+                        _ => return Ok(frozen),
+                    }
+                }
                 Ok(Some(stuck)) => {
                     let refused = stuck_error(stuck);
                     attempt.let_go();
@@ -149,6 +161,14 @@ impl Frozen {
                 }
             }
         }
+    }
+
+    /// Finds each process's way home, without touching it.
+    fn prepare(&mut self) -> Result<(), RemoteError> {
+        for process in self.processes.iter().filter(|p| !p.zombie) {
+            self.landings.of(&process.threads, process.pid)?;
+        }
+        Ok(())
     }
 
     /// How long the tree has been frozen.
@@ -463,7 +483,7 @@ impl Attempt {
         }
     }
 
-    fn done(self, root: Pid, since: Instant) -> Result<Frozen, FreezeError> {
+    fn done(&mut self, root: Pid, since: Instant) -> Result<Frozen, FreezeError> {
         let mut frozen = Frozen {
             processes: Vec::new(),
             landings: Landings::default(),
@@ -471,10 +491,18 @@ impl Attempt {
             stopped: self.threads.keys().copied().collect(),
             since,
         };
-        let mut pids: Vec<Pid> = self.processes.clone();
-        pids.extend(&self.zombies);
+        let threads = std::mem::take(&mut self.threads);
+        let zombies = std::mem::take(&mut self.zombies);
+        let mut pids = std::mem::take(&mut self.processes);
+        pids.extend(&zombies);
         for pid in pids {
-            let text = fs::read(format!("/proc/{pid}/stat")).map_err(|_| FreezeError::NoSuchProcess(pid))?;
+            // Ended and waited for while the tree was being stopped: not part of it any more.
+            let Ok(text) = fs::read(format!("/proc/{pid}/stat")) else {
+                if pid == root {
+                    return Err(FreezeError::NoSuchProcess(root));
+                }
+                continue;
+            };
             let stat = stat::parse(&text).map_err(|e| {
                 Refused::new(format!("/proc/{pid}/stat"), format!("can't be understood: {e}"))
             })?;
@@ -484,11 +512,11 @@ impl Attempt {
                 pgid: stat.pgrp,
                 sid: stat.session,
                 comm: stat.comm.clone(),
-                zombie: self.zombies.contains(&pid),
+                zombie: zombies.contains(&pid),
                 stopped_by: None,
                 threads: Vec::new(),
             };
-            for (&tid, (owner, stop)) in &self.threads {
+            for (&tid, (owner, stop)) in &threads {
                 if *owner == pid {
                     if let Some(Stop::Group(signal)) = stop {
                         process.stopped_by = Some(*signal);
