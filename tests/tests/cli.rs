@@ -238,6 +238,31 @@ fn show_head_is_success_and_jq_round_trips() {
     assert_eq!(fs::read(core).expect("read"), fs::read(target.path("core")).expect("read"));
 }
 
+/// No directory at all: from one process into its copy beside it.
+#[test]
+fn stream_goes_straight_into_a_copy() {
+    let target = Target::start("attacked");
+    let before = target.at_rest();
+    let pidfile = target.path("pidfile");
+    let pid = target.pid.to_string();
+    let _ = Pipeline::new(target.dir.path())
+        .stage(["ckpt-scan", "-t", &pid])
+        .stage(["ckpt-sk"])
+        .stage([
+            "ckpt-restore".into(),
+            "--detach".into(),
+            "--new-pidns".into(),
+            "--pidfile".into(),
+            pidfile.clone(),
+        ])
+        .run()
+        .ok("ckpt-scan | ckpt-sk | ckpt-restore --new-pidns");
+    let copy: i32 = fs::read_to_string(&pidfile).expect("read the pid file").trim().parse().expect("a pid");
+    target.unchanged(&before);
+    target.passes("the original");
+    assert_eq!(target.verdict_by(copy), "PASS", "the copy");
+}
+
 /// `--help` aside, stdout carries the product only: a dump to a terminal or a plain file says nothing there.
 #[test]
 fn messages_go_to_stderr() {

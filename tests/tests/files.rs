@@ -12,6 +12,7 @@ crate::survives! {
     eventfds_timerfds_and_signalfds_go_on: "event_files";
     epoll_sets_watch_the_same: "epoll_sets";
     memfds_keep_contents_and_seals: "memfds";
+    file_locks_stay_with_their_owners: "file_locks";
 }
 
 #[test]

@@ -60,8 +60,16 @@ fn duration_of_a_dump(target: &Target) -> Duration {
     slowest
 }
 
-/// Kills `stage` at random instants of a dump.
+/// Kills `stage` at random instants of a dump. With ckpt-mem as a stage of its own if that is the one.
 fn killed_at_random(test: &str, stage: &str) {
+    let dump = |target: &Target, out: &Path| {
+        if stage == "ckpt-mem" {
+            let line = format!("ckpt-scan --no-mem -t {} | ckpt-mem | ckpt-sk", target.pid);
+            Pipeline::new(target.dir.path()).line(&line).stage(["ckpt-write".into(), out.to_owned()])
+        } else {
+            pipeline(target, &[], out)
+        }
+    };
     let target = Target::start("attacked");
     let mut random = Random::new(test);
     let parent = target.path("out");
@@ -72,7 +80,7 @@ fn killed_at_random(test: &str, stage: &str) {
     for instant in 0..INSTANTS {
         let out = parent.join("img");
         let delay = Duration::from_nanos(random.below(u64::try_from(span.as_nanos()).expect("a short time")));
-        let mut running: Running = pipeline(&target, &[], &out).start();
+        let mut running: Running = dump(&target, &out).start();
         let end = Instant::now() + delay;
         while Instant::now() < end {
             std::hint::spin_loop();
@@ -130,6 +138,11 @@ fn killed_sk_leaves_target_and_no_directory() {
 #[test]
 fn killed_write_leaves_target_and_no_directory() {
     killed_at_random("killed_write", "ckpt-write");
+}
+
+#[test]
+fn killed_mem_leaves_target_and_no_directory() {
+    killed_at_random("killed_mem", "ckpt-mem");
 }
 
 /// ckpt-restore killed at random: all or nothing, so nothing.

@@ -6,6 +6,7 @@ use std::process::Command;
 
 crate::survives! {
     tree_keeps_ids_groups_sessions_zombies_and_stops: "process_tree";
+    two_hundred_threads_in_forty_processes_go_on: "crowd";
 }
 
 /// Either it can be restored, or it is refused by name; never half.
