@@ -20,7 +20,7 @@ use anyhow::{Context, bail};
 use ckpt_cli::UsageError;
 use ckpt_hold::{Hold, HoldError};
 use ckpt_images::stage;
-use ckpt_kinds::fd::unix::{self, ExternalSocket, Queued, SkOptions, list::Listed};
+use ckpt_kinds::fd::unix::{self, ExternalSocket, Queued, Say, SkOptions, list::Listed};
 use ckpt_proto::{
     Image, MAX_MESSAGE, Message,
     stream::{Frame, Reader, Writer},
@@ -187,8 +187,9 @@ impl Stage<'_> {
                 Some(KeepOrDrop::Keep) => Queued::Keep,
             },
         };
+        let say = Say { warn: &ckpt_cli::warn, note: &|text| ckpt_cli::note!(1, "{text}") };
         let net_ns = |pid: Pid| self.net_ns.get(&pid).copied();
-        unix::complete(&self.stubs, &net_ns, &options, &ckpt_cli::warn, writer)?;
+        unix::complete(&self.stubs, &net_ns, &options, say, writer)?;
         ckpt_cli::note!(1, "{} sockets completed", self.stubs.len());
         if let Some(hold) = self.hold.take() {
             hold.release();

@@ -35,7 +35,7 @@ use nix::{
 
 use super::{
     DumpOptions, External, FileTable, OpenFiles, RestoreOptions,
-    unix::{self, ExternalSocket, Queued, SkOptions},
+    unix::{self, ExternalSocket, Queued, Say, SkOptions},
 };
 
 fn own_pid() -> Pid {
@@ -87,7 +87,7 @@ impl Dump {
         table.add_descriptors(own_pid(), "test", 2, fds, &mut sink)?;
         table.finish(&mut sink)?;
         let stubs = std::mem::take(&mut sink.stubs);
-        unix::complete(&stubs, &|_| Some(2), &self.sockets, &|_| (), &mut sink)?;
+        unix::complete(&stubs, &|_| Some(2), &self.sockets, Say { warn: &warned, note: &|_| () }, &mut sink)?;
         let mut stream = sink.writer.end()?;
         stream.rewind()?;
         Ok(ImageSet::from_stream(stream)?)
@@ -107,6 +107,12 @@ fn restored<'a>(set: &ImageSet, files: &'a OpenFiles, fd: TargetFd) -> BorrowedF
     let table: Vec<FdinfoEntry> = set.all(Image::Fdinfo, 2).unwrap();
     let entry = table.iter().find(|e| e.fd == fd.0.unsigned_abs()).unwrap();
     files.fd(FileId(entry.id)).unwrap()
+}
+
+/// The number of the only descriptor.
+fn entries_fd(set: &ImageSet) -> TargetFd {
+    let table: Vec<FdinfoEntry> = set.all(Image::Fdinfo, 2).unwrap();
+    TargetFd(table[0].fd.cast_signed())
 }
 
 fn entries(set: &ImageSet) -> Vec<FileEntry> {
@@ -601,7 +607,9 @@ fn listener_and_accepted_connection_keep_their_names() {
     let client = UnixStream::connect(&name).unwrap();
     let fds = [target(&listener), target(&client)];
     let refused = refusal(Dump::default().run(&fds));
-    assert!(refused.reason.contains("not accepted yet"), "{refused:?}");
+    let (one, other) = (format!("fd {}", fds[0]), format!("fd {}", fds[1]));
+    let text = format!("{refused} {}", refused.reason);
+    assert!(text.contains("accepted") && text.contains(&one) && text.contains(&other), "{refused:?}");
     let (server, _) = listener.accept().unwrap();
     (&client).write_all(b"question").unwrap();
     let fds = [target(&listener), target(&client), target(&server)];
@@ -625,6 +633,27 @@ fn listener_and_accepted_connection_keep_their_names() {
     drop(client);
     files.undo();
     assert!(!name.exists());
+}
+
+#[test]
+fn connections_from_outside_that_wait_are_passed_over() {
+    let name = format!("\0ckpt-backlog-{}", std::process::id()).into_bytes();
+    let listener = socket_at(&name, true);
+    let waiting = [socket_at(b"", false), socket_at(b"", false), socket_at(b"", false)];
+    for client in &waiting {
+        sock::connect_unix(client.as_fd(), &name).unwrap();
+        nix::unistd::write(client, b"question").unwrap();
+    }
+    let [closed, ..] = waiting;
+    drop(closed);
+    let set = dump(&[target(&listener)]);
+    let told = |w: &String| w.contains("1 connections, not accepted yet and closed");
+    assert!(WARNINGS.lock().unwrap().iter().any(told));
+    drop(listener);
+    let files = restore(&set);
+    let listener = restored(&set, &files, entries_fd(&set));
+    file::set_flags(listener, libc::O_NONBLOCK.cast_unsigned()).unwrap();
+    assert_eq!(sock::accept(listener).unwrap_err().errno, nix::errno::Errno::EAGAIN);
 }
 
 #[test]

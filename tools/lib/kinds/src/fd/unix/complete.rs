@@ -56,6 +56,15 @@ pub struct SkOptions {
     pub queued: Queued,
 }
 
+/// Where messages for the user go.
+#[derive(Clone, Copy)]
+pub struct Say<'a> {
+    /// What they have to know.
+    pub warn: &'a dyn Fn(&str),
+    /// What they are told if they ask.
+    pub note: &'a dyn Fn(&str),
+}
+
 /// Who holds a socket: pid, command, descriptor.
 pub(super) type Holder = (Pid, String, TargetFd);
 
@@ -122,7 +131,7 @@ pub fn complete(
     stubs: &[FileEntry],
     net_ns: &dyn Fn(Pid) -> Option<u32>,
     options: &SkOptions,
-    warn: &dyn Fn(&str),
+    say: Say<'_>,
     sink: &mut dyn Sink,
 ) -> anyhow::Result<()> {
     if stubs.is_empty() && options.external.is_empty() {
@@ -134,8 +143,9 @@ pub fn complete(
     let mut queues = Vec::new();
     for socket in sockets.values() {
         let external = decide(socket, &sockets, &mut world, options)?;
+        check_backlog(socket, &sockets, say)?;
         let is_external = external.is_some();
-        let keep_queue = !is_external || keep_external_queue(socket, options.queued, warn)?;
+        let keep_queue = !is_external || keep_external_queue(socket, options.queued, say.warn)?;
         let entry = entry(socket, external, net_ns(pid_of(socket.stub)?))?;
         emit(sink, Image::Files, 0, &entry)?;
         if keep_queue && socket.diag.state != LISTEN {
@@ -227,15 +237,6 @@ fn decide(
         if marked.is_some() {
             return Err(wrong_mark("it listens, it has no connection"));
         }
-        let waiting = socket.diag.rqueue;
-        if waiting > 0 {
-            let s = if waiting == 1 { "" } else { "s" };
-            let advice = "checkpoint when they have been accepted";
-            return Err(socket
-                .refuse(format!("{waiting} connection{s} not accepted yet"))
-                .advise(advice)
-                .into());
-        }
         return Ok(None);
     }
     let peer = match socket.diag.peer {
@@ -258,7 +259,9 @@ fn decide(
             return Ok(None);
         };
         if sockets.contains_key(&listener.id) {
-            let reason = format!("connection to {} not accepted yet", shown(&listener.name));
+            let server = sockets.get(&listener.id).map_or("", |s| s.subject.as_str());
+            let reason =
+                format!("its connection to {server} ({}) is not accepted yet", shown(&listener.name));
             return Err(socket.refuse(reason).advise("checkpoint when it has been accepted").into());
         }
         (listener.name.clone(), world.holder(listener.id).cloned())
@@ -286,6 +289,43 @@ fn decide(
         peer_pid: holder.as_ref().map(|(pid, ..)| pid.0.unsigned_abs()),
         peer_comm: holder.map(|(_, comm, _)| comm.into_bytes()),
     }))
+}
+
+/// What waits in a listener's backlog. The server has not seen these connections. One from outside
+/// is the business of the original, which runs on and accepts it; a client that connects to the
+/// restored server does so again. One from inside would be lost on both sides.
+fn check_backlog(
+    socket: &Socket<'_>,
+    sockets: &BTreeMap<u64, Socket<'_>>,
+    say: Say<'_>,
+) -> anyhow::Result<()> {
+    if socket.diag.state != LISTEN {
+        return Ok(());
+    }
+    let pending = &socket.diag.pending;
+    if let Some(client) = pending.iter().find_map(|id| sockets.get(id)) {
+        let reason = format!("has not accepted the connection from {}", client.subject);
+        return Err(socket.refuse(reason).advise("checkpoint when it has been accepted").into());
+    }
+    let (gone, there): (Vec<u64>, Vec<u64>) = pending.iter().copied().partition(|&id| id == 0);
+    let name = shown(&socket.diag.name);
+    if !there.is_empty() {
+        let count = there.len();
+        (say.note)(&format!(
+            "{}: {} ({name}): {count} connections from outside the tree, not accepted yet, are passed over",
+            socket.subject,
+            socket.what(),
+        ));
+    }
+    if !gone.is_empty() {
+        let count = gone.len();
+        (say.warn)(&format!(
+            "{}: {} ({name}): {count} connections, not accepted yet and closed by their clients already, are left out",
+            socket.subject,
+            socket.what(),
+        ));
+    }
+    Ok(())
 }
 
 /// Whether what an external connection has received goes into the images.

@@ -88,8 +88,8 @@ pub fn list(tree: &[Pid], external: &[ExternalSocket]) -> anyhow::Result<Vec<Lis
             _ => "unconnected",
         };
         let marked = external.iter().any(|e| e.id.0 == id);
-        let dump = if socket.state == LISTEN && socket.rqueue > 0 {
-            "no: connections not accepted yet".to_owned()
+        let dump = if socket.pending.iter().any(|id| seen.contains(id)) {
+            "no: connections from inside not accepted yet".to_owned()
         } else if peer_id.is_none() || peer_inside {
             "yes".to_owned()
         } else if marked && socket.rqueue > 0 {

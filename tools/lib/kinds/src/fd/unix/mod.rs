@@ -14,7 +14,9 @@
 //!
 //! **What it does not tell.** Credentials (SO_PASSCRED) and descriptors (SCM_RIGHTS) that wait in a
 //! queue can't be made again, so such queues are refused. A connection that has not been accepted
-//! yet has no socket on its far side, it can only be refused too.
+//! yet has no socket on its far side. If its client is outside the tree it is passed over: under load
+//! there is always one, as clients go on connecting while the tree stands still, and the server has
+//! not seen it. If its client is in the tree it is refused.
 
 pub mod complete;
 pub mod list;
@@ -29,7 +31,7 @@ use ckpt_sys::{FileId, SocketId, sock};
 use super::{Descriptor, FileTable};
 use crate::Sink;
 
-pub use complete::{Queued, SkOptions, complete};
+pub use complete::{Queued, Say, SkOptions, complete};
 pub(super) use restore::restore;
 
 /// `state`: connected, or a datagram socket with a default peer.
