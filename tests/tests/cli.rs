@@ -57,13 +57,17 @@ fn a_process_that_is_not_there_is_named() {
 #[test]
 fn missing_directory_is_named() {
     let dir = TestDir::new("nowhere");
-    for name in ["ckpt-restore", "ckpt-read", "ckpt-show"] {
-        let _ = Pipeline::new(dir.path()).stage([name, "/no/such/directory"]).run().fails(
-            name,
-            1,
-            &["/no/such/directory"],
-        );
+    for line in ["ckpt-restore --detach", "ckpt-read", "ckpt-show"] {
+        let name = line.split(' ').next().unwrap_or_default();
+        let outcome = Pipeline::new(dir.path()).line(&format!("{line} /no/such/directory")).run();
+        let _ = outcome.fails(name, 1, &["/no/such/directory"]);
     }
+    // In the foreground the status is the restored root's, so failures have one of their own.
+    let _ = Pipeline::new(dir.path()).line("ckpt-restore /no/such/directory").run().fails(
+        "ckpt-restore",
+        125,
+        &[],
+    );
 }
 
 #[test]

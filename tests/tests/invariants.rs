@@ -549,7 +549,7 @@ fn garbage_is_no_stream() {
         let out = dir.path().join("img");
         for words in [
             &["ckpt-write", out.to_str().expect("a path")][..],
-            &["ckpt-restore"],
+            &["ckpt-restore", "--detach"],
             &["ckpt-show"],
             &["ckpt-sk"],
             &["ckpt-mem"],

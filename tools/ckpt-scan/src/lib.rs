@@ -113,7 +113,7 @@ pub fn run(args: &Args, output: File) -> anyhow::Result<()> {
     let mut writer = Writer::open(Output::new(output), hello).context("write the stream")?;
     match dump(args, &mut frozen, &mut writer) {
         Ok(()) => {}
-        Err(error) => return give_up(frozen, Some(writer), error),
+        Err(error) => return give_up(frozen, Some(writer), error).map_err(|e| blame(e, &holder)),
     }
     // Closing the output lets programs that wait for its end (cat, zstd) finish.
     drop(writer.end().context("write the stream")?);
@@ -136,6 +136,21 @@ fn give_up(frozen: Frozen, writer: Option<Writer<Output>>, error: anyhow::Error)
         let _ = writer.abort(&ckpt_cli::reason("ckpt-scan", &error));
     }
     Err(error)
+}
+
+/// A broken pipe is only how a failure behind us arrives here; the stage may have said why.
+fn blame(error: anyhow::Error, holder: &Holder) -> anyhow::Error {
+    if ckpt_cli::is_broken_pipe(&error)
+        && let Outcome::Failed { stage, reason } = holder.wait(&[], false, Duration::ZERO)
+    {
+        return failed_behind(&stage, &reason);
+    }
+    error
+}
+
+fn failed_behind(stage: &str, reason: &str) -> anyhow::Error {
+    let reason = reason.strip_prefix(&format!("ckpt-{stage}: ")).unwrap_or(reason);
+    anyhow::anyhow!("the checkpoint failed in ckpt-{stage}: {reason}")
 }
 
 /// What stages have to follow.
@@ -180,12 +195,7 @@ fn settle(args: &Args, frozen: Frozen, holder: Option<&Holder>, needs: &[&str]) 
         Outcome::Released => {
             bail!("pid {}: not killed: no writer has said that the images are durable", args.tree)
         }
-        Outcome::Failed { stage, reason } => {
-            bail!(
-                "the checkpoint failed in ckpt-{stage}: {}",
-                reason.trim_start_matches(&format!("ckpt-{stage}: "))
-            )
-        }
+        Outcome::Failed { stage, reason } => Err(failed_behind(&stage, &reason)),
         Outcome::NobodyCame { missing } => {
             let stages = missing.iter().map(|s| format!("ckpt-{s}")).collect::<Vec<_>>().join(", ");
             let reason = format!("no {stages} has come to this stream, so the checkpoint is incomplete");

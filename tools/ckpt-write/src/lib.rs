@@ -66,7 +66,7 @@ pub fn run(args: &Args, input: File) -> anyhow::Result<()> {
         }
         Err(error) => {
             if let Some(hold) = hold {
-                hold.fail(&ckpt_cli::describe(&error));
+                hold.fail(&ckpt_cli::reason("ckpt-write", &error));
             }
             Err(error)
         }

@@ -5,7 +5,9 @@
 //! things can be wrong with a name:
 //!
 //! - **The file was deleted** and no name is left. Its contents go into the images (a *ghost*), with
-//!   its holes, and at restore a file is made under the old name, opened, and deleted again.
+//!   its holes, and at restore a file is made under the old name, opened, and deleted again; so are
+//!   the directories on the way if they are gone too. A file that never had a name (O_TMPFILE) is made as
+//!   such, so that the program can still give it one.
 //! - **The name was deleted, others are left** (hard links). The other name is looked for in the
 //!   same directory and stored beside it (a *linked* remap). If it is not there the file is refused: a copy
 //!   of it would no longer be the same file as the one under its other name, and to give it a name
@@ -50,6 +52,8 @@ use super::{
 };
 use crate::{Sink, sink::emit};
 
+/// `O_TMPFILE`: the file was made without a name, and may be given one by linkat(2).
+const UNNAMED: u32 = libc::O_TMPFILE.cast_unsigned();
 const DELETED: &[u8] = b" (deleted)";
 const DEFAULT_GHOST_LIMIT: u64 = 1 << 20;
 /// Largest piece of a deleted file in one DATA record, bytes.
@@ -397,6 +401,8 @@ pub(super) struct Names {
 struct Ghost {
     /// O_PATH.
     handle: OwnedFd,
+    /// Open as the descriptor has it that made the file without a name; until that is restored.
+    unnamed: Option<OwnedFd>,
     entry: GhostFileEntry,
 }
 
@@ -434,6 +440,12 @@ impl Names {
         }
     }
 
+    /// The open file of an entry that has made its file without a name.
+    fn take_unnamed(&mut self, reg: &RegFileEntry) -> Option<OwnedFd> {
+        let ghost = self.ghosts.get(&reg.id).filter(|_| reg.flags & UNNAMED == UNNAMED)?;
+        self.made.get_mut(ghost)?.unnamed.take()
+    }
+
     /// Entries that only carry a name for others.
     pub(super) fn aliases(&self) -> impl Iterator<Item = u32> {
         self.linked.values().copied()
@@ -465,20 +477,32 @@ fn restore_one(opening: &mut Opening<'_>, reg: &RegFileEntry) -> anyhow::Result<
     if reg.flags & libc::O_PATH.cast_unsigned() != 0 {
         return Ok(handle);
     }
+    if let Some(fd) = opening.names.take_unnamed(reg) {
+        return placed(opening, reg, fd);
+    }
     let unwanted = libc::O_CREAT | libc::O_EXCL | libc::O_TRUNC | libc::O_ASYNC | libc::O_NOFOLLOW;
-    let flags = (reg.flags & !unwanted.cast_unsigned()) | libc::O_NOCTTY.cast_unsigned();
+    let mut flags = (reg.flags & !unwanted.cast_unsigned()) | libc::O_NOCTTY.cast_unsigned();
     let regular = file_type(&stat) == SFlag::S_IFREG;
+    if regular {
+        // What is left of it at a file that was made so, see `ghost_handle`.
+        flags &= !UNNAMED;
+    }
     // Devices and FIFOs must not keep us waiting.
     let wait = if regular { 0 } else { libc::O_NONBLOCK.cast_unsigned() };
     let fd = file::open(&self_path(handle.as_fd()), flags | wait, 0)?;
-    opening.set_flags(fd.as_fd(), flags)?;
     if regular {
         check_unchanged(opening, reg, &stat, &handle)?;
     }
-    if reg.pos != 0 {
-        let pos = reg.pos.cast_signed();
-        lseek64(&fd, pos, Whence::SeekSet).with_context(|| format!("lseek to {pos}"))?;
-    }
+    placed(opening, reg, fd)
+}
+
+/// Flags that can be set, and the position.
+fn placed(opening: &Opening<'_>, reg: &RegFileEntry, fd: OwnedFd) -> anyhow::Result<OwnedFd> {
+    opening.set_flags(fd.as_fd(), reg.flags)?;
+    let pos = reg.pos.cast_signed();
+    lseek64(&fd, pos, Whence::SeekSet)
+        .with_context(|| format!("lseek to {pos}"))
+        .or_else(|error| if pos == 0 { Ok(0) } else { Err(error) })?;
     Ok(fd)
 }
 
@@ -549,8 +573,49 @@ fn ghost_handle(opening: &mut Opening<'_>, id: u32, reg: &RegFileEntry) -> anyho
         return ghost.handle.try_clone().context("dup");
     }
     let entry: GhostFileEntry = opening.set.one(Image::GhostFile, id.into())?;
-    let name = free_name(&reg.name, id);
+    let directories = make_directories(opening, &reg.name)?;
+    let made = make_ghost(opening, id, reg, &entry);
+    for token in directories.into_iter().rev() {
+        opening.remove_created(token);
+    }
+    let (handle, unnamed) = made?;
+    let copy = handle.try_clone().context("dup")?;
+    opening.names.made.insert(id, Ghost { handle, unnamed, entry });
+    Ok(copy)
+}
+
+/// Makes, for a moment, the directories of `name` that are not there any more.
+fn make_directories(opening: &mut Opening<'_>, name: &[u8]) -> anyhow::Result<Vec<usize>> {
+    let parents = path(name).ancestors().skip(1);
+    let missing: Vec<&Path> = parents.take_while(|p| fs::symlink_metadata(p).is_err()).collect();
+    let mut tokens = Vec::new();
+    for directory in missing.into_iter().rev() {
+        fs::create_dir(directory).with_context(|| format!("mkdir {}", directory.display()))?;
+        tokens.push(opening.created(directory.to_owned(), true));
+    }
+    Ok(tokens)
+}
+
+/// A new ghost file: a handle, and its open file if it was made without a name.
+fn make_ghost(
+    opening: &mut Opening<'_>,
+    id: u32,
+    reg: &RegFileEntry,
+    entry: &GhostFileEntry,
+) -> anyhow::Result<(OwnedFd, Option<OwnedFd>)> {
     let kind = SFlag::from_bits_truncate(entry.mode & SFlag::S_IFMT.bits());
+    let born = (kind == SFlag::S_IFREG).then(|| opening.born_unnamed(id)).flatten();
+    if let Some(flags) = born
+        && let Some(directory) = path(&reg.name).parent()
+        // Not every file system can.
+        && let Ok(fd) = file::open(directory, flags, 0o600)
+    {
+        let handle = reopen(&self_path(fd.as_fd()), libc::O_PATH)?;
+        let writable = reopen(&self_path(fd.as_fd()), libc::O_WRONLY)?;
+        fill_ghost(opening.set, id, entry, writable.into()).context("contents of a deleted file")?;
+        return Ok((handle, Some(fd)));
+    }
+    let name = free_name(&reg.name, id);
     let made = opening.created(name.clone(), kind == SFlag::S_IFDIR);
     match kind {
         SFlag::S_IFREG => {
@@ -559,7 +624,7 @@ fn ghost_handle(opening: &mut Opening<'_>, id: u32, reg: &RegFileEntry) -> anyho
                 .create_new(true)
                 .open(&name)
                 .with_context(|| format!("create {}", name.display()))?;
-            fill_ghost(opening.set, id, &entry, file).context("contents of a deleted file")?;
+            fill_ghost(opening.set, id, entry, file).context("contents of a deleted file")?;
         }
         SFlag::S_IFDIR => fs::create_dir(&name).with_context(|| format!("mkdir {}", name.display()))?,
         SFlag::S_IFIFO => {
@@ -570,9 +635,17 @@ fn ghost_handle(opening: &mut Opening<'_>, id: u32, reg: &RegFileEntry) -> anyho
     }
     let handle = reopen(&name, libc::O_PATH | libc::O_NOFOLLOW)?;
     opening.remove_created(made);
-    let copy = handle.try_clone().context("dup")?;
-    opening.names.made.insert(id, Ghost { handle, entry });
-    Ok(copy)
+    Ok((handle, None))
+}
+
+impl Opening<'_> {
+    /// The flags to make ghost file `id` with, if one of its descriptors has made it without a name.
+    fn born_unnamed(&self, id: u32) -> Option<u32> {
+        let of_it = |(file, ghost): (&u32, &u32)| (*ghost == id).then(|| self.reg(FileId(*file)).ok());
+        let settable = (libc::O_ACCMODE | libc::O_TMPFILE).cast_unsigned();
+        let mut entries = self.names.ghosts.iter().filter_map(of_it).flatten();
+        entries.find(|reg| reg.flags & UNNAMED == UNNAMED).map(|reg| reg.flags & settable)
+    }
 }
 
 /// The old name, or one beside it if somebody has taken that since.
