@@ -365,11 +365,9 @@ fn truncated_stream_is_an_error_for_every_reader() {
             &["ckpt-restore: "],
         );
         process::wait_free(&[target.pid]);
-        let _ = feed(target.dir.path(), part, &["sk-rewrite", "--close", "1"]).fails(
-            "sk-rewrite",
-            4,
-            &["sk-rewrite: "],
-        );
+        // It may find out that its rule matches nothing before it finds the end missing.
+        let outcome = feed(target.dir.path(), part, &["sk-rewrite", "--close", "1"]).sane();
+        assert!([1, 4].contains(&outcome.code("sk-rewrite")), "cut at {cut}: {outcome}");
     }
     // The whole one is fine, which shows that the cuts were what was wrong.
     let _ =
@@ -457,7 +455,9 @@ fn damaged_directories_are_refused_and_leave_no_process() {
         attack("without its last byte", name, &mut |b| b.truncate(b.len() - 1));
         attack("emptied", name, &mut Vec::clear);
         attack("with a byte too many", name, &mut |b| b.push(0));
-        for _ in 0..2 {
+        // Pages carry no checksum: it would cost as much as the copy. Their number is checked.
+        let flips = if name.starts_with("pages-") { 0 } else { 2 };
+        for _ in 0..flips {
             let (at, bit) = (random.below(u64::MAX), random.below(8));
             attack("with a flipped bit", name, &mut |b| {
                 let at = usize::try_from(at % b.len() as u64).expect("an index");
