@@ -499,10 +499,10 @@ fn restore_one(opening: &mut Opening<'_>, reg: &RegFileEntry) -> anyhow::Result<
 /// Flags that can be set, and the position.
 fn placed(opening: &Opening<'_>, reg: &RegFileEntry, fd: OwnedFd) -> anyhow::Result<OwnedFd> {
     opening.set_flags(fd.as_fd(), reg.flags)?;
-    let pos = reg.pos.cast_signed();
-    lseek64(&fd, pos, Whence::SeekSet)
-        .with_context(|| format!("lseek to {pos}"))
-        .or_else(|error| if pos == 0 { Ok(0) } else { Err(error) })?;
+    if reg.pos != 0 {
+        let pos = reg.pos.cast_signed();
+        lseek64(&fd, pos, Whence::SeekSet).with_context(|| format!("lseek to {pos}"))?;
+    }
     Ok(fd)
 }
 
@@ -558,13 +558,24 @@ pub(super) fn open_handle(opening: &mut Opening<'_>, reg: &RegFileEntry) -> anyh
     if let Some(&ghost) = opening.names.ghosts.get(&reg.id) {
         return ghost_handle(opening, ghost, reg);
     }
-    let name = match opening.names.linked.get(&reg.id) {
-        Some(&other) => opening.reg(FileId(other))?.name.clone(),
-        None => reg.name.clone(),
-    };
+    let mut name = reg.name.clone();
+    let mut made = None;
+    if let Some(&other) = opening.names.linked.get(&reg.id) {
+        let other = opening.reg(FileId(other))?.name.clone();
+        // Opened under the deleted name, if that is free, so that /proc/PID/fd shows it.
+        if fs::symlink_metadata(path(&name)).is_err() && fs::hard_link(path(&other), path(&name)).is_ok() {
+            made = Some(opening.created(path(&name).to_owned(), false));
+        } else {
+            name = other;
+        }
+    }
     let is_link = reg.mode.is_some_and(|m| m & SFlag::S_IFMT.bits() == SFlag::S_IFLNK.bits());
     let flags = libc::O_PATH | if is_link { libc::O_NOFOLLOW } else { 0 };
-    reopen(path(&name), flags)
+    let handle = reopen(path(&name), flags);
+    if let Some(token) = made {
+        opening.remove_created(token);
+    }
+    handle
 }
 
 /// A ghost file, made on first use: an unnamed file again when this returns.
@@ -642,9 +653,9 @@ impl Opening<'_> {
     /// The flags to make ghost file `id` with, if one of its descriptors has made it without a name.
     fn born_unnamed(&self, id: u32) -> Option<u32> {
         let of_it = |(file, ghost): (&u32, &u32)| (*ghost == id).then(|| self.reg(FileId(*file)).ok());
-        let settable = (libc::O_ACCMODE | libc::O_TMPFILE).cast_unsigned();
+        let unwanted = (libc::O_CREAT | libc::O_EXCL | libc::O_TRUNC | libc::O_ASYNC).cast_unsigned();
         let mut entries = self.names.ghosts.iter().filter_map(of_it).flatten();
-        entries.find(|reg| reg.flags & UNNAMED == UNNAMED).map(|reg| reg.flags & settable)
+        entries.find(|reg| reg.flags & UNNAMED == UNNAMED).map(|reg| reg.flags & !unwanted)
     }
 }
 

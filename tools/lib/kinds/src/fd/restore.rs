@@ -219,7 +219,7 @@ impl OpenFiles {
             sockets: Vec::new(),
         };
         let opened = opening.open(&entries);
-        for created in opening.created.drain(..).flatten() {
+        for created in opening.created.drain(..).rev().flatten() {
             created.remove();
         }
         if let Err(error) = opened {
