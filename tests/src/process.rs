@@ -126,8 +126,18 @@ pub fn marked(dir: &Path) -> Vec<i32> {
 /// Some pid is still taken after a long wait.
 pub fn end_all(dir: &Path) {
     let mut ended = BTreeSet::new();
+    let mut sessions = BTreeSet::new();
+    let session = |pid: i32| stat(pid).and_then(|fields| fields.get(3)?.parse::<i32>().ok());
+    let ours = session(i32::try_from(std::process::id()).unwrap_or(0));
     let gone = soon(|| {
         let living: BTreeSet<i32> = marked(dir).into_iter().flat_map(tree).collect();
+        // A zombie has no environment, but it holds on to the number of its session all the same.
+        sessions.extend(
+            living.iter().filter_map(|&pid| session(pid)).filter(|&sid| Some(sid) != ours && sid > 1),
+        );
+        let dead =
+            |pid: &i32| state(*pid) == Some('Z') && session(*pid).is_some_and(|sid| sessions.contains(&sid));
+        ended.extend(all().into_iter().filter(dead));
         for &pid in &living {
             let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
         }

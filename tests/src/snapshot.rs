@@ -228,6 +228,12 @@ impl Snapshot {
                 }
                 words = kept;
             }
+            // A deleted file is another file with the same contents now; where its name was taken, under another name.
+            if value.contains(" (deleted) ") {
+                let name = words[0].rsplit_once(".ckpt.").map_or(words[0].as_str(), |(name, _)| name);
+                let name = name.trim_end_matches(|c: char| c.is_ascii_digit());
+                words[0] = name.to_owned();
+            }
             // pipe:[4711] -> pipe #1, in the order of appearance.
             for word in &mut words {
                 if (word.starts_with("pipe:[") || word.starts_with("socket:[")) && word.ends_with(']') {
