@@ -18,7 +18,7 @@ use ckpt_proto::{
 };
 use ckpt_sys::{
     Pid, Refused, TargetFd, file, pidfd,
-    sock::{self, UnixSocket, trim_path},
+    sock::{self, LentOption, UnixSocket, trim_path},
 };
 use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
@@ -525,30 +525,13 @@ fn options(socket: &Socket<'_>) -> anyhow::Result<SkOptsEntry> {
     })
 }
 
-/// SO_PEEK_OFF set for a while.
-struct PeekOffset<'a> {
-    fd: BorrowedFd<'a>,
-    before: i32,
-}
-
-impl<'a> PeekOffset<'a> {
-    /// -1: peeks begin at the front, each time. 0: at the front, and each goes on where the last ended.
-    fn set(fd: BorrowedFd<'a>, offset: i32) -> anyhow::Result<Self> {
-        let before = sock::option(fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF)?;
-        let guard = Self { fd, before };
-        if before != offset {
-            sock::set_option(fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF, offset)?;
-        }
-        Ok(guard)
+/// Lets peeks begin at the front of the queue, and, if `walk`, each go on where the last has ended.
+fn peek_from_front(fd: BorrowedFd<'_>, walk: bool) -> anyhow::Result<Option<LentOption<'_>>> {
+    let now = sock::option(fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF)?;
+    if !walk && now < 0 {
+        return Ok(None);
     }
-}
-
-impl Drop for PeekOffset<'_> {
-    fn drop(&mut self) {
-        if sock::option(self.fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF).is_ok_and(|now| now != self.before) {
-            let _ = sock::set_option(self.fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF, self.before);
-        }
-    }
+    Ok(Some(LentOption::set(fd, libc::SO_PEEK_OFF, if walk { 0 } else { -1 })?))
 }
 
 /// Everything in a socket's receive queue: messages, or pieces of a stream.
@@ -574,7 +557,7 @@ fn peek_queue(socket: &Socket<'_>) -> anyhow::Result<Vec<Vec<u8>>> {
         return Ok(messages);
     }
     if stream {
-        let _guard = PeekOffset::set(fd, -1)?;
+        let _guard = peek_from_front(fd, false)?;
         let waiting = file::readable_bytes(fd)? as usize;
         let mut buffer = vec![0; waiting + 1];
         let peeked = sock::peek(fd, &mut buffer).with_context(|| socket.subject.clone())?.unwrap_or_default();
@@ -600,7 +583,7 @@ fn peek_queue(socket: &Socket<'_>) -> anyhow::Result<Vec<Vec<u8>>> {
     let mut buffer = vec![0; 1 << 16];
     {
         // Most queues are empty; a look that leaves SO_PEEK_OFF alone tells.
-        let _guard = PeekOffset::set(fd, -1)?;
+        let _guard = peek_from_front(fd, false)?;
         match peek_message(socket, &mut buffer)? {
             Some(first) if first.rights > 0 || first.control_truncated => return Err(rights().into()),
             // The look at it has hidden it from those that follow.
@@ -609,7 +592,7 @@ fn peek_queue(socket: &Socket<'_>) -> anyhow::Result<Vec<Vec<u8>>> {
             None => return Ok(messages),
         }
     }
-    let _guard = PeekOffset::set(fd, 0)?;
+    let _guard = peek_from_front(fd, true)?;
     while left > 0 {
         let Some(peeked) = peek_message(socket, &mut buffer)? else { break };
         if peeked.rights > 0 || peeked.control_truncated {

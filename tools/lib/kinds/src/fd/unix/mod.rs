@@ -6,11 +6,13 @@
 //!
 //! **What the kernel tells.** One sock_diag(7) dump has state, names, peers and queue lengths of all
 //! sockets. Options come from getsockopt(2) on a copy of the descriptor, and queues by MSG_PEEK, which
-//! takes nothing. A stream is peeked as a whole. Of messages a peek shows the first one only, unless
-//! `SO_PEEK_OFF` is set; it is, and put back as it was, for the microseconds that this takes. (A
-//! ckpt-sk killed in between leaves it at some offset; only a target that itself uses MSG_PEEK could
-//! notice.) A message of no bytes behind others can be peeked once in its life: a second checkpoint
-//! does not see it, but sees that memory is taken by something, and refuses.
+//! takes nothing. A stream is peeked as a whole, by one call. Of messages a peek shows the first one
+//! only, unless `SO_PEEK_OFF` is set, and there is no other way to the second one. So it is set on the
+//! target's socket for the microseconds that this takes, and a small child process of ckpt-sk puts
+//! it back if ckpt-sk is killed meanwhile ([`ckpt_sys::sock::LentOption`]). The child has ckpt-sk's
+//! connection to ckpt-scan open too, so that the hold ends, and the tree runs on, only after that. A
+//! message of no bytes behind others can be peeked once in its life: a second checkpoint does not
+//! see it, but sees that memory is taken by something, and refuses.
 //!
 //! **What it does not tell.** Credentials (SO_PASSCRED) and descriptors (SCM_RIGHTS) that wait in a
 //! queue can't be made again, so such queues are refused. A connection that has not been accepted
