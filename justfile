@@ -14,8 +14,8 @@ setup:
 
 # A server is checkpointed in mid-conversation, killed, and answers on from an earlier state.
 demo: setup
-    @cargo build --quiet --release --bins
-    @CKPT_BIN_DIR="{{ target }}/release" tests/demo
+    @cargo build --quiet --bins
+    @CKPT_BIN_DIR="{{ target }}/debug" tests/demo
 
 # All tests, end to end ones on real programs included; arguments go to the test binary.
 test *ARGS: setup

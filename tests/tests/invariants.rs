@@ -403,7 +403,8 @@ fn flipped_bits_in_a_stream_are_found() {
                 0,
                 "a flipped bit at byte {at} of {total} went through {words:?}: {outcome}"
             );
-            assert!(outcome.code(words[0]) == 4 || outcome.code(words[0]) == 1, "byte {at}: {outcome}");
+            // The checksum comes last; what follows from the damage may be found before.
+            assert!([1, 3, 4].contains(&outcome.code(words[0])), "byte {at}: {outcome}");
             assert!(names(&out).is_empty(), "byte {at}: {:?}", names(&out));
         }
         process::wait_free(&[target.pid]);
