@@ -10,6 +10,7 @@ pub mod clone;
 pub mod cpu;
 pub mod error;
 pub mod file;
+pub mod gift;
 pub mod ids;
 pub mod kcmp;
 pub mod memory;

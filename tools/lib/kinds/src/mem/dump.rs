@@ -5,8 +5,8 @@
 //! processor's cache between being read and being written. Memory that is mapped without PROT_READ
 //! is read through /proc/PID/mem.
 //!
-//! Not chosen: vmsplice(2) of a reused buffer. It saves a copy, but a stage that splices the pages
-//! on keeps referring to the buffer for an unknown time, and reuse would corrupt them.
+//! Into a pipe the chunks are given away (vmsplice(2)), which saves a copy. A chunk's memory is never
+//! used again: a stage that splices the pages on refers to it for an unknown time.
 
 use std::{
     fs::{self, File},
@@ -27,6 +27,7 @@ use ckpt_proto::{
 };
 use ckpt_sys::{
     Pid, Refused, RemoteAddr,
+    gift::{self, Gift},
     memory::{self, Page, PageRange, Scan},
     transfer::transfer,
 };
@@ -296,45 +297,99 @@ impl Plan {
     ///
     /// # Errors
     /// The output's, or the process died.
-    pub fn copy<W: Write>(&self, out: &mut Writer<W>, mut progress: impl FnMut(u64)) -> anyhow::Result<()> {
-        let mut buffer = vec![0; CHUNK.min(usize::try_from(self.bytes()).unwrap_or(CHUNK))];
+    pub fn copy<W: Write + AsFd>(
+        &self,
+        out: &mut Writer<W>,
+        mut progress: impl FnMut(u64),
+    ) -> anyhow::Result<()> {
+        let mut chunk = Chunk::for_output(out.output().as_fd(), self.bytes())?;
         let mut filled = 0;
-        let mem_path = format!("/proc/{}/mem", self.pid);
-        let mut mem = None;
+        let mut mem = Unreadable { path: format!("/proc/{}/mem", self.pid), file: None };
         for run in &self.runs {
             let mut at = run.start;
             while at < run.end {
-                let n = usize::try_from(run.end - at).unwrap_or(CHUNK).min(buffer.len() - filled);
+                let buffer = chunk.bytes();
+                let full = buffer.len();
+                let n = usize::try_from(run.end - at).unwrap_or(full).min(full - filled);
                 let place = &mut buffer[filled..filled + n];
                 if run.readable {
                     memory::read_exact(self.pid, RemoteAddr(at), place)?;
                 } else {
-                    if mem.is_none() {
-                        mem = Some(File::open(&mem_path).with_context(|| mem_path.clone())?);
-                    }
-                    if let Some(mem) = &mem {
-                        mem.read_exact_at(place, at)
-                            .with_context(|| format!("{mem_path}: read at {at:#x}"))?;
-                    }
+                    mem.read(at, place)?;
                 }
                 filled += n;
                 at += n as u64;
-                if filled == buffer.len() {
-                    self.flush(out, &buffer[..filled])?;
+                if filled == full {
+                    chunk.write(out, self.pages_id, filled)?;
                     progress(filled as u64);
                     filled = 0;
                 }
             }
         }
         if filled > 0 {
-            self.flush(out, &buffer[..filled])?;
+            chunk.write(out, self.pages_id, filled)?;
             progress(filled as u64);
         }
         Ok(())
     }
+}
 
-    fn flush<W: Write>(&self, out: &mut Writer<W>, bytes: &[u8]) -> anyhow::Result<()> {
-        out.data(Image::Pages, u64::from(self.pages_id), bytes).context("write the stream")
+/// Memory that is moved at a time.
+enum Chunk {
+    /// Given to the pipe behind us.
+    Gift(Gift),
+    /// Copied, where the output is no pipe or it is too little to matter.
+    Plain(Vec<u8>),
+}
+
+impl Chunk {
+    fn for_output(out: BorrowedFd<'_>, total: u64) -> anyhow::Result<Self> {
+        let kind = nix::sys::stat::fstat(out).context("standard output")?.st_mode & libc::S_IFMT;
+        if kind == libc::S_IFIFO && total >= gift::SIZE as u64 {
+            return Ok(Self::Gift(Gift::new()?));
+        }
+        Ok(Self::Plain(vec![0; usize::try_from(total).unwrap_or(CHUNK).min(CHUNK)]))
+    }
+
+    fn bytes(&mut self) -> &mut [u8] {
+        match self {
+            Self::Gift(gift) => gift.bytes(),
+            Self::Plain(buffer) => buffer,
+        }
+    }
+
+    /// Sends the first `len` bytes.
+    fn write<W: Write + AsFd>(
+        &mut self,
+        out: &mut Writer<W>,
+        pages_id: u32,
+        len: usize,
+    ) -> anyhow::Result<()> {
+        let what = "write the stream";
+        match self {
+            Self::Gift(gift) => {
+                out.bulk_data(u64::from(pages_id), len as u64).context(what)?;
+                out.output().flush().context(what)?;
+                gift.give(out.output().as_fd(), len).context(what)
+            }
+            Self::Plain(buffer) => out.data(Image::Pages, u64::from(pages_id), &buffer[..len]).context(what),
+        }
+    }
+}
+
+/// Memory without PROT_READ.
+struct Unreadable {
+    path: String,
+    file: Option<File>,
+}
+
+impl Unreadable {
+    fn read(&mut self, at: u64, place: &mut [u8]) -> anyhow::Result<()> {
+        if self.file.is_none() {
+            self.file = Some(File::open(&self.path).with_context(|| self.path.clone())?);
+        }
+        let Some(file) = &self.file else { return Ok(()) };
+        file.read_exact_at(place, at).with_context(|| format!("{}: read at {at:#x}", self.path))
     }
 }
 
