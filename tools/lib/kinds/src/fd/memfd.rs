@@ -8,7 +8,9 @@
 //!
 //! At restore anonymous memory is made as such, so that it has its name again; where that is
 //! forbidden (opening map_files needs CAP_CHECKPOINT_RESTORE) a memfd takes its place, which differs in name only.
-//! Seals are applied by the task after its descriptors are in place, when contents and mappings are there.
+//! Seals are applied by ckpt-restore itself, when contents and mappings of all tasks are there. Sealed
+//! against writing means that no shared mapping may write, which the kernel checks: such memory is mapped
+//! through a descriptor that can't.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -23,10 +25,9 @@ use ckpt_proto::{
     Image,
     types::{FdTypes, FileEntry, FownEntry, MemfdFileEntry, MemfdInodeEntry},
 };
-use ckpt_remote::{Arg, Call};
 use ckpt_sys::{FileId, Pid, Refused, file};
 use nix::{
-    fcntl::{FcntlArg, fcntl},
+    fcntl::{FcntlArg, SealFlag, fcntl},
     sys::{
         memfd::{MFdFlags, memfd_create},
         stat::FileStat,
@@ -42,6 +43,7 @@ use crate::{Sink, sink::emit};
 
 const ANONYMOUS: &[u8] = b"/dev/zero";
 const DEFAULT_MODE: u32 = 0o777;
+const SEAL_WRITE: u32 = libc::F_SEAL_WRITE.cast_unsigned();
 const SEAL_SEAL: u32 = libc::F_SEAL_SEAL.cast_unsigned();
 
 /// Segments met so far, by inode.
@@ -182,16 +184,19 @@ pub(super) fn add_mapped(
 pub(super) struct Restored {
     /// By `shmid`: the memory, open for reading and writing, and its size.
     pub(super) segments: HashMap<u32, (OwnedFd, u64)>,
-    /// Seals still to be applied, by file id.
-    seals: HashMap<u32, u32>,
+    /// Seals still to be applied, by `shmid`.
+    seals: BTreeMap<u32, i32>,
 }
 
 impl Restored {
-    /// The call that seals the memory behind descriptor `fd`, if file `id` is one that has to be.
-    pub(super) fn seal(&mut self, id: FileId, fd: u32) -> Option<Call> {
-        let seals = self.seals.remove(&id.0)?;
-        let args = [Arg::Val(fd.into()), Arg::from(libc::F_ADD_SEALS), Arg::Val(seals.into())];
-        Some(Call::new(format!("fcntl({fd}, F_ADD_SEALS, {seals:#x})"), libc::SYS_fcntl, args))
+    /// Applies the seals, once.
+    pub(super) fn seal(&mut self) -> anyhow::Result<()> {
+        for (shmid, seals) in std::mem::take(&mut self.seals) {
+            let (fd, _) = self.segments.get(&shmid).context("a segment made before")?;
+            let seals = SealFlag::from_bits_retain(seals);
+            fcntl(fd, FcntlArg::F_ADD_SEALS(seals)).with_context(|| format!("seal shared memory {shmid}"))?;
+        }
+        Ok(())
     }
 }
 
@@ -201,6 +206,10 @@ pub(super) fn restore(opening: &mut Opening<'_>, entries: &[FileEntry]) -> anyho
         let what = || format!("shared memory {} ({})", inode.shmid, inode.name.escape_ascii());
         let fd = make(inode).with_context(what)?;
         opening.keep_segment(inode.shmid, fd, inode.size)?;
+        // The only seal that is there from the start: none can be added.
+        if inode.seals & !SEAL_SEAL != 0 {
+            opening.memory.seals.insert(inode.shmid, inode.seals.cast_signed());
+        }
     }
     for entry in entries {
         let memfd = entry.memfd.as_ref().context("a memfd without its entry")?;
@@ -210,19 +219,18 @@ pub(super) fn restore(opening: &mut Opening<'_>, entries: &[FileEntry]) -> anyho
             .with_context(|| format!("file {}: no memory segment {}", entry.id, memfd.inode_id))?;
         let segment = opening.segment(inode.shmid).context("a segment made above")?;
         // An entry that stands behind no descriptor serves mappings, which may write.
-        let flags =
-            if opening.has_descriptor(FileId(entry.id)) { memfd.flags } else { libc::O_RDWR.cast_unsigned() };
+        let flags = if opening.has_descriptor(FileId(entry.id)) {
+            memfd.flags
+        } else if inode.seals & SEAL_WRITE != 0 {
+            libc::O_RDONLY.cast_unsigned()
+        } else {
+            libc::O_RDWR.cast_unsigned()
+        };
         let fd = file::open(&self_path(segment), flags & !libc::O_ASYNC.cast_unsigned(), 0)?;
         if memfd.pos != 0 {
             lseek64(&fd, memfd.pos.cast_signed(), Whence::SeekSet).context("lseek")?;
         }
         opening.keep(FileId(entry.id), fd)?;
-        let at_creation =
-            if inode.seals & SEAL_SEAL != 0 && inode.seals & !SEAL_SEAL == 0 { SEAL_SEAL } else { 0 };
-        let seals = inode.seals & !at_creation;
-        if seals != 0 {
-            opening.memory.seals.insert(entry.id, seals);
-        }
     }
     Ok(())
 }

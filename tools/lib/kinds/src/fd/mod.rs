@@ -15,7 +15,7 @@
 //!
 //! **Restore.** One process opens everything ([`OpenFiles`]); the tasks inherit its descriptors by
 //! fork and dup them to their numbers. What needs the final numbers or pids (members of epoll sets,
-//! F_SETOWN, file locks, seals) is handed out by [`OpenFiles::placed`] as calls to be run inside the
+//! F_SETOWN, file locks) is handed out by [`OpenFiles::placed`] as calls to be run inside the
 //! tasks.
 //!
 //! [`KINDS`] lists every kind there is. To add `foofd`, add a module and a row.

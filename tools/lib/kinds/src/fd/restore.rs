@@ -265,6 +265,7 @@ impl OpenFiles {
     /// # Errors
     /// An epoll set whose members the task does not have.
     pub fn placed(&mut self, fdinfo: &[FdinfoEntry], pid: Pid) -> anyhow::Result<Vec<Call>> {
+        self.memory.seal()?;
         let mut calls = Vec::new();
         for entry in fdinfo {
             if let Some(set) = self.epolls.remove(&entry.id) {
@@ -273,7 +274,6 @@ impl OpenFiles {
             if let Some((flags, fown)) = self.owners.remove(&entry.id) {
                 calls.extend(fown::calls(entry.fd, flags, &fown));
             }
-            calls.extend(self.memory.seal(FileId(entry.id), entry.fd));
         }
         for lock in self.locks.iter().filter(|l| l.pid == pid.0) {
             calls.push(lock::call(lock)?);

@@ -19,7 +19,7 @@ use ckpt_images::ImageSet;
 use ckpt_proto::{
     Image, Message,
     stream::Writer,
-    types::{FdinfoEntry, FileEntry, Hello, MemfdInodeEntry, RemapFilePathEntry, UnixSkEntry},
+    types::{FdinfoEntry, FileEntry, FownEntry, Hello, MemfdInodeEntry, RemapFilePathEntry, UnixSkEntry},
 };
 use ckpt_sys::{FileId, Pid, Refused, SocketId, TargetFd, file, sock};
 use nix::{
@@ -429,9 +429,43 @@ fn memfd_and_anonymous_memory() {
     File::open(format!("/proc/self/fd/{}", fd.as_raw_fd())).unwrap().read_to_string(&mut text).unwrap();
     assert_eq!(text, "put back");
     let table: Vec<FdinfoEntry> = set.all(Image::Fdinfo, 2).unwrap();
-    let calls = files.placed(&table, own_pid()).unwrap();
-    assert_eq!(calls.len(), 1, "{calls:?}");
-    assert!(calls[0].name.contains("F_ADD_SEALS, 0x2"));
+    assert!(files.placed(&table, own_pid()).unwrap().is_empty());
+    let (segment, _) = files.shmem(inodes[0].shmid).unwrap();
+    assert_eq!(nix::fcntl::fcntl(segment, nix::fcntl::FcntlArg::F_GET_SEALS).unwrap(), 2);
+}
+
+#[test]
+fn sealed_memory_that_is_only_mapped_is_sealed_again() {
+    use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+    let memory = File::from(memfd_create(c"sealed", MFdFlags::MFD_ALLOW_SEALING).unwrap());
+    memory.set_len(4096).unwrap();
+    fcntl(&memory, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_WRITE | SealFlag::F_SEAL_SEAL)).unwrap();
+    let stream = tempfile::tempfile().unwrap();
+    let mut writer = Writer::open(stream, Hello { page_size: 4096, arch: 1, ..Hello::default() }).unwrap();
+    let mut table = FileTable::new(vec![own_pid()], DumpOptions::default());
+    let link = format!("/proc/self/fd/{}", memory.as_raw_fd());
+    let shmem = table.add_shmem(own_pid(), Path::new(&link), &mut writer).unwrap();
+    table.finish(&mut writer).unwrap();
+    let mut stream = writer.end().unwrap();
+    stream.rewind().unwrap();
+    let mut files = restore(&ImageSet::from_stream(stream).unwrap());
+    let mapped = files.fd(FileId(shmem.file_id)).unwrap();
+    assert_eq!(file::flags(mapped).unwrap() & libc::O_ACCMODE.cast_unsigned(), 0, "it could not be sealed");
+    files.placed(&[], own_pid()).unwrap();
+    let (segment, _) = files.shmem(shmem.shmid).unwrap();
+    assert_eq!(fcntl(segment, FcntlArg::F_GET_SEALS).unwrap(), 1 | 8);
+}
+
+#[test]
+fn owner_of_a_file_is_set_as_the_user_who_set_it() {
+    let ours = (nix::unistd::getuid().as_raw(), nix::unistd::geteuid().as_raw());
+    let fown = FownEntry { uid: ours.0, euid: ours.1, signum: 0, pid_type: 1, pid: 1 };
+    let names = |fown| super::fown::calls(5, 0, fown).into_iter().map(|c| c.name).collect::<Vec<_>>();
+    assert_eq!(names(&fown), ["fcntl(5, F_SETOWN_EX, 1)"]);
+    let of_another = FownEntry { uid: 1000, euid: 1001, ..fown };
+    let back = format!("setresuid({}, {}, {})", ours.0, ours.1, ours.1);
+    let before = format!("setresuid(1000, 1001, {})", ours.1);
+    assert_eq!(names(&of_another), [&before, "fcntl(5, F_SETOWN_EX, 1)", &back]);
 }
 
 #[test]
@@ -516,6 +550,30 @@ fn message_boundaries_survive() {
         }
         assert_eq!(read_all(b.as_fd()), b"one");
     }
+}
+
+#[test]
+fn one_way_connections_need_a_name_at_the_far_end() {
+    let dir = tempfile::tempdir().unwrap();
+    let name = dir.path().join("d.sock");
+    let receiver = std::os::unix::net::UnixDatagram::bind(&name).unwrap();
+    let sender = std::os::unix::net::UnixDatagram::unbound().unwrap();
+    sender.connect(&name).unwrap();
+    let fds = [target(&receiver), target(&sender)];
+    let set = dump(&fds);
+    fs::remove_file(&name).unwrap();
+    let refused = refusal(Dump::default().run(&fds));
+    assert!(refused.reason.contains("one way") && refused.reason.contains("deleted"), "{refused:?}");
+    drop(receiver);
+    let files = restore(&set);
+    nix::unistd::write(restored(&set, &files, fds[1]), b"through").unwrap();
+    assert_eq!(read_all(restored(&set, &files, fds[0])), b"through");
+    // Half of a pair that was connected to another socket since.
+    let (a, b) = pair(SockType::Datagram);
+    let other = std::os::unix::net::UnixDatagram::bind(dir.path().join("e.sock")).unwrap();
+    sock::connect_unix(b.as_fd(), dir.path().join("e.sock").as_os_str().as_encoded_bytes()).unwrap();
+    let refused = refusal(Dump::default().run(&[target(&a), target(&b), target(&other)]));
+    assert!(refused.reason.contains("one way") && refused.reason.contains("no name"), "{refused:?}");
 }
 
 #[test]

@@ -248,6 +248,7 @@ fn decide(
         if marked.is_some() {
             return Err(wrong_mark(&format!("its peer {peer} is inside the tree")));
         }
+        check_one_way(socket, sockets)?;
         return Ok(None);
     }
     // A peer without an inode has been closed, or has not been accepted; only the former shuts us down.
@@ -289,6 +290,24 @@ fn decide(
         peer_pid: holder.as_ref().map(|(pid, ..)| pid.0.unsigned_abs()),
         peer_comm: holder.map(|(_, comm, _)| comm.into_bytes()),
     }))
+}
+
+/// A datagram socket can be connected to one that is not connected to it; that is made again by
+/// connecting to the other's name, so there has to be one.
+fn check_one_way(socket: &Socket<'_>, sockets: &BTreeMap<u64, Socket<'_>>) -> anyhow::Result<()> {
+    let Some(peer) = socket.diag.peer.and_then(|p| sockets.get(&p)) else { return Ok(()) };
+    if peer.diag.peer == Some(socket.diag.id) {
+        return Ok(());
+    }
+    let why = if trim_path(&peer.diag.name).is_empty() {
+        "which has no name"
+    } else if socket_file(peer)?.2 == Some(true) {
+        "whose name was deleted"
+    } else {
+        return Ok(());
+    };
+    let reason = format!("connected one way to {} ({}), {why}: not supported yet", peer.what(), peer.subject);
+    Err(socket.refuse(reason).into())
 }
 
 /// What waits in a listener's backlog. The server has not seen these connections. One from outside
@@ -413,11 +432,13 @@ fn entry(
         |n: u64| u32::try_from(n).map_err(|_| socket.refuse("an inode that does not fit into the images"));
     let (file_perms, name_dir, deleted) = socket_file(socket)?;
     let peek_off = sock::option(socket.copy.as_fd(), libc::SOL_SOCKET, libc::SO_PEEK_OFF).unwrap_or(-1);
+    // The kernel calls a datagram socket connected too if another one has connected to it.
+    let state = if diag.kind == libc::SOCK_DGRAM && diag.peer.is_none() { CLOSE } else { diag.state };
     let usk = UnixSkEntry {
         id: socket.file_id,
         ino: fits(diag.id)?,
         r#type: diag.kind.unsigned_abs(),
-        state: diag.state.into(),
+        state: state.into(),
         flags: stub.flags,
         uflags: if external.is_some() { EXTERNAL } else { 0 },
         backlog: diag.wqueue,

@@ -4,7 +4,8 @@
 //! of the tree is made by connecting to that listener, since nothing else may bear its name. Then
 //! pairs, connections to the outside, and all others. Queues are filled through the other end
 //! while buffers are as large as need be; then come shutdowns, options and flags. What the peer's
-//! credentials were (SO_PEERCRED) is not restored: they are those of ckpt-restore.
+//! credentials were (SO_PEERCRED) is not restored: the kernel notes those of whoever makes a
+//! connection, which is ckpt-restore. A program that asks again sees its pid and user.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, hash_map::Entry},
@@ -281,6 +282,10 @@ impl<'e> Sockets<'e> {
                 let fd = new_socket(usk)?;
                 if self.listener_of(usk).is_none() {
                     bind_if_free(opening, usk, &fd)?;
+                } else {
+                    // It was accepted; now it connects, and the name is the listener's.
+                    let reason = "its name is that of a listener, it comes back without one";
+                    (opening.options.warn)(&format!("{}: {reason}", what(usk)));
                 }
                 sock::connect_unix(fd.as_fd(), trim_path(&name)).with_context(|| {
                     format!("connect to {} (to change this pass {by_hand})", shown(&name))
@@ -420,13 +425,17 @@ fn bind(opening: &mut Opening<'_>, usk: &UnixSkEntry, fd: &OwnedFd) -> anyhow::R
     Ok(sock::bind_unix(fd.as_fd(), &usk.name)?)
 }
 
-/// Like [`bind`], for a socket that only happens to have a name: left out if somebody has it now.
+/// Like [`bind`], for a socket that only happens to have a name: left out, and told, if somebody has it now.
 fn bind_if_free(opening: &mut Opening<'_>, usk: &UnixSkEntry, fd: &OwnedFd) -> anyhow::Result<()> {
+    let warn = opening.options.warn;
+    let taken = || warn(&format!("{}: its name is taken, it comes back without one", what(usk)));
     if socket_path(usk).is_some_and(|file| fs::symlink_metadata(file).is_ok()) {
+        taken();
         return Ok(());
     }
     match bind(opening, usk, fd) {
         Err(e) if e.downcast_ref::<ckpt_sys::SysError>().is_some_and(|e| e.errno == Errno::EADDRINUSE) => {
+            taken();
             Ok(())
         }
         other => other,
