@@ -52,9 +52,9 @@ pub struct Args {
     /// (default: to its peer's name; without one, ckpt-restore has to be told)
     #[arg(long, value_name = "ID[:PATH]", value_parser = OsStringValueParser::new().try_map(external))]
     pub external: Vec<ExternalSocket>,
-    /// What external connections have received but not read is left out, or kept for sk-rewrite to
-    /// decide; by default it is an error
-    #[arg(long, value_enum, value_name = "WHAT")]
+    /// What external connections have received but not read is left out (drop), or stored for
+    /// sk-rewrite to decide (keep); by default it is an error
+    #[arg(long, value_enum, value_name = "WHAT", hide_possible_values = true)]
     pub queued: Option<KeepOrDrop>,
     /// List the unix sockets of a process and its descendants, and what a checkpoint would do with them
     #[arg(long, requires = "tree")]

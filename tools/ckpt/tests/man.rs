@@ -9,8 +9,12 @@ fn every_option_is_in_its_page_and_every_page_option_exists() {
         ckpt::command(),
         ckpt_check::command(),
         ckpt_encode::command(),
+        ckpt_mem::command(),
         ckpt_read::command(),
+        ckpt_restore::command(),
+        ckpt_scan::command(),
         ckpt_show::command(),
+        ckpt_sk::command(),
         ckpt_write::command(),
         sk_rewrite::command(),
     ] {
