@@ -3,7 +3,8 @@
 //! A set holds open files, each under the descriptor number by which it was added, in whatever
 //! process that was. `fdinfo` lists number, events and data. The number need not name that file any
 //! more: the descriptor may have been closed while a duplicate lives on. kcmp(KCMP_EPOLL_TFD) tells; if
-//! the number is stale another descriptor of the same file is looked for and stored as `ckpt_fd`.
+//! the number is stale another descriptor of the same file is looked for and stored as `ckpt_fd`. Of the
+//! processes that share a set (after fork) any may be the one that still has the file open: `ckpt_pid`.
 //!
 //! At restore the members are added inside a task, when its descriptors have their numbers. For a
 //! stale one the file is put under the old number for that moment:
@@ -63,7 +64,7 @@ pub(super) fn complete(table: &FileTable, pending: Pending) -> anyhow::Result<Fi
     let mut seen: std::collections::HashMap<i32, u32> = std::collections::HashMap::new();
     for target in targets {
         let nth = seen.entry(target.fd).or_insert(0);
-        let ckpt_fd = find(table, id, &target, *nth, &subject)?;
+        let (ckpt_fd, ckpt_pid) = find(table, id, &target, *nth, &subject)?;
         *nth += 1;
         entry.tfd.push(EventpollTfdEntry {
             id: 0,
@@ -74,44 +75,47 @@ pub(super) fn complete(table: &FileTable, pending: Pending) -> anyhow::Result<Fi
             inode: Some(target.ino),
             pos: Some(target.pos),
             ckpt_fd,
+            ckpt_pid,
         });
     }
     Ok(FileEntry { r#type: FdTypes::Eventpoll.into(), id: id.0, epfd: Some(entry), ..FileEntry::default() })
 }
 
-/// `None` if the number names the file in the first task that holds the set, else another number that does.
+/// The number that names the file, if it is not the one under which it was added; and the process where
+/// it does, if it is not the first that holds the set.
 fn find(
     table: &FileTable,
     set: FileId,
     target: &EpollTarget,
     nth: u32,
     subject: &str,
-) -> anyhow::Result<Option<u32>> {
-    let Some(&(pid, set_fd)) = table.holders_of(set).first() else {
-        return Err(Refused::new(subject, "the epoll set vanished").into());
-    };
-    let is_target = |fd: TargetFd| match file::is_epoll_target(
-        (pid.leader(), fd),
-        (pid.leader(), set_fd),
-        target.fd,
-        nth,
-    ) {
-        Ok(is) => Ok(is),
-        Err(e) if e.errno == Errno::EBADF => Ok(false),
-        Err(e) => Err(e),
-    };
-    if is_target(TargetFd(target.fd)).with_context(|| subject.to_owned())? {
-        return Ok(None);
-    }
-    for holders in table.holders.values() {
-        for &(holder, fd) in holders {
-            if holder == pid && is_target(fd).with_context(|| subject.to_owned())? {
-                return Ok(Some(fd.0.unsigned_abs()));
+) -> anyhow::Result<(Option<u32>, Option<u32>)> {
+    let holders = table.holders_of(set);
+    for (i, &(pid, set_fd)) in holders.iter().enumerate() {
+        let ckpt_pid = (holders.first().map(|h| h.0) != Some(pid)).then_some(pid.0.unsigned_abs());
+        // A set that the process has twice.
+        if holders.iter().take(i).any(|h| h.0 == pid) {
+            continue;
+        }
+        let is_target = |fd: TargetFd| {
+            let set = (pid.leader(), set_fd);
+            match file::is_epoll_target((pid.leader(), fd), set, target.fd, nth) {
+                Ok(is) => Ok(is),
+                Err(e) if e.errno == Errno::EBADF => Ok(false),
+                Err(e) => Err(anyhow::Error::new(e).context(subject.to_owned())),
+            }
+        };
+        if is_target(TargetFd(target.fd))? {
+            return Ok((None, ckpt_pid));
+        }
+        for &(_, fd) in table.holders.values().flatten().filter(|(holder, _)| *holder == pid) {
+            if is_target(fd)? {
+                return Ok((Some(fd.0.unsigned_abs()), ckpt_pid));
             }
         }
     }
     let reason = format!(
-        "epoll set: a file that was added as fd {} is open in another process only, or nowhere",
+        "epoll set: a file that was added as fd {} is open only in processes that do not have the set, or nowhere",
         target.fd
     );
     Err(Refused::new(subject, reason).into())
@@ -127,17 +131,22 @@ pub(super) fn restore(opening: &mut Opening<'_>, entries: &[FileEntry]) -> anyho
     Ok(())
 }
 
-/// The calls that add the members of `set`, which is descriptor `epfd` in a task with table `fdinfo`.
+/// The calls that add those members of `set` that are the task's to add, and removes them from it.
+/// The set is descriptor `epfd` in the task with table `fdinfo`, the `first` or a later one that has it.
 pub(super) fn calls(
     epfd: u32,
-    set: &EventpollFileEntry,
+    set: &mut EventpollFileEntry,
+    first: bool,
     fdinfo: &[FdinfoEntry],
     pid: Pid,
 ) -> anyhow::Result<Vec<Call>> {
     let mut calls = Vec::new();
     let entry_of = |fd: u32| fdinfo.iter().find(|e| e.fd == fd);
     let val = |n: u32| Arg::Val(n.into());
-    for member in &set.tfd {
+    let its = |m: &EventpollTfdEntry| m.ckpt_pid.map_or(first, |of| of == pid.0.unsigned_abs());
+    let (its, others) = std::mem::take(&mut set.tfd).into_iter().partition::<Vec<_>, _>(its);
+    set.tfd = others;
+    for member in &its {
         let tfd = member.tfd;
         let mut event = member.events.to_ne_bytes().to_vec();
         event.extend_from_slice(&member.data.to_ne_bytes());

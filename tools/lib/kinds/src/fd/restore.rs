@@ -179,7 +179,10 @@ impl Opening<'_> {
 pub struct OpenFiles {
     files: HashMap<u32, OwnedFd>,
     memory: memfd::Restored,
+    /// With the members that are still to be added.
     epolls: HashMap<u32, EventpollFileEntry>,
+    /// Sets that some task has been given.
+    epolls_met: HashSet<u32>,
     owners: HashMap<u32, (u32, FownEntry)>,
     locks: Vec<FileLockEntry>,
     created: Vec<PathBuf>,
@@ -240,6 +243,7 @@ impl OpenFiles {
             files: opening.files,
             memory: opening.memory,
             epolls: entries.iter().filter_map(|e| Some((e.id, e.epfd.clone()?))).collect(),
+            epolls_met: HashSet::new(),
             owners,
             locks: set.all(Image::FileLocks, 0)?,
             created: opening.sockets,
@@ -268,8 +272,9 @@ impl OpenFiles {
         self.memory.seal()?;
         let mut calls = Vec::new();
         for entry in fdinfo {
-            if let Some(set) = self.epolls.remove(&entry.id) {
-                calls.extend(epoll::calls(entry.fd, &set, fdinfo, pid)?);
+            if let Some(set) = self.epolls.get_mut(&entry.id) {
+                let first = self.epolls_met.insert(entry.id);
+                calls.extend(epoll::calls(entry.fd, set, first, fdinfo, pid)?);
             }
             if let Some((flags, fown)) = self.owners.remove(&entry.id) {
                 calls.extend(fown::calls(entry.fd, flags, &fown));
