@@ -158,7 +158,8 @@ mod tests {
 
     #[test]
     fn garbage_is_an_error() {
-        let error = parse(b"55d0c0a00000-55d0c0a21000 rw-p 0 00:00 0\nzz\n").expect_err("second line is no mapping");
+        let error =
+            parse(b"55d0c0a00000-55d0c0a21000 rw-p 0 00:00 0\nzz\n").expect_err("second line is no mapping");
         assert_eq!(error.line, 2);
     }
 }

@@ -566,13 +566,18 @@ impl Borrowed<'_> {
     fn await_stop(&mut self, syscalls: bool, wanted: impl Fn(Stop) -> bool) -> Result<(), RemoteError> {
         loop {
             ptrace::resume(self.tid, 0, syscalls).map_err(|e| self.died(e))?;
-            match ptrace::wait(self.tid, false).map_err(|e| self.died(e))? {
-                Some(stop) if wanted(stop) => return Ok(()),
-                Some(Stop::Exited(_) | Stop::Killed(_)) | None => return Err(RemoteError::Died(self.tid)),
-                Some(Stop::Signal(signal)) if ptrace::is_stop_signal(signal) => {
-                    self.held.push((self.pid, signal))
+            // All others are stopped: what is heard of them is that they were killed.
+            let stop = loop {
+                match ptrace::wait_any().map_err(|e| self.died(e))? {
+                    (tid, Stop::Exited(_) | Stop::Killed(_)) => return Err(RemoteError::Died(tid)),
+                    (tid, stop) if tid == self.tid => break stop,
+                    _ => {}
                 }
-                Some(_) => {}
+            };
+            match stop {
+                stop if wanted(stop) => return Ok(()),
+                Stop::Signal(signal) if ptrace::is_stop_signal(signal) => self.held.push((self.pid, signal)),
+                _ => {}
             }
         }
     }

@@ -308,6 +308,26 @@ pub fn wait(tid: Tid, nohang: bool) -> Result<Option<Stop>, SysError> {
     }
 }
 
+/// Waits for the next stop or end of any tracee or child of the calling thread.
+///
+/// To block on one thread alone is a trap: a leader's end is not reported before its other threads have
+/// been waited for.
+///
+/// # Errors
+/// ECHILD if there is none.
+pub fn wait_any() -> Result<(Tid, Stop), SysError> {
+    let mut status = 0;
+    loop {
+        // SAFETY: waitpid writes one int to `status`.
+        let ret = unsafe { libc::waitpid(-1, &raw mut status, libc::__WALL | libc::__WNOTHREAD) };
+        match ret {
+            -1 if Errno::last() == Errno::EINTR => {}
+            -1 => return Err(SysError::last("waitpid", "any task")),
+            tid => return Ok((Tid(tid), decode(status))),
+        }
+    }
+}
+
 /// Reads a wait status as a ptrace stop.
 #[must_use]
 pub fn decode(status: i32) -> Stop {

@@ -694,6 +694,27 @@ fn listener_and_accepted_connection_keep_their_names() {
 }
 
 #[test]
+fn accepted_connection_whose_client_has_closed() {
+    let dir = tempfile::tempdir().unwrap();
+    for name in [dir.path().join("l.sock").into_os_string().into_encoded_bytes(), b"\0ckpt-widow".to_vec()] {
+        let listener = socket_at(&name, true);
+        let client = socket_at(b"", false);
+        sock::connect_unix(client.as_fd(), &name).unwrap();
+        let server = sock::accept(listener.as_fd()).unwrap();
+        nix::unistd::write(&client, b"last words").unwrap();
+        drop(client);
+        let fds = [target(&listener), target(&server)];
+        let set = dump(&fds);
+        drop((listener, server));
+        let files = restore(&set);
+        let server = restored(&set, &files, fds[1]);
+        assert_eq!(sock::trim_path(&sock::unix_name(server, sock::Side::Local).unwrap()), name);
+        assert_eq!(read_all(server), b"last words");
+        assert_eq!(nix::unistd::read(server, &mut [0]).unwrap(), 0);
+    }
+}
+
+#[test]
 fn connections_from_outside_that_wait_are_passed_over() {
     let name = format!("\0ckpt-backlog-{}", std::process::id()).into_bytes();
     let listener = socket_at(&name, true);

@@ -181,8 +181,15 @@ impl<'e> Sockets<'e> {
         }
         if connected && usk.peer == 0 {
             // The peer has closed.
-            let (fd, far) = new_pair(usk)?;
-            bind(opening, usk, &fd)?;
+            let accepted = self.accepted(usk, || new_socket(usk))?;
+            let (fd, far) = match accepted {
+                Some(both) => both,
+                None => {
+                    let (fd, far) = new_pair(usk)?;
+                    bind(opening, usk, &fd)?;
+                    (fd, far)
+                }
+            };
             self.made.insert(ino, fd);
             self.far.insert(ino, far);
             return Ok(());
@@ -202,39 +209,50 @@ impl<'e> Sockets<'e> {
         (!name.is_empty()).then(|| self.entries.values().find(bears_it).copied()).flatten()
     }
 
+    /// A connection whose end `server` was accepted, so that it bears the name of a listener without being
+    /// bound to it, and its other end; `None` if it has no such name.
+    fn accepted(
+        &self,
+        server: &UnixSkEntry,
+        client: impl FnOnce() -> anyhow::Result<OwnedFd>,
+    ) -> anyhow::Result<Option<(OwnedFd, OwnedFd)>> {
+        if let Some(at) = self.listener_of(server) {
+            let listening = self.made.get(&at.ino.into()).context("a listener made above")?;
+            let client = client()?;
+            connect_now(at, &client)?;
+            return Ok(Some((sock::accept(listening.as_fd())?, client)));
+        }
+        // A name that is no file can be borne by several sockets if they were all accepted by one listener,
+        // which is gone: it is made for a moment. (Of several files with one name the last one stays.)
+        if server.name.first() == Some(&0) && kind(server)? != SockType::Datagram {
+            let listening = new_socket(server)?;
+            sock::bind_unix(listening.as_fd(), &server.name)?;
+            sock::listen(listening.as_fd(), 1)?;
+            let client = client()?;
+            connect_now(server, &client)?;
+            return Ok(Some((sock::accept(listening.as_fd())?, client)));
+        }
+        Ok(None)
+    }
+
     fn pair(
         &mut self,
         opening: &mut Opening<'_>,
         a: &'e UnixSkEntry,
         b: &'e UnixSkEntry,
     ) -> anyhow::Result<()> {
-        // Which end, if any, was accepted from a listener of the tree.
-        let via_listener = [(a, b), (b, a)].into_iter().find_map(|(x, y)| Some((x, y, self.listener_of(x)?)));
-        if let Some((server, client, at)) = via_listener {
-            let listening = self.made.get(&at.ino.into()).context("a listener made above")?;
-            let fd = new_socket(client)?;
-            bind(opening, client, &fd)?;
-            connect_now(at, &fd)?;
-            let other = sock::accept(listening.as_fd())?;
-            self.made.insert(client.ino.into(), fd);
-            self.made.insert(server.ino.into(), other);
-            return Ok(());
-        }
-        // A name that is no file can be borne by several sockets if they were all accepted by one listener,
-        // which is gone: it is made for a moment. (Of several files with one name the last one stays.)
-        let is_abstract = |u: &UnixSkEntry| u.name.first() == Some(&0);
-        let accepted = [(a, b), (b, a)].into_iter().find(|(x, _)| is_abstract(x));
-        if let Some((server, client)) = accepted.filter(|_| kind(a).is_ok_and(|k| k != SockType::Datagram)) {
-            let listening = new_socket(server)?;
-            sock::bind_unix(listening.as_fd(), &server.name)?;
-            sock::listen(listening.as_fd(), 1)?;
-            let fd = new_socket(client)?;
-            bind(opening, client, &fd)?;
-            connect_now(server, &fd)?;
-            let other = sock::accept(listening.as_fd())?;
-            self.made.insert(client.ino.into(), fd);
-            self.made.insert(server.ino.into(), other);
-            return Ok(());
+        // One end may have been accepted from a listener.
+        for (server, client) in [(a, b), (b, a)] {
+            let make_client = || {
+                let fd = new_socket(client)?;
+                bind(opening, client, &fd)?;
+                Ok(fd)
+            };
+            if let Some((fd, other)) = self.accepted(server, make_client)? {
+                self.made.insert(server.ino.into(), fd);
+                self.made.insert(client.ino.into(), other);
+                return Ok(());
+            }
         }
         let (fd_a, fd_b) = new_pair(a)?;
         bind(opening, a, &fd_a)?;
