@@ -241,8 +241,10 @@ impl<'e> Sockets<'e> {
         a: &'e UnixSkEntry,
         b: &'e UnixSkEntry,
     ) -> anyhow::Result<()> {
-        // One end may have been accepted from a listener.
-        for (server, client) in [(a, b), (b, a)] {
+        // One end may have been accepted from a listener; rather from one that is there.
+        let mut ends = [(a, b), (b, a)];
+        ends.sort_by_key(|(server, _)| self.listener_of(server).is_none());
+        for (server, client) in ends {
             let make_client = || {
                 let fd = new_socket(client)?;
                 bind(opening, client, &fd)?;
