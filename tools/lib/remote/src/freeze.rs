@@ -365,10 +365,12 @@ impl Attempt {
                 Err(e) if e.errno == Errno::EPERM => match state_of(tid) {
                     None => continue,
                     Some(b'Z' | b'X') if tid.0 == pid.0 => {
-                        let subject = format!("pid {pid}");
-                        return Err(
-                            Refused::new(subject, "its main thread has exited while others go on").into()
-                        );
+                        if numbers_in(&format!("/proc/{pid}/task")).len() > 1 {
+                            return Err(leader_gone(pid).into());
+                        }
+                        // It ended just now: the next pass finds a zombie, or nothing.
+                        grown = true;
+                        continue;
                     }
                     Some(b'Z' | b'X') => continue,
                     Some(_) => return Err(not_ours(pid, tid).into()),
