@@ -10,12 +10,12 @@
 //! everybody: a producer that dies leaves no half checkpoint behind.
 //!
 //! The checksum in END covers every byte before it except the payloads of [`Image::Pages`] frames,
-//! which stages move without looking at them.
+//! which stages move without looking at them; those have a checksum each, in their header.
 
 use std::io::{self, Read, Write};
 
 use prost::Message;
-use xxhash_rust::xxh3::Xxh3Default;
+use xxhash_rust::xxh3::{Xxh3Default, xxh3_64};
 
 use crate::{
     Image, MAX_MESSAGE,
@@ -106,6 +106,9 @@ pub enum Frame {
         arg: u64,
         /// Payload bytes.
         len: u64,
+        /// Of pages: XXH3-64 of the payload, if the producer gave it. It is checked by those who keep or
+        /// use the pages, not by those who move them.
+        sum: Option<u64>,
     },
     /// From here on only DATA of PAGES.
     Bulk,
@@ -242,7 +245,7 @@ impl<R: Read> Reader<R> {
                 }
                 self.pending = len;
                 self.hashed = image != Image::Pages.name();
-                Ok(Some(Frame::Data { image, arg, len }))
+                Ok(Some(Frame::Data { image, arg, len, sum: header.payload_xxh3 }))
             }
             FrameKind::Bulk => {
                 self.bulk = true;
@@ -394,7 +397,7 @@ impl<W: Write> Writer<W> {
             return Ok(());
         }
         if image == Image::Pages {
-            self.bulk_data(arg, bytes.len() as u64)?;
+            self.bulk_data(arg, bytes.len() as u64, Some(xxh3_64(bytes)))?;
             return self.out.write_all(bytes);
         }
         self.payload_frame(FrameKind::Data, image.name(), arg, bytes.len() as u64, bytes)
@@ -418,12 +421,21 @@ impl<W: Write> Writer<W> {
         self.header(header, bytes)
     }
 
-    /// Announces `len` bytes of pages, which the caller then moves to [`Self::output`].
+    /// Announces `len` bytes of pages, whose XXH3-64 is `sum` if that is known; the caller then moves
+    /// them to [`Self::output`].
     ///
     /// # Errors
     /// The output's.
-    pub fn bulk_data(&mut self, arg: u64, len: u64) -> io::Result<()> {
-        self.payload_frame(FrameKind::Data, Image::Pages.name(), arg, len, &[])
+    pub fn bulk_data(&mut self, arg: u64, len: u64, sum: Option<u64>) -> io::Result<()> {
+        let header = Header {
+            kind: FrameKind::Data.into(),
+            payload_len: Some(len),
+            image: Some(Image::Pages.name().to_owned()),
+            arg: Some(arg),
+            payload_xxh3: sum,
+            ..Header::default()
+        };
+        self.header(header, &[])
     }
 
     /// Announces `len` bytes of contents of another kind, to be given to [`Self::data_bytes`].
@@ -514,11 +526,11 @@ pub fn forward<R: Read, W: Write>(
             let message = reader.payload(u64::from(MAX_MESSAGE))?;
             writer.entry_named(image, *arg, &message).map_err(failed(offset))
         }
-        Frame::Data { image, arg, len } if image == Image::Pages.name() => {
-            writer.bulk_data(*arg, *len).map_err(failed(offset))?;
+        Frame::Data { image, arg, len, sum } if image == Image::Pages.name() => {
+            writer.bulk_data(*arg, *len, *sum).map_err(failed(offset))?;
             reader.copy_payload(writer.output()).map(drop)
         }
-        Frame::Data { image, arg, len } => {
+        Frame::Data { image, arg, len, .. } => {
             writer.data_header(image, *arg, *len).map_err(failed(offset))?;
             reader.copy_payload(&mut Hashed(writer)).map(drop)
         }

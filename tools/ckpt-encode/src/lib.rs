@@ -20,7 +20,6 @@ use ckpt_proto::{
     types::{CoreEntry, Hello, core_entry::March},
 };
 use ckpt_show::json::{bytes_from_json, message_from_json};
-use ckpt_sys::transfer::transfer;
 use clap::{CommandFactory, Parser};
 use nix::{
     sys::uio::pread,
@@ -93,12 +92,7 @@ pub fn run(args: &Args, input: File, output: File) -> anyhow::Result<()> {
     }
     writer.bulk().context("write the stream")?;
     for (image, place) in document.pages()? {
-        writer.bulk_data(image.arg, place.len).context("write the stream")?;
-        lseek(place.file, i64::try_from(place.offset)?, Whence::SeekSet).with_context(|| image.file())?;
-        if transfer(place.file, writer.output().as_fd(), place.len).with_context(|| image.file())? < place.len
-        {
-            bail!("{}: the file shrank while it was being read", image.file());
-        }
+        stage::write_pages(&mut writer, image.arg, place, None, |_| {})?;
     }
     writer.end().context("write the stream").map(drop)
 }
@@ -286,7 +280,7 @@ impl<'a> Document<'a> {
         self.write_entries(&mut dir)?;
         for (part, place) in self.pages()? {
             lseek(place.file, i64::try_from(place.offset)?, Whence::SeekSet).with_context(|| part.file())?;
-            if dir.pages_from(part.arg, place.file, place.len)? < place.len {
+            if dir.pages_from(part.arg, place.file, place.len, None)? < place.len {
                 bail!("{}: the file shrank while it was being read", part.file());
             }
         }

@@ -4,11 +4,7 @@
 //! from the files. So every stage behind sees the whole checkpoint before the first page, and
 //! `ckpt-restore` can place each page where it belongs as it comes.
 
-use std::{
-    fs::File,
-    os::fd::{AsFd, BorrowedFd},
-    path::PathBuf,
-};
+use std::{fs::File, os::fd::AsFd, path::PathBuf};
 
 use anyhow::Context;
 use ckpt_images::{ImageError, ImageSet, Place, stage};
@@ -17,9 +13,9 @@ use ckpt_proto::{
     stream::Writer,
     types::{CoreEntry, Hello, PstreeEntry, core_entry::March},
 };
-use ckpt_sys::{Refused, transfer::transfer};
+use ckpt_sys::Refused;
 use clap::{CommandFactory, Parser};
-use nix::unistd::{SysconfVar, Whence, lseek, sysconf};
+use nix::unistd::{SysconfVar, sysconf};
 
 /// Reads an image directory as a checkpoint stream
 ///
@@ -72,7 +68,7 @@ pub fn run(args: &Args, output: File) -> anyhow::Result<()> {
     let mut progress =
         ckpt_cli::Progress::new("reading", Some(places.iter().map(|(_, place)| place.len).sum()));
     for (id, place) in places {
-        write_pages(&mut out, id, place, &mut progress)?;
+        stage::write_pages(&mut out, id, place, set.pages_sum(id), |n| progress.inc(n))?;
     }
     out.end().context("write the stream")?;
     Ok(())
@@ -164,35 +160,7 @@ fn write_contents(out: &mut Writer<File>, image: Image, arg: u64, place: Place<'
     Ok(())
 }
 
-fn write_pages(
-    out: &mut Writer<File>,
-    id: u64,
-    place: Place<'_>,
-    progress: &mut ckpt_cli::Progress,
-) -> anyhow::Result<()> {
-    const FRAME: u64 = 64 << 20;
-    let name = Image::Pages.file_name(id);
-    seek(place.file, place.offset).with_context(|| name.clone())?;
-    let mut left = place.len;
-    while left > 0 {
-        let len = left.min(FRAME);
-        out.bulk_data(id, len).context("write the stream")?;
-        let moved = transfer(place.file, out.output().as_fd(), len).with_context(|| name.clone())?;
-        if moved < len {
-            return Err(shrunk(&name));
-        }
-        left -= len;
-        progress.inc(len);
-    }
-    Ok(())
-}
-
 fn shrunk(name: &str) -> anyhow::Error {
     let what = "the file shrank while it was being read".to_owned();
     ImageError::Stream { file: name.to_owned(), what }.into()
-}
-
-fn seek(file: BorrowedFd<'_>, offset: u64) -> anyhow::Result<()> {
-    lseek(file, i64::try_from(offset)?, Whence::SeekSet).context("lseek")?;
-    Ok(())
 }

@@ -162,7 +162,11 @@ pub fn main(args: Args) -> ExitCode {
 /// Nothing was restored, and why.
 pub fn run(args: Args, input: File) -> anyhow::Result<u8> {
     let mut set = match args.dir.as_ref().or(args.images.as_ref()) {
-        Some(dir) => ImageSet::from_dir(dir)?,
+        Some(dir) => {
+            let set = ImageSet::from_dir(dir)?;
+            set.verify_pages()?;
+            set
+        }
         None => {
             ckpt_cli::not_a_terminal(&input, "standard input")?;
             ImageSet::from_stream(input)?

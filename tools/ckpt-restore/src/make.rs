@@ -21,7 +21,7 @@ use std::{
 };
 
 use anyhow::{Context, bail, ensure};
-use ckpt_images::ImageSet;
+use ckpt_images::{ImageSet, sums::damaged};
 use ckpt_kinds::{
     fd::OpenFiles,
     mem::restore::{self as mem, AddressSpace, vdso},
@@ -30,7 +30,7 @@ use ckpt_kinds::{
 use ckpt_proto::stream;
 use ckpt_remote::{
     Arg, Call, RemoteError, Syscalls,
-    build::{Area, Built},
+    build::{Area, Built, Fill},
 };
 use ckpt_sys::{
     FileId, Pid, Refused, RemoteAddr, TargetFd, Tid, clone, memory,
@@ -44,6 +44,8 @@ use nix::{
         signal::{Signal, kill},
     },
 };
+
+use xxhash_rust::xxh3::Xxh3Default;
 
 use crate::{
     births::Step,
@@ -276,7 +278,7 @@ impl Family {
         }
         let mut shared = region.shared.iter().map(|s| (s.pages_id(), (s, 0))).collect::<BTreeMap<_, _>>();
         while let Some(frame) = reader.next_frame()? {
-            let stream::Frame::Data { arg, len, .. } = frame else { continue };
+            let stream::Frame::Data { arg, len, sum: expected, .. } = frame else { continue };
             if let Some((space, at)) = owners.get_mut(&arg) {
                 let fills = space.fills(*at, len, region.shadow());
                 let sum: u64 = fills.iter().map(|fill| fill.len).sum();
@@ -296,9 +298,15 @@ impl Family {
                     rest = &rest[started..];
                 }
                 reader.moved(len);
+                if let Some(expected) = expected {
+                    check_read(space.pid, &fills, expected, arg)?;
+                }
             } else if let Some((segment, at)) = shared.get_mut(&arg) {
                 if let Some(input) = reader.bulk_input() {
                     segment.fill_from_stream(input.as_fd(), *at, len, files)?;
+                }
+                if let Some(expected) = expected {
+                    segment.check_filled(*at, len, files, expected)?;
                 }
                 *at += len;
                 reader.moved(len);
@@ -549,6 +557,23 @@ impl Drop for Family {
 
 fn bodies(tree: &Tree) -> impl Iterator<Item = (&Process, &Body)> {
     tree.processes.iter().filter_map(|process| Some((process, process.body.as_ref()?)))
+}
+
+/// Pages on a stream go straight into the task, so their checksum is taken from its memory.
+fn check_read(pid: Pid, fills: &[Fill], expected: u64, pages_id: u64) -> anyhow::Result<()> {
+    let mut hash = Xxh3Default::new();
+    let mut buffer = vec![0; 1 << 18];
+    for fill in fills {
+        let mut done = 0;
+        while done < fill.len {
+            let n = usize::try_from(fill.len - done).unwrap_or(usize::MAX).min(buffer.len());
+            memory::read_exact(pid, fill.addr.plus(done), &mut buffer[..n])?;
+            hash.update(&buffer[..n]);
+            done += n as u64;
+        }
+    }
+    ensure!(hash.digest() == expected, damaged(pages_id));
+    Ok(())
 }
 
 fn taken_text(pid: i32) -> String {

@@ -4,7 +4,10 @@
 use std::os::fd::BorrowedFd;
 
 use anyhow::{Context, ensure};
-use ckpt_images::ImageSet;
+use ckpt_images::{
+    ImageSet,
+    sums::{damaged, hash_range},
+};
 use ckpt_kinds::{fd::OpenFiles, mem::restore::Pages};
 use ckpt_proto::Image;
 use nix::{
@@ -13,6 +16,7 @@ use nix::{
     sys::uio::{pread, pwrite},
     unistd::{ftruncate, read},
 };
+use xxhash_rust::xxh3::Xxh3Default;
 
 /// One segment.
 #[derive(Debug)]
@@ -158,6 +162,20 @@ impl Segment {
                 left = left.saturating_sub(n as u64);
             }
         }
+        Ok(())
+    }
+
+    /// Compares bytes `from..` of its pages, `len` of them, with their checksum.
+    ///
+    /// # Errors
+    /// They differ, or can't be read.
+    pub fn check_filled(&self, from: u64, len: u64, files: &OpenFiles, expected: u64) -> anyhow::Result<()> {
+        let memory = self.memory(files)?;
+        let mut hash = Xxh3Default::new();
+        for (offset, len) in self.pieces(from, len) {
+            hash_range(memory, offset, len, &mut [&mut hash]).context("read shared memory")?;
+        }
+        ensure!(hash.digest() == expected, damaged(self.pages_id()));
         Ok(())
     }
 }

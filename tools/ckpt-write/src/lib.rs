@@ -106,12 +106,12 @@ fn write(args: &Args, reader: &mut Reader<File>, hello: &Hello) -> anyhow::Resul
                 dir.entry(image, arg, &message)?;
                 audit.entry(image, arg, &message)?;
             }
-            Frame::Data { image, arg, len } => {
+            Frame::Data { image, arg, len, sum } => {
                 let image = known(&image)?;
                 if len == 0 {
                     dir.data(image, arg, &[])?;
                 } else if let Some(input) = reader.bulk_input() {
-                    let moved = dir.pages_from(arg, input.as_fd(), len)?;
+                    let moved = dir.pages_from(arg, input.as_fd(), len, sum)?;
                     reader.moved(moved);
                     if moved < len {
                         return Err(reader.ended_in_bulk().into());

@@ -193,7 +193,7 @@ fn the_holder_hears_why_it_failed() {
     fails(stream(Hello { control, lacks: vec!["sk".into()], ..hello() }, |_| Ok(())));
     let outcome = holder.wait(&[], true, Duration::from_secs(5));
     let Outcome::Failed { stage, reason } = outcome else { panic!("{outcome:?}") };
-    assert!(stage == "write" && reason.contains("ckpt-sk"), "{reason}");
+    assert!(stage == "write" && reason.contains("inside its sockets"), "{reason}");
 }
 
 #[test]

@@ -11,6 +11,7 @@
 mod error;
 mod set;
 pub mod stage;
+pub mod sums;
 mod write;
 
 use std::os::fd::BorrowedFd;

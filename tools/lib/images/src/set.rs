@@ -24,7 +24,10 @@ use nix::{
 };
 use xxhash_rust::xxh3::Xxh3Default;
 
-use crate::{ImageError, Order, Place};
+use crate::{
+    ImageError, Order, Place,
+    sums::{damaged, hash_range},
+};
 
 /// Most memory that the messages of one set take, bytes. A task has about 20 bytes of `pagemap` per
 /// fragment of memory and about 50 per mapping: this is some ten million of them.
@@ -62,7 +65,7 @@ pub struct ImageSet {
 impl ImageSet {
     /// Reads the directory at `path`. Files that are no images (`stats-dump`, `dump.log`) are passed over.
     /// If there is a manifest, everything in it must be there and unchanged, and nothing else may be
-    /// there; pages are checked for their size only.
+    /// there; pages are checked for their size only (see [`Self::verify_pages`]).
     ///
     /// # Errors
     /// See [`ImageError`].
@@ -192,19 +195,49 @@ impl ImageSet {
             listed.insert(entry.name.clone(), entry);
         }
         for (name, entry) in &listed {
-            let Some((size, sum, _)) = found.get(name) else {
+            let Some((size, sum, image)) = found.get(name) else {
                 return Err(bad(name, "the file is missing".to_owned()));
             };
             if *size != entry.size {
                 return Err(bad(name, format!("the file has {size} bytes, it should have {}", entry.size)));
             }
-            if entry.xxh3.is_some_and(|expected| expected != *sum) {
+            if *image != Image::Pages && entry.xxh3.is_some_and(|expected| expected != *sum) {
                 return Err(bad(name, "the contents have changed".to_owned()));
             }
         }
         for (name, (_, _, image)) in found {
             if *image != Image::CkptManifest && !listed.contains_key(name) {
                 return Err(bad(name, "the file does not belong to this checkpoint".to_owned()));
+            }
+        }
+        Ok(())
+    }
+
+    /// The checksum that the manifest has for `pages-ID.img`.
+    #[must_use]
+    pub fn pages_sum(&self, id: u64) -> Option<u64> {
+        let name = Image::Pages.file_name(id);
+        let entries = self.all::<ManifestEntry>(Image::CkptManifest, 0).ok()?;
+        entries.into_iter().find(|entry| entry.name == name)?.xxh3
+    }
+
+    /// Reads all pages that are at hand and compares them with the checksums in the manifest, if there is
+    /// one. Opening a set does not do this: it takes as long as copying the pages.
+    ///
+    /// # Errors
+    /// They differ, or can't be read.
+    pub fn verify_pages(&self) -> Result<(), ImageError> {
+        for id in self.args(Image::Pages) {
+            let (Some(expected), Some(place)) = (self.pages_sum(id), self.pages(id)) else { continue };
+            let name = Image::Pages.file_name(id);
+            let mut hash = Xxh3Default::new();
+            hash_range(place.file, place.offset, place.len, &mut [&mut hash])
+                .map_err(ImageError::io(&name, "read"))?;
+            if hash.digest() != expected {
+                return Err(ImageError::Manifest {
+                    file: name,
+                    what: "the contents have changed".to_owned(),
+                });
             }
         }
         Ok(())
@@ -243,13 +276,29 @@ impl ImageSet {
                 contents.messages.push(message);
                 contents.payloads.push(None);
             } else {
+                let len = reader.pending();
                 set.spool(&mut reader, &mut spool, &mut orders, image, arg)?;
+                if let Some(Frame::Data { sum: Some(sum), .. }) = frame {
+                    set.check_spooled(image, arg, len, sum)?;
+                }
             }
         }
         for (&(image, arg), order) in &orders {
             order.end(image, arg)?;
         }
         Ok(set)
+    }
+
+    /// Compares the last `len` bytes that were spooled for an image with their checksum.
+    fn check_spooled(&self, image: Image, arg: u64, len: u64, sum: u64) -> Result<(), ImageError> {
+        let last = self.images.get(&(image, arg)).and_then(|c| c.payloads.last().copied().flatten());
+        let Some((part, file)) = last.and_then(|part| Some((part, self.files.get(part.file)?))) else {
+            return Ok(());
+        };
+        let mut hash = Xxh3Default::new();
+        hash_range(file, part.offset + part.len - len, len, &mut [&mut hash])
+            .map_err(ImageError::io("temporary file", "read"))?;
+        if hash.digest() == sum { Ok(()) } else { Err(damaged(arg).into()) }
     }
 
     fn spool(

@@ -5,11 +5,18 @@ use std::{
     os::fd::{AsFd, BorrowedFd},
 };
 
-use ckpt_proto::stream::{self, Frame, Reader, StreamError, Writer};
+use ckpt_proto::{
+    Image,
+    stream::{self, Frame, Reader, StreamError, Writer},
+};
 use ckpt_sys::transfer::transfer;
-use nix::fcntl::{FcntlArg, fcntl};
+use nix::{
+    fcntl::{FcntlArg, fcntl},
+    unistd::{Whence, lseek},
+};
+use xxhash_rust::xxh3::Xxh3Default;
 
-use crate::ImageError;
+use crate::{ImageError, Place, sums::hash_range};
 
 /// Hands `frame`, the last one that `reader` returned, and its contents on to `writer` unchanged.
 /// Pages move inside the kernel (splice(2)), everything else through a small buffer.
@@ -23,9 +30,9 @@ pub fn forward(
     writer: &mut Writer<File>,
 ) -> Result<(), ImageError> {
     match frame {
-        Frame::Data { arg, len, .. } if reader.bulk_input().is_some() => {
+        Frame::Data { arg, len, sum, .. } if reader.bulk_input().is_some() => {
             let offset = reader.offset();
-            writer.bulk_data(*arg, *len).map_err(|source| StreamError::Io { offset, source })?;
+            writer.bulk_data(*arg, *len, *sum).map_err(|source| StreamError::Io { offset, source })?;
             forward_pages(reader, writer)
         }
         _ => Ok(stream::forward(reader, frame, writer)?),
@@ -43,6 +50,46 @@ pub fn forward_pages(reader: &mut Reader<File>, writer: &mut Writer<File>) -> Re
         .map_err(|source| ImageError::Transfer { file: "stream".to_owned(), source })?;
     reader.moved(moved);
     if moved < len { Err(reader.ended_in_bulk().into()) } else { Ok(()) }
+}
+
+/// Writes a pages file to a stream, in records with a checksum each. `expected` is the checksum of
+/// the whole; `progress` is told of each record's bytes.
+///
+/// # Errors
+/// The file's, the output's, or the file is not what it should be: then pages have been written that must
+/// not be used, so the stream must not get an end record.
+pub fn write_pages(
+    out: &mut Writer<File>,
+    id: u64,
+    place: Place<'_>,
+    expected: Option<u64>,
+    mut progress: impl FnMut(u64),
+) -> Result<(), ImageError> {
+    const RECORD: u64 = 64 << 20;
+    let name = || Image::Pages.file_name(id);
+    let bad = |what: &str| ImageError::Stream { file: name(), what: what.to_owned() };
+    let start = i64::try_from(place.offset).map_err(|_| bad("the offset is out of range"))?;
+    lseek(place.file, start, Whence::SeekSet).map_err(ImageError::errno(name(), "lseek"))?;
+    let mut whole = Xxh3Default::new();
+    let mut left = place.len;
+    while left > 0 {
+        let len = left.min(RECORD);
+        let mut record = Xxh3Default::new();
+        hash_range(place.file, place.offset + place.len - left, len, &mut [&mut record, &mut whole])
+            .map_err(ImageError::io(name(), "read"))?;
+        out.bulk_data(id, len, Some(record.digest())).map_err(ImageError::io("stream", "write"))?;
+        let moved = transfer(place.file, out.output().as_fd(), len)
+            .map_err(|source| ImageError::Transfer { file: name(), source })?;
+        if moved < len {
+            return Err(bad("the file shrank while it was being read"));
+        }
+        left -= len;
+        progress(len);
+    }
+    if expected.is_some_and(|sum| sum != whole.digest()) {
+        return Err(ImageError::Manifest { file: name(), what: "the contents have changed".to_owned() });
+    }
+    Ok(())
 }
 
 /// Makes a pipe hold a mebibyte, so that stages run side by side instead of taking turns. Anything but a

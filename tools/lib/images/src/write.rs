@@ -34,7 +34,7 @@ use nix::{
 };
 use xxhash_rust::xxh3::Xxh3Default;
 
-use crate::{ImageError, Order};
+use crate::{ImageError, Order, sums::Summer};
 
 /// Files kept open at a time; more are closed and opened again.
 const MAX_OPEN: usize = 64;
@@ -57,6 +57,8 @@ pub struct DirWriter {
     lock: Option<Flock<File>>,
     outputs: BTreeMap<(Image, u64), Output>,
     open: VecDeque<(Image, u64)>,
+    /// Checksums of pages, from the first pages on.
+    summer: Option<Summer>,
 }
 
 impl std::fmt::Debug for DirWriter {
@@ -97,7 +99,16 @@ impl DirWriter {
         remove_abandoned(&parent, &prefix);
         let (staging, lock) = make_staging(&parent, &prefix)?;
         let cleanup = Cleanup { staging: staging.clone(), over: Arc::default() };
-        Ok(Self { target, parent, staging, cleanup, lock, outputs: BTreeMap::new(), open: VecDeque::new() })
+        Ok(Self {
+            target,
+            parent,
+            staging,
+            cleanup,
+            lock,
+            outputs: BTreeMap::new(),
+            open: VecDeque::new(),
+            summer: None,
+        })
     }
 
     /// What removes the staging directory when the process is told to end.
@@ -177,18 +188,32 @@ impl DirWriter {
     }
 
     /// Appends up to `len` bytes of pages from `from`, moved inside the kernel; returns how many bytes
-    /// came, which is less than `len` only if `from` ended.
+    /// came, which is less than `len` only if `from` ended. If their checksum is not `sum`,
+    /// [`Self::finish`] fails.
     ///
     /// # Errors
     /// They can't be read or written.
-    pub fn pages_from(&mut self, id: u64, from: BorrowedFd<'_>, len: u64) -> Result<u64, ImageError> {
+    pub fn pages_from(
+        &mut self,
+        id: u64,
+        from: BorrowedFd<'_>,
+        len: u64,
+        sum: Option<u64>,
+    ) -> Result<u64, ImageError> {
         let path = self.staging.join(Image::Pages.file_name(id));
         let output = self.output(Image::Pages, id)?;
         let Some(file) = &mut output.file else { return Ok(0) };
         file.flush().map_err(ImageError::io(&path, "write"))?;
         let moved = transfer(from, file.get_ref().as_fd(), len)
             .map_err(|source| ImageError::Transfer { file: Image::Pages.file_name(id), source })?;
+        let offset = output.size;
         output.size += moved;
+        if self.summer.is_none() {
+            self.summer = Some(Summer::start().map_err(ImageError::io(&path, "start a thread"))?);
+        }
+        if let Some(summer) = &mut self.summer {
+            summer.add(id, path, offset, moved, sum)?;
+        }
         Ok(moved)
     }
 
@@ -213,7 +238,8 @@ impl DirWriter {
         for (&(image, arg), output) in &self.outputs {
             output.order.end(image, arg)?;
         }
-        self.write_manifest()?;
+        let pages = self.summer.take().map_or_else(|| Ok(BTreeMap::new()), Summer::finish)?;
+        self.write_manifest(&pages)?;
         let keys: Vec<_> = self.outputs.keys().copied().collect();
         for (image, arg) in keys {
             self.close(image, arg)?;
@@ -237,7 +263,7 @@ impl DirWriter {
         ))
     }
 
-    fn write_manifest(&mut self) -> Result<(), ImageError> {
+    fn write_manifest(&mut self, pages: &BTreeMap<u64, u64>) -> Result<(), ImageError> {
         if self.has(Image::CkptManifest, 0) {
             let what = "the manifest is made by the writer, it can't be part of a stream".to_owned();
             return Err(ImageError::Stream { file: Image::CkptManifest.file_name(0), what });
@@ -248,7 +274,11 @@ impl DirWriter {
             .map(|(&(image, arg), output)| ManifestEntry {
                 name: image.file_name(arg),
                 size: output.size,
-                xxh3: (image != Image::Pages).then(|| output.hash.digest()),
+                xxh3: if image == Image::Pages {
+                    pages.get(&arg).copied()
+                } else {
+                    Some(output.hash.digest())
+                },
             })
             .collect();
         for entry in entries {

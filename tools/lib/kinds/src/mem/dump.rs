@@ -19,6 +19,7 @@ use std::{
 };
 
 use anyhow::{Context, ensure};
+use ckpt_images::sums::hash_range;
 use ckpt_proc::maps::{self, Mapping};
 use ckpt_proto::{
     Image,
@@ -32,6 +33,7 @@ use ckpt_sys::{
     transfer::transfer,
 };
 use nix::unistd::{Whence, lseek64};
+use xxhash_rust::xxh3::{Xxh3Default, xxh3_64};
 
 use super::{page, status};
 use crate::{
@@ -368,7 +370,8 @@ impl Chunk {
         let what = "write the stream";
         match self {
             Self::Gift(gift) => {
-                out.bulk_data(u64::from(pages_id), len as u64).context(what)?;
+                let sum = xxh3_64(&gift.bytes()[..len]);
+                out.bulk_data(u64::from(pages_id), len as u64, Some(sum)).context(what)?;
                 out.output().flush().context(what)?;
                 gift.give(out.output().as_fd(), len).context(what)
             }
@@ -476,7 +479,8 @@ impl ShmemPlan {
     pub fn copy<W: Write + AsFd>(&self, fd: BorrowedFd<'_>, out: &mut Writer<W>) -> anyhow::Result<()> {
         for &(start, end) in &self.runs {
             let what = || format!("shared memory segment {} at {start:#x}", self.shmid);
-            out.bulk_data(u64::from(self.pages_id), end - start).context("write the stream")?;
+            let sum = self.sum(fd, start, end).with_context(what)?;
+            out.bulk_data(u64::from(self.pages_id), end - start, Some(sum)).context("write the stream")?;
             out.output().flush().context("write the stream")?;
             lseek64(fd, i64::try_from(start).with_context(what)?, Whence::SeekSet).with_context(what)?;
             // The file may end inside its last page.
@@ -487,5 +491,14 @@ impl ShmemPlan {
             out.output().write_all(&zeros).context("write the stream")?;
         }
         Ok(())
+    }
+
+    /// XXH3-64 of a run; what lies beyond the end of the file counts as zeros.
+    fn sum(&self, fd: BorrowedFd<'_>, start: u64, end: u64) -> anyhow::Result<u64> {
+        let size = lseek64(fd, 0, Whence::SeekEnd)?.cast_unsigned().clamp(start, end);
+        let mut hash = Xxh3Default::new();
+        hash_range(fd, start, size - start, &mut [&mut hash])?;
+        hash.update(&vec![0; usize::try_from(end - size)?]);
+        Ok(hash.digest())
     }
 }

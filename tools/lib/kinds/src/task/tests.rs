@@ -26,6 +26,10 @@ fn dumped(setup: impl FnOnce()) -> CoreEntry {
         }
     });
     read(&reader, &mut [0]).unwrap();
+    // pause(2) has been entered.
+    while !std::fs::read_to_string(format!("/proc/{pid}/syscall")).unwrap().starts_with("34 ") {
+        std::thread::sleep(Duration::from_micros(100));
+    }
     let core = dump(pid);
     kill(pid.nix(), Signal::SIGKILL).unwrap();
     waitpid(pid.nix(), None).unwrap();
@@ -85,6 +89,8 @@ fn whole_process_is_told_by_its_entry() {
 #[test]
 fn stopped_process_is_stored_as_stopped() {
     let pid = selfcall::spawn(|| {
+        // In an orphaned process group, as that of a CI job may be, SIGTSTP stops nobody.
+        nix::unistd::setpgid(nix::unistd::Pid::from_raw(0), nix::unistd::Pid::from_raw(0)).unwrap();
         raise(Signal::SIGTSTP).unwrap();
         0
     });
