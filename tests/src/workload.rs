@@ -289,6 +289,11 @@ impl Target {
         loop {
             diff.clear();
             diff.extend(before.diff(&self.snapshot().portable(self.pid)));
+            // A thread that is stopped before it makes its interrupted call again stands on the instruction,
+            // not behind it.
+            if process::state(self.pid) == Some('T') {
+                diff.retain(|line| !line.contains(" syscall: "));
+            }
             if diff.is_empty() {
                 return;
             }

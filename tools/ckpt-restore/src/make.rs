@@ -448,9 +448,8 @@ impl Family {
                 .run(&task::timer_calls(process.core()))
                 .with_context(|| process.name())?;
             self.seal_one(process, body, region).with_context(|| process.name())?;
-            let signal = task::stop_signal(process.core()).or(stop.then_some(libc::SIGSTOP));
-            if let Some(signal) = signal {
-                self.stop(process, signal).with_context(|| format!("{}: stop it", process.name()))?;
+            if stop || task::stop_signal(process.core()).is_some() {
+                Self::stop(process).with_context(|| format!("{}: stop it", process.name()))?;
             }
         }
         for (process, _) in bodies(tree) {
@@ -501,19 +500,20 @@ impl Family {
     }
 
     /// Puts all threads into a group-stop, without letting them run an instruction of their own.
-    fn stop(&mut self, process: &Process, signal: i32) -> anyhow::Result<()> {
+    ///
+    /// SIGSTOP goes to the leader alone, and the leader alone is resumed to take it: sent to the process it
+    /// could be taken by any thread. Then the group-stop waits for the others, who enter it as soon as they
+    /// are resumed. It is SIGSTOP whatever had stopped the process, since the others have no effect in an
+    /// orphaned process group; nobody can tell, the parent counts as having waited for the stop.
+    fn stop(process: &Process) -> anyhow::Result<()> {
         let leader = process.pid.leader();
-        ptrace::set_sigmask(leader, !(1 << (signal - 1)))?;
-        kill(process.pid.nix(), Signal::try_from(signal)?).context("kill")?;
+        ptrace::signal_thread(process.pid, leader, libc::SIGSTOP)?;
         for thread in &process.threads {
             ptrace::resume(thread.tid, 0, false)?;
-        }
-        // The leader first: it takes the signal, which stops the others.
-        for thread in &process.threads {
             loop {
                 match ptrace::wait(thread.tid, false)? {
                     Some(Stop::Group(_)) => break,
-                    Some(Stop::Signal(got)) if got == signal => ptrace::resume(thread.tid, signal, false)?,
+                    Some(Stop::Signal(libc::SIGSTOP)) => ptrace::resume(thread.tid, libc::SIGSTOP, false)?,
                     Some(Stop::Exited(_) | Stop::Killed(_)) => {
                         return Err(RemoteError::Died(thread.tid).into());
                     }

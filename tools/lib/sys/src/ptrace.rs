@@ -209,6 +209,16 @@ pub fn resume(tid: Tid, signal: i32, syscalls: bool) -> Result<(), SysError> {
     unsafe { request(op, name, tid, number(0), number(signal.unsigned_abs() as usize)) }.map(drop)
 }
 
+/// Sends `signal` to one thread of a process (tgkill(2)).
+///
+/// # Errors
+/// ESRCH if it is gone, EPERM.
+pub fn signal_thread(pid: crate::Pid, tid: Tid, signal: i32) -> Result<(), SysError> {
+    // SAFETY: tgkill takes three integers and touches no memory.
+    let ret = unsafe { libc::syscall(libc::SYS_tgkill, pid.0, tid.0, signal) };
+    if ret == 0 { Ok(()) } else { Err(SysError::last("tgkill", format!("tid {tid}"))) }
+}
+
 /// Ends tracing of a stopped task, delivering `signal` (0: none).
 ///
 /// # Errors
