@@ -135,6 +135,8 @@ const MAY_DIFFER: &[(&str, &str)] = &[
     ),
     ("*fpregs*", "what string functions leave in vector registers depends on addresses and on when"),
     ("*fs_base*", "address of the thread's block"),
+    ("table* fd 003 .reg.pos", "the log: its first line holds the pid, which has more or fewer digits"),
+    ("table* fd 003 .reg.size", "likewise"),
     ("*clear_tid_addr*", "address"),
     ("*futex_rla", "address"),
     ("*rseq_abi_pointer*", "address"),
