@@ -18,8 +18,7 @@ use std::{
     path::PathBuf,
 };
 
-use anyhow::{Context, ensure};
-use ckpt_images::sums::hash_range;
+use anyhow::Context;
 use ckpt_proc::maps::{self, Mapping};
 use ckpt_proto::{
     Image,
@@ -30,10 +29,9 @@ use ckpt_sys::{
     Pid, Refused, RemoteAddr,
     gift::{self, Gift},
     memory::{self, Page, PageRange, Scan},
-    transfer::transfer,
 };
 use nix::unistd::{Whence, lseek64};
-use xxhash_rust::xxh3::{Xxh3Default, xxh3_64};
+use xxhash_rust::xxh3::xxh3_64;
 
 use super::{page, status};
 use crate::{
@@ -472,33 +470,29 @@ impl ShmemPlan {
         Ok(())
     }
 
-    /// Writes the pages of the segment, whose file is `fd`.
+    /// Writes the pages of the segment, whose file is `fd`. They are copied, not spliced: a pipe would hold
+    /// the live pages, which the tree changes as soon as it runs on.
     ///
     /// # Errors
     /// The output's.
     pub fn copy<W: Write + AsFd>(&self, fd: BorrowedFd<'_>, out: &mut Writer<W>) -> anyhow::Result<()> {
+        let file = File::from(fd.try_clone_to_owned().context("shared memory")?);
         for &(start, end) in &self.runs {
-            let what = || format!("shared memory segment {} at {start:#x}", self.shmid);
-            let sum = self.sum(fd, start, end).with_context(what)?;
-            out.bulk_data(u64::from(self.pages_id), end - start, Some(sum)).context("write the stream")?;
-            out.output().flush().context("write the stream")?;
-            lseek64(fd, i64::try_from(start).with_context(what)?, Whence::SeekSet).with_context(what)?;
-            // The file may end inside its last page.
-            let moved = transfer(fd, out.output().as_fd(), end - start).with_context(what)?;
-            let missing = end - start - moved;
-            ensure!(missing < PAGE, "{}: it shrank while it was read", what());
-            let zeros = vec![0; usize::try_from(missing).unwrap_or(0)];
-            out.output().write_all(&zeros).context("write the stream")?;
+            let mut at = start;
+            while at < end {
+                let mut buffer = vec![0; usize::try_from(end - at).unwrap_or(CHUNK).min(CHUNK)];
+                let mut filled = 0;
+                // What lies beyond the end of the file is zeros.
+                while filled < buffer.len() {
+                    match file.read_at(&mut buffer[filled..], at + filled as u64).context("shared memory")? {
+                        0 => break,
+                        n => filled += n,
+                    }
+                }
+                out.data(Image::Pages, u64::from(self.pages_id), &buffer).context("write the stream")?;
+                at += buffer.len() as u64;
+            }
         }
         Ok(())
-    }
-
-    /// XXH3-64 of a run; what lies beyond the end of the file counts as zeros.
-    fn sum(&self, fd: BorrowedFd<'_>, start: u64, end: u64) -> anyhow::Result<u64> {
-        let size = lseek64(fd, 0, Whence::SeekEnd)?.cast_unsigned().clamp(start, end);
-        let mut hash = Xxh3Default::new();
-        hash_range(fd, start, size - start, &mut [&mut hash])?;
-        hash.update(&vec![0; usize::try_from(end - size)?]);
-        Ok(hash.digest())
     }
 }
