@@ -10,6 +10,7 @@ use ckpt_kinds::{
     sink::emit,
     task::{self, ThreadInput},
 };
+use ckpt_proc::status;
 use ckpt_proto::{
     Image,
     types::{FsEntry, TaskKobjIdsEntry, VmaEntry},
@@ -89,8 +90,7 @@ fn libc_rdonly() -> u32 {
 /// The umask, octal in /proc/PID/status (Linux 4.7).
 fn umask(pid: Pid) -> anyhow::Result<u32> {
     let path = format!("/proc/{pid}/status");
-    let status = fs::read(&path).with_context(|| path.clone())?;
-    let line = status.split(|&b| b == b'\n').find_map(|l| l.strip_prefix(b"Umask:"));
-    let text = line.and_then(|l| std::str::from_utf8(l).ok()).map(str::trim).unwrap_or_default();
-    u32::from_str_radix(text, 8).with_context(|| format!("{path}: no Umask"))
+    let text = fs::read(&path).with_context(|| path.clone())?;
+    let status = status::parse(&text).with_context(|| path.clone())?;
+    status.umask.with_context(|| format!("{path}: no Umask"))
 }

@@ -45,7 +45,10 @@
 
 use std::{collections::HashMap, fs};
 
-use ckpt_proc::maps::{self, Mapping};
+use ckpt_proc::{
+    maps::{self, Mapping},
+    status,
+};
 use ckpt_sys::{
     Pid, RemoteAddr, SysError, Tid, memory,
     ptrace::{self, NT_X86_XSTATE, Regs, Stop},
@@ -54,7 +57,7 @@ use memchr::memmem;
 
 use crate::{
     Arg, Call, Done, RemoteError, Syscalls,
-    freeze::{Frozen, Thread, status_number},
+    freeze::{Frozen, Thread},
 };
 
 /// Where a process can be sent home from: found once per address space.
@@ -161,7 +164,8 @@ impl Landings {
             })
         };
         let maps = maps::parse(&read("maps")?).map_err(|e| unusable(&format!("/proc/{pid}/maps: {e}")))?;
-        let status = read("status")?;
+        let status =
+            status::parse(&read("status")?).map_err(|e| unusable(&format!("/proc/{pid}/status: {e}")))?;
 
         let mut found = Gadgets::default();
         let mut code: Vec<&Mapping> = maps.iter().filter(|m| m.exec && m.read).collect();
@@ -187,14 +191,7 @@ impl Landings {
                 pointers.join(" ")
             ))
         })?;
-        let hex = |key: &[u8]| {
-            status
-                .split(|&b| b == b'\n')
-                .find_map(|l| l.strip_prefix(key))
-                .and_then(|v| u64::from_str_radix(std::str::from_utf8(v).ok()?.trim(), 16).ok())
-                .unwrap_or(u64::MAX)
-        };
-        let busy = hex(b"SigCgt:") | hex(b"SigPnd:") | hex(b"ShdPnd:");
+        let busy = status.caught | status.pending | status.shared_pending;
         let quiet =
             [libc::SIGURG, libc::SIGWINCH, libc::SIGCHLD].into_iter().find(|s| busy & (1 << (s - 1)) == 0);
         Ok(Landing {
@@ -203,7 +200,7 @@ impl Landings {
             dead,
             hole: hole(&maps),
             quiet,
-            seccomp: status_number(&status, b"Seccomp:").is_some_and(|mode| mode != 0),
+            seccomp: status.seccomp != 0,
         })
     }
 

@@ -20,7 +20,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use ckpt_proc::stat;
+use ckpt_proc::{stat, status};
 use ckpt_sys::{
     Pid, Refused, SysError, Tid, kcmp,
     ptrace::{self, Regs, Stop},
@@ -233,14 +233,15 @@ impl Drop for Frozen {
 
 fn check_root(root: Pid) -> Result<(), FreezeError> {
     let subject = format!("pid {root}");
-    let Ok(status) = fs::read(format!("/proc/{root}/status")) else {
+    let Ok(text) = fs::read(format!("/proc/{root}/status")) else {
         return Err(FreezeError::NoSuchProcess(root));
     };
-    if let Some(tgid) = status_number(&status, b"Tgid:").filter(|&t| t != i64::from(root.0)) {
-        let refused = Refused::new(subject, format!("is a thread of process {tgid}"));
-        return Err(refused.advise(format!("pass the process: -t {tgid}")).into());
+    let status = status::parse(&text).map_err(|e| Refused::new(subject.clone(), e.to_string()))?;
+    if status.tgid != root.0 {
+        let refused = Refused::new(subject, format!("is a thread of process {}", status.tgid));
+        return Err(refused.advise(format!("pass the process: -t {}", status.tgid)).into());
     }
-    if status_number(&status, b"Kthread:") == Some(1) {
+    if status.kthread == Some(true) {
         return Err(Refused::new(subject, "is a kernel thread").into());
     }
     if state_of(root.leader()) == Some(b'Z') && numbers_in(&format!("/proc/{root}/task")).len() > 1 {
@@ -250,12 +251,6 @@ fn check_root(root: Pid) -> Result<(), FreezeError> {
         return Err(Refused::new(subject, "is a zombie: there is nothing left to checkpoint").into());
     }
     Ok(())
-}
-
-/// The number after `key` in a /proc status file.
-pub(crate) fn status_number(status: &[u8], key: &[u8]) -> Option<i64> {
-    let line = status.split(|&b| b == b'\n').find_map(|l| l.strip_prefix(key))?;
-    std::str::from_utf8(line).ok()?.split_whitespace().next()?.parse().ok()
 }
 
 fn state_of(tid: Tid) -> Option<u8> {
@@ -567,15 +562,8 @@ fn interrupted_by_us(regs: &Regs) -> bool {
 
 /// Whether a signal waits that the thread does not block: then EINTR may be that signal's.
 fn has_signal(pid: Pid, tid: Tid) -> bool {
-    let status = fs::read(format!("/proc/{pid}/task/{tid}/status")).unwrap_or_default();
-    let mask = |key: &[u8]| {
-        let line = status.split(|&b| b == b'\n').find_map(|l| l.strip_prefix(key))?;
-        u64::from_str_radix(std::str::from_utf8(line).ok()?.trim(), 16).ok()
-    };
-    match (mask(b"SigPnd:"), mask(b"ShdPnd:"), mask(b"SigBlk:")) {
-        (Some(own), Some(shared), Some(blocked)) => (own | shared) & !blocked != 0,
-        _ => true,
-    }
+    let text = fs::read(format!("/proc/{pid}/task/{tid}/status")).unwrap_or_default();
+    !status::parse(&text).is_ok_and(|s| (s.pending | s.shared_pending) & !s.blocked == 0)
 }
 
 fn sort_parents_first(processes: &mut Vec<Process>, root: Pid) {
@@ -599,10 +587,10 @@ fn sort_parents_first(processes: &mut Vec<Process>, root: Pid) {
 }
 
 fn not_ours(pid: Pid, tid: Tid) -> Refused {
-    let status = fs::read(format!("/proc/{pid}/task/{tid}/status")).unwrap_or_default();
+    let text = fs::read(format!("/proc/{pid}/task/{tid}/status")).unwrap_or_default();
     let subject = format!("pid {pid} tid {tid}");
-    match status_number(&status, b"TracerPid:") {
-        Some(tracer) if tracer > 0 => Refused::new(subject, format!("is being traced by pid {tracer}"))
+    match status::parse(&text).map(|s| s.tracer_pid) {
+        Ok(tracer) if tracer > 0 => Refused::new(subject, format!("is being traced by pid {tracer}"))
             .advise("end that debugger or tracer first"),
         _ => Refused::new(subject, "ptrace is not permitted (EPERM)").advise(
             "run as the same user or with CAP_SYS_PTRACE; see also /proc/sys/kernel/yama/ptrace_scope",
