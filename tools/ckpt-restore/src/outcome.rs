@@ -3,6 +3,7 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use anyhow::{Context, bail};
+use ckpt_proc::status;
 use ckpt_sys::{Pid, pidfd, ptrace};
 use nix::{
     errno::Errno,
@@ -45,12 +46,8 @@ impl Signals {
     /// # Errors
     /// Yes, by this signal.
     pub fn check(&self) -> anyhow::Result<()> {
-        let pending = std::fs::read_to_string("/proc/thread-self/status").unwrap_or_default();
-        let mask = |name: &str| {
-            let line = pending.lines().find_map(|line| line.strip_prefix(name))?;
-            u64::from_str_radix(line.trim(), 16).ok()
-        };
-        let bits = mask("SigPnd:").unwrap_or(0) | mask("ShdPnd:").unwrap_or(0);
+        let text = std::fs::read("/proc/thread-self/status").unwrap_or_default();
+        let bits = status::parse(&text).map_or(0, |s| s.pending | s.shared_pending);
         match FORWARDED.into_iter().find(|&signal| bits & (1 << (signal as i32 - 1)) != 0) {
             Some(signal) => {
                 // Taken away, so that there is time to undo everything and say so.

@@ -1,19 +1,14 @@
 //! What the stages of a pipeline have in common: handing on what is not theirs.
 
-use std::{
-    fs::File,
-    os::fd::{AsFd, BorrowedFd},
-};
+use std::{fs::File, os::fd::AsFd};
 
 use ckpt_proto::{
     Image,
     stream::{self, Frame, Reader, StreamError, Writer},
 };
+pub use ckpt_sys::transfer::grow_pipe;
 use ckpt_sys::transfer::transfer;
-use nix::{
-    fcntl::{FcntlArg, fcntl},
-    unistd::{Whence, lseek},
-};
+use nix::unistd::{Whence, lseek};
 use xxhash_rust::xxh3::Xxh3Default;
 
 use crate::{ImageError, Place, sums::hash_range};
@@ -90,15 +85,4 @@ pub fn write_pages(
         return Err(ImageError::Manifest { file: name(), what: "the contents have changed".to_owned() });
     }
     Ok(())
-}
-
-/// Makes a pipe hold a mebibyte, so that stages run side by side instead of taking turns. Anything but a
-/// pipe is left alone; a size that the user may not have (`fs.pipe-max-size`, `pipe-user-pages-soft`)
-/// is halved and tried again.
-pub fn grow_pipe(fd: BorrowedFd<'_>) {
-    let Ok(now) = fcntl(fd, FcntlArg::F_GETPIPE_SZ) else { return };
-    let mut size = 1 << 20;
-    while size > now && fcntl(fd, FcntlArg::F_SETPIPE_SZ(size)).is_err() {
-        size /= 2;
-    }
 }

@@ -9,7 +9,7 @@ use std::{
 
 use nix::{
     errno::Errno,
-    fcntl::{SpliceFFlags, copy_file_range, splice},
+    fcntl::{FcntlArg, SpliceFFlags, copy_file_range, fcntl, splice},
     unistd::{read, write},
 };
 
@@ -72,6 +72,17 @@ fn write_all(to: BorrowedFd<'_>, mut bytes: &[u8]) -> Result<(), SysError> {
     Ok(())
 }
 
+/// Makes a pipe hold a mebibyte, so that stages run side by side instead of taking turns. Anything but a
+/// pipe is left alone; a size that the user may not have (`fs.pipe-max-size`, `pipe-user-pages-soft`)
+/// is halved and tried again.
+pub fn grow_pipe(fd: BorrowedFd<'_>) {
+    let Ok(now) = fcntl(fd, FcntlArg::F_GETPIPE_SZ) else { return };
+    let mut size = 1 << 20;
+    while size > now && fcntl(fd, FcntlArg::F_SETPIPE_SZ(size)).is_err() {
+        size /= 2;
+    }
+}
+
 /// A tool's output: small writes are gathered, large ones go straight through, and the descriptor
 /// can be had for splice(2) after a flush.
 #[derive(Debug)]
@@ -81,12 +92,10 @@ pub struct Output {
 }
 
 impl Output {
-    /// Takes the output over. A pipe is enlarged to 1 MiB if the kernel allows it
-    /// (`/proc/sys/fs/pipe-max-size`, pipe(7)): fewer switches between the stages.
+    /// Takes the output over, and enlarges it if it is a pipe.
     #[must_use]
     pub fn new(file: File) -> Self {
-        // Not a pipe, or not allowed: it works as it is.
-        let _ = nix::fcntl::fcntl(&file, nix::fcntl::FcntlArg::F_SETPIPE_SZ(1 << 20));
+        grow_pipe(file.as_fd());
         Self { file, buffer: Vec::with_capacity(1 << 16) }
     }
 
