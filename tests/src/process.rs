@@ -96,6 +96,12 @@ pub fn state(pid: i32) -> Option<char> {
     stat(pid)?.first()?.chars().next()
 }
 
+/// Whether no thread of the tree under `root` is running or waiting for a processor.
+#[must_use]
+pub fn asleep(root: i32) -> bool {
+    tree(root).into_iter().flat_map(threads).all(|tid| state(tid) != Some('R'))
+}
+
 /// Whether the pid is not in use, not even by a zombie. A zombie that is ours is reaped on the way.
 #[must_use]
 pub fn is_free(pid: i32) -> bool {

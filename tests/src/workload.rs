@@ -231,9 +231,9 @@ impl Target {
         Snapshot::of(self.pid)
     }
 
-    /// A snapshot of a tree at rest: two in a row that agree, with the main thread asleep. (On a busy
-    /// machine a thread may be caught twice between a signal and its handler; one that never sleeps is
-    /// taken as it is after a while.)
+    /// A snapshot of a tree at rest: two in a row that agree, with all threads asleep. (On a busy machine
+    /// one may be caught twice while it starts, or between a signal and its handler; one that never sleeps
+    /// is taken as it is after a while.)
     ///
     /// # Panics
     /// It does not come to rest.
@@ -243,11 +243,11 @@ impl Target {
         let mut diff = Vec::new();
         let start = std::time::Instant::now();
         let rests = soon(|| {
-            let asleep = process::state(self.pid) != Some('R');
+            let asleep = process::asleep(self.pid);
             let now = self.snapshot();
             diff = last.diff(&now);
             last = now;
-            let asleep = asleep && process::state(self.pid) != Some('R');
+            let asleep = asleep && process::asleep(self.pid);
             diff.is_empty() && (asleep || start.elapsed() > std::time::Duration::from_secs(2))
         });
         assert!(rests && last.len() > 20, "the target does not come to rest: {diff:#?}");
