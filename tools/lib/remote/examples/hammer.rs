@@ -1,4 +1,5 @@
-//! Freezes a tree and runs a batch of system calls in each of its threads, COUNT times.
+//! Freezes a tree and runs a batch of system calls in each of its threads, and some that leave
+//! traces unless they are undone, COUNT times.
 //!
 //! Killed at any instant, it must leave no trace in the tree; `tests/remote.rs` does that.
 
@@ -6,6 +7,10 @@ use std::{error::Error, time::Duration};
 
 use ckpt_remote::{Arg, Call, Frozen, Release, Syscalls};
 use ckpt_sys::Pid;
+
+fn close(fd: i32) -> Call {
+    Call::new(format!("close({fd})"), libc::SYS_close, [Arg::from(fd)]).may_fail()
+}
 
 fn main() -> Result<(), Box<dyn Error>> {
     let mut args = std::env::args().skip(1);
@@ -30,6 +35,22 @@ fn main() -> Result<(), Box<dyn Error>> {
                 let mut borrowed = frozen.borrow(process.pid, thread.tid)?;
                 let done = borrowed.run(&calls)?;
                 let few = borrowed.run(&calls[..2])?;
+                for round in 0..20 {
+                    // A descriptor and a umask that must not stay; two guards, the inner one undone by hand.
+                    borrowed.guard(vec![close(901), close(900)])?;
+                    let dup = |at| Call::new("dup", libc::SYS_fcntl, [0, libc::F_DUPFD, at].map(Arg::from));
+                    borrowed.run(&[dup(900), dup(901)])?;
+                    let umask = Call::new("umask", libc::SYS_umask, [Arg::Val(0o123)]);
+                    borrowed.guard(vec![Call::new("umask", libc::SYS_umask, [Arg::Val(0o22)])])?;
+                    borrowed.run(&[umask])?;
+                    if borrowed.unguard()?.first().map(|done| done.ret) != Some(0o123) {
+                        return Err("umask was not what it was set to".into());
+                    }
+                    // The last one is left to whoever gives the task back.
+                    if round < 19 {
+                        borrowed.unguard()?;
+                    }
+                }
                 borrowed.finish()?;
                 let told = (done[0].ret, done[1].ret, done[2].ret, few[1].ret);
                 let tid = i64::from(thread.tid.0);

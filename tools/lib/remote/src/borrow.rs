@@ -39,6 +39,19 @@
 //!    frame at HOME still has both.
 //! 5. The stack bytes are put back.
 //!
+//! Some calls leave the task in a state that must not outlive us: a descriptor that is only to be
+//! copied out, a socket in repair mode. [`Borrowed::guard`] takes the calls that undo it beforehand
+//! and chains them, as more frames of the same kind, into the way home:
+//!
+//! ```text
+//!     UNDO 1: &sigreturn | ucontext { rip = &syscall, close(7), rsp = UNDO 2 }
+//!     UNDO 2: &sigreturn | ucontext { rip = &syscall, ..., rsp = HOME }
+//! ```
+//!
+//! Every call then runs with `rsp = UNDO 1`. If we die, the task undoes it all and goes home; if we
+//! live, [`Borrowed::unguard`] runs the same calls. A batch would need the runner's page unmapped in
+//! the middle of this, so guarded calls are made one by one.
+//!
 //! A system call that was interrupted for us restarts by itself in the orderly case. On the way
 //! home it is re-executed, so that a sleep may take longer after our violent death, but no call
 //! fails with an EINTR that nobody sent.
@@ -105,6 +118,8 @@ const WORTH_A_BATCH: usize = 6;
 /// Bytes below the stack pointer that belong to the running function (System V AMD64 ABI).
 const RED_ZONE: u64 = 128;
 const UCONTEXT: usize = 304;
+/// A frame with the address of `&sigreturn` before it, bytes.
+const FRAME: u64 = (8 + UCONTEXT as u64).next_multiple_of(16);
 const SYS_MUNMAP: u64 = 11;
 
 /// The runner. In: rbx = table, r12 = number of rows, r13 = tgid, r14 = tid, r15 = signal,
@@ -142,6 +157,13 @@ const RUNNER: &[u8] = &[
 ];
 /// Address of the instruction after the notifying system call.
 const NOTIFIED: u64 = 78;
+
+impl Landing {
+    /// What a task that returns to it runs on with; its FPU state is at `fpstate`.
+    fn frame(&self, regs: &Regs, mask: u64, fpstate: u64) -> Vec<u8> {
+        [&self.sigreturn.0.to_le_bytes()[..], &ucontext(regs, mask, fpstate)].concat()
+    }
+}
 
 impl Landings {
     /// The landing of process `pid`, whose threads are `threads`. Only reads.
@@ -262,7 +284,7 @@ fn find_sigreturn(text: &[u8]) -> Option<u64> {
 /// The unused far end of a stack: below everything that any thread has there. The main thread's
 /// stack is preferred: the kernel made it, and nobody carves other things out of its far end.
 fn dead_stack(maps: &[Mapping], threads: &[Thread]) -> Option<(RemoteAddr, u64)> {
-    const WANTED: u64 = 12 * 1024;
+    const WANTED: u64 = 20 * 1024;
     const ENOUGH: u64 = 4 * 1024 + 2048;
     let unused = |m: &Mapping| {
         let used = threads.iter().map(|t| t.regs.rsp).filter(|rsp| (m.start..=m.end).contains(rsp)).min();
@@ -315,6 +337,24 @@ pub struct Borrowed<'a> {
     /// Whether the task's registers are ours now.
     away: bool,
     mapped: bool,
+    guards: Vec<Guard>,
+}
+
+/// Calls on the way home that undo others.
+#[derive(Debug)]
+struct Guard {
+    undo: Vec<Undo>,
+    /// What the task had before: its next stop on the way home, and memory for arguments.
+    home: RemoteAddr,
+    scratch: (RemoteAddr, u64),
+}
+
+#[derive(Debug)]
+struct Undo {
+    call: Call,
+    layout: Layout,
+    /// The frame that leads to the call.
+    frame: RemoteAddr,
 }
 
 impl Frozen {
@@ -338,8 +378,8 @@ impl Frozen {
         let base = landing.dead.0.0.next_multiple_of(64);
         let fpstate = signal_fpstate(&xstate);
         let home = (base + fpstate.len() as u64).next_multiple_of(16);
-        let unmap = (home + 8 + UCONTEXT as u64).next_multiple_of(16);
-        let scratch = (unmap + 8 + UCONTEXT as u64).next_multiple_of(64);
+        let unmap = home + FRAME;
+        let scratch = (unmap + FRAME).next_multiple_of(64);
         let end = landing.dead.0.0 + landing.dead.1;
         if scratch + 256 > end {
             let what = "its stack has too little unused space for a return frame".to_owned();
@@ -353,8 +393,8 @@ impl Frozen {
         frames.resize(usize::try_from(scratch - base).unwrap_or(0), 0);
         let mut place = |at: u64, regs: &Regs, mask: u64| {
             let offset = usize::try_from(at - base).unwrap_or(0);
-            frames[offset..offset + 8].copy_from_slice(&landing.sigreturn.0.to_le_bytes());
-            frames[offset + 8..offset + 8 + UCONTEXT].copy_from_slice(&ucontext(regs, mask, base));
+            let frame = landing.frame(regs, mask, base);
+            frames[offset..offset + frame.len()].copy_from_slice(&frame);
         };
         place(home, &back, sigmask);
         if let Some(page) = landing.hole {
@@ -382,6 +422,7 @@ impl Frozen {
             scratch: (RemoteAddr(scratch), end - scratch),
             away: false,
             mapped: false,
+            guards: Vec::new(),
         })
     }
 }
@@ -513,6 +554,7 @@ fn ucontext(regs: &Regs, mask: u64, fpstate: u64) -> [u8; UCONTEXT] {
 }
 
 /// What a batch's arguments became: addresses, and where the answers will be.
+#[derive(Debug)]
 struct Layout {
     args: [u64; 6],
     outs: Vec<(RemoteAddr, usize)>,
@@ -585,7 +627,15 @@ impl Borrowed<'_> {
 
     /// One system call by itself: two stops.
     fn single(&mut self, nr: u64, args: [u64; 6], home: RemoteAddr) -> Result<i64, RemoteError> {
-        let regs = Regs {
+        self.steer(self.calling(nr, args, home), !0)?;
+        self.await_stop(true, |s| s == Stop::Syscall)?;
+        self.await_stop(true, |s| s == Stop::Syscall)?;
+        Ok(ptrace::regs(self.tid)?.rax.cast_signed())
+    }
+
+    /// The registers with which the task makes a call and returns to the frame at `home`.
+    fn calling(&self, nr: u64, args: [u64; 6], home: RemoteAddr) -> Regs {
+        Regs {
             rip: self.landing.syscall.0,
             rsp: home.0,
             rax: nr,
@@ -596,11 +646,7 @@ impl Borrowed<'_> {
             r8: args[4],
             r9: args[5],
             ..self.original
-        };
-        self.steer(regs, !0)?;
-        self.await_stop(true, |s| s == Stop::Syscall)?;
-        self.await_stop(true, |s| s == Stop::Syscall)?;
-        Ok(ptrace::regs(self.tid)?.rax.cast_signed())
+        }
     }
 
     fn way_home(&self) -> RemoteAddr {
@@ -637,6 +683,9 @@ impl Borrowed<'_> {
         else {
             return Ok(None);
         };
+        if !self.guards.is_empty() {
+            return Ok(None);
+        }
         if !self.mapped {
             let prot = (libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC).unsigned_abs();
             let flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE).unsigned_abs();
@@ -711,6 +760,88 @@ impl Borrowed<'_> {
         Ok(answers)
     }
 
+    /// Promises that `undo` is run after the calls made from here on: in [`Self::unguard`], when the
+    /// task is given back, or by the task itself if this process dies. Guards nest; the last comes first.
+    ///
+    /// A call that is interrupted by our death counts as made or as not made: `undo` has to be right
+    /// for both (closing a descriptor that is not open fails, which harms nobody).
+    ///
+    /// # Errors
+    /// See [`RemoteError`]; `Unusable` if the frames do not fit into the unused stack. Nothing is
+    /// promised then.
+    pub fn guard(&mut self, undo: Vec<Call>) -> Result<(), RemoteError> {
+        self.unmap_arena()?;
+        let (start, len) = self.scratch;
+        let (mut at, end) = (start.0, start.0 + len);
+        let mut writes = Vec::new();
+        let mut entries = Vec::with_capacity(undo.len());
+        let mut fits = true;
+        for call in undo {
+            match lay_out(&call, &mut at, end, &mut writes) {
+                Some(layout) => entries.push(Undo { call, layout, frame: RemoteAddr(0) }),
+                None => fits = false,
+            }
+        }
+        at = at.next_multiple_of(16);
+        let free = (at + FRAME * entries.len() as u64).next_multiple_of(64);
+        if !fits || free + 256 > end {
+            return Err(self.unusable("its stack has too little unused space to guard what is done to it"));
+        }
+        for entry in &mut entries {
+            entry.frame = RemoteAddr(at);
+            at += FRAME;
+        }
+        for (index, entry) in entries.iter().enumerate() {
+            let next = entries.get(index + 1).map_or(self.home, |next| next.frame);
+            let regs = self.calling(entry.call.nr.cast_unsigned(), entry.layout.args, next);
+            writes.push((entry.frame.0, self.landing.frame(&regs, !0, self.landing.dead.0.0)));
+        }
+        for (addr, bytes) in &writes {
+            memory::write_all(self.pid, RemoteAddr(*addr), bytes)?;
+        }
+        let first = entries.first().map_or(self.home, |entry| entry.frame);
+        self.guards.push(Guard {
+            undo: entries,
+            home: std::mem::replace(&mut self.home, first),
+            scratch: std::mem::replace(&mut self.scratch, (RemoteAddr(free), end - free)),
+        });
+        Ok(())
+    }
+
+    /// Runs the calls of the last [`Self::guard`] and gives their answers.
+    ///
+    /// # Errors
+    /// See [`RemoteError`]. All calls are made; the first failure without [`Call::may_fail`] is told.
+    pub fn unguard(&mut self) -> Result<Vec<Done>, RemoteError> {
+        let Some(guard) = self.guards.pop() else { return Ok(Vec::new()) };
+        let mut answers = Vec::with_capacity(guard.undo.len());
+        let mut failure = None;
+        for (index, Undo { call, layout, .. }) in guard.undo.iter().enumerate() {
+            let next = guard.undo.get(index + 1).map_or(guard.home, |next| next.frame);
+            let ret = self.single(call.nr.cast_unsigned(), layout.args, next)?;
+            let done = self.collect(ret, &layout.outs)?;
+            if let (Err(errno), false) = (done.result(), call.may_fail) {
+                failure = failure.or(Some((call.name.clone(), errno)));
+            }
+            answers.push(done);
+        }
+        (self.home, self.scratch) = (guard.home, guard.scratch);
+        match failure {
+            Some((name, errno)) => Err(RemoteError::Call { tid: self.tid, name, errno }),
+            None => Ok(answers),
+        }
+    }
+
+    fn unmap_arena(&mut self) -> Result<(), RemoteError> {
+        if self.mapped
+            && let Some(page) = self.landing.hole
+        {
+            self.single(SYS_MUNMAP, [page.0, ARENA, 0, 0, 0, 0], self.home)?;
+            self.mapped = false;
+        }
+        Ok(())
+    }
+
     /// Gives the task back as it was. Dropping does the same but can't tell of errors.
     ///
     /// # Errors
@@ -720,13 +851,15 @@ impl Borrowed<'_> {
     }
 
     fn give_back(&mut self) -> Result<(), RemoteError> {
-        if self.away {
-            if self.mapped
-                && let Some(page) = self.landing.hole
-            {
-                self.single(SYS_MUNMAP, [page.0, ARENA, 0, 0, 0, 0], self.home)?;
-                self.mapped = false;
+        let mut failure = None;
+        while !self.guards.is_empty() {
+            match self.unguard() {
+                Err(error @ RemoteError::Call { .. }) => failure = failure.or(Some(error)),
+                other => drop(other?),
             }
+        }
+        if self.away {
+            self.unmap_arena()?;
             ptrace::interrupt(self.tid).map_err(|e| self.died(e))?;
             ptrace::set_sigmask(self.tid, self.sigmask)?;
             ptrace::set_regs(self.tid, self.original)?;
@@ -735,7 +868,7 @@ impl Borrowed<'_> {
         }
         let saved = std::mem::take(&mut self.saved);
         memory::write_all(self.pid, self.landing.dead.0, &saved)?;
-        Ok(())
+        failure.map_or(Ok(()), Err)
     }
 }
 

@@ -22,7 +22,8 @@ struct Target(Child);
 
 impl Target {
     fn start(program: &str, args: &[&str]) -> Self {
-        let child = Command::new(program)
+        let child = Command::new("sh")
+            .args(["-c", "umask 022; exec \"$0\" \"$@\"", program])
             .args(args)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -43,10 +44,14 @@ impl Target {
 
     /// What must be the same before and after.
     fn state(&self) -> (String, Vec<String>) {
-        let wanted = ["TracerPid", "SigBlk", "SigIgn", "SigCgt", "SigPnd", "ShdPnd", "Threads", "Seccomp"];
+        let wanted =
+            ["TracerPid", "SigBlk", "SigIgn", "SigCgt", "SigPnd", "ShdPnd", "Threads", "Seccomp", "Umask"];
         let status = self.proc("status");
         let lines = status.lines().filter(|l| wanted.iter().any(|w| l.starts_with(w))).map(str::to_owned);
-        (self.proc("maps"), lines.collect())
+        let fds = fs::read_dir(format!("/proc/{}/fd", self.0.id())).into_iter().flatten().flatten();
+        let mut fds: Vec<_> = fds.map(|fd| fd.file_name().to_string_lossy().into_owned()).collect();
+        fds.sort();
+        (self.proc("maps"), lines.chain(fds).collect())
     }
 
     /// Waits until the state is `before` again: a killed tracer's tracee needs a moment to go home.
@@ -84,7 +89,7 @@ fn killed_tracer_leaves_no_trace() {
     let mut target = Target::start("sleep", &["1000"]);
     let before = target.state();
     let pid = target.0.id().to_string();
-    for round in 0_u64..60 {
+    for round in 0_u64..200 {
         let mut tracer = Command::new(hammer()).args([&pid, "1000000"]).spawn().expect("hammer starts");
         // Instants spread over start-up and many borrowings, without a random number generator.
         thread::sleep(Duration::from_micros(1500 + round * 7919 % 12_000));
