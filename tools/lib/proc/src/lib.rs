@@ -6,6 +6,7 @@
 pub mod fdinfo;
 pub mod limits;
 pub mod maps;
+pub mod net;
 pub mod stat;
 pub mod status;
 pub mod timers;

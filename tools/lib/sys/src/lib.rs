@@ -8,6 +8,7 @@
 
 pub mod clone;
 pub mod cpu;
+pub mod diag;
 pub mod error;
 pub mod file;
 pub mod gift;

@@ -1,16 +1,12 @@
-//! Sockets: options, peeking at queues (recv(2), unix(7)), and the kernel's table of unix sockets
-//! (sock_diag(7)).
-//!
-//! The table comes by one netlink dump for all sockets of the network namespace; asking for one
-//! socket by its inode is what the kernel offers too, but it walks the same table for each question.
+//! Sockets: options, and peeking at queues (recv(2), unix(7)). The kernel's tables of them are read in
+//! [`crate::diag`].
 
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use nix::{
     errno::Errno,
     sys::{
         signal::{SigSet, SigmaskHow},
-        socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket},
         wait::waitpid,
     },
 };
@@ -393,127 +389,6 @@ pub fn make_room(fd: BorrowedFd<'_>, bytes: usize) {
     }
 }
 
-/// One unix socket of the network namespace.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct UnixSocket {
-    /// Its inode.
-    pub id: u64,
-    /// `SOCK_STREAM`, `SOCK_DGRAM`, `SOCK_SEQPACKET`.
-    pub kind: i32,
-    /// `TCP_ESTABLISHED` 1, `TCP_CLOSE` 7, `TCP_LISTEN` 10.
-    pub state: u8,
-    /// Address as it was bound: a path has a trailing NUL, an abstract name a leading one.
-    pub name: Vec<u8>,
-    /// Inode and device (major << 20 | minor) of the socket file.
-    pub file: Option<(u32, u32)>,
-    /// Inode of the peer; 0 is a peer that nobody holds any more.
-    pub peer: Option<u64>,
-    /// Inodes of connections that wait in a listener's backlog.
-    pub pending: Vec<u64>,
-    /// Listener: connections waiting. Otherwise bytes to be read (datagram: of the first message).
-    pub rqueue: u32,
-    /// Listener: the backlog. Otherwise memory taken by what was sent and not yet read.
-    pub wqueue: u32,
-    /// 1: reading is shut down, 2: writing.
-    pub shutdown: u8,
-}
-
-/// All unix sockets of the caller's network namespace.
-///
-/// # Errors
-/// EPROTONOSUPPORT, ENOENT (no CONFIG_UNIX_DIAG).
-pub fn unix_sockets() -> Result<Vec<UnixSocket>, SysError> {
-    const SOCK_DIAG_BY_FAMILY: u16 = 20;
-    const NLM_F_REQUEST_DUMP: u16 = 0x301;
-    const SHOW: u32 = 0x1f;
-    let failed = |call| move |errno| SysError::new(call, "NETLINK_SOCK_DIAG", errno);
-    let netlink =
-        socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkSockDiag)
-            .map_err(failed("socket"))?;
-    let mut request = Vec::with_capacity(40);
-    // nlmsghdr: length, type, flags, sequence, port.
-    request.extend_from_slice(&40u32.to_ne_bytes());
-    request.extend_from_slice(&SOCK_DIAG_BY_FAMILY.to_ne_bytes());
-    request.extend_from_slice(&NLM_F_REQUEST_DUMP.to_ne_bytes());
-    request.extend_from_slice(&[0; 8]);
-    // unix_diag_req: family, protocol, pad, states, inode, show, cookie.
-    request.extend_from_slice(&[u8::try_from(libc::AF_UNIX).unwrap_or(1), 0, 0, 0]);
-    request.extend_from_slice(&u32::MAX.to_ne_bytes());
-    request.extend_from_slice(&0u32.to_ne_bytes());
-    request.extend_from_slice(&SHOW.to_ne_bytes());
-    request.extend_from_slice(&[0; 8]);
-    send(netlink.as_raw_fd(), &request, MsgFlags::empty()).map_err(failed("send"))?;
-    let mut sockets = Vec::new();
-    let mut buffer = vec![0; 1 << 16];
-    loop {
-        let n = match recv(netlink.as_fd().as_raw_fd(), &mut buffer, MsgFlags::empty()) {
-            Ok(n) => n,
-            Err(Errno::EINTR) => continue,
-            Err(errno) => return Err(failed("recv")(errno)),
-        };
-        if parse_dump(&buffer[..n], &mut sockets).map_err(failed("sock_diag"))? {
-            return Ok(sockets);
-        }
-    }
-}
-
-fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
-    bytes.get(at..at + 4).map(|b| u32::from_ne_bytes([b[0], b[1], b[2], b[3]]))
-}
-
-fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
-    bytes.get(at..at + 2).map(|b| u16::from_ne_bytes([b[0], b[1]]))
-}
-
-/// Reads one datagram of answers; true when the dump is complete.
-fn parse_dump(mut bytes: &[u8], sockets: &mut Vec<UnixSocket>) -> Result<bool, Errno> {
-    const NLMSG_ERROR: u16 = 2;
-    const NLMSG_DONE: u16 = 3;
-    while let (Some(len), Some(kind)) = (u32_at(bytes, 0), u16_at(bytes, 4)) {
-        let len = usize::try_from(len).map_err(|_| Errno::EBADMSG)?;
-        let body = bytes.get(16..len).ok_or(Errno::EBADMSG)?;
-        match kind {
-            NLMSG_DONE => return Ok(true),
-            NLMSG_ERROR => {
-                let errno = u32_at(body, 0).ok_or(Errno::EBADMSG)?.cast_signed();
-                return Err(Errno::from_raw(errno.saturating_neg()));
-            }
-            _ => sockets.push(parse_socket(body).ok_or(Errno::EBADMSG)?),
-        }
-        bytes = bytes.get(len.next_multiple_of(4)..).unwrap_or_default();
-    }
-    Ok(false)
-}
-
-/// unix_diag_msg (family, type, state, pad, inode, cookie) and its attributes.
-fn parse_socket(body: &[u8]) -> Option<UnixSocket> {
-    let mut socket = UnixSocket {
-        id: u64::from(u32_at(body, 4)?),
-        kind: i32::from(*body.get(1)?),
-        state: *body.get(2)?,
-        ..UnixSocket::default()
-    };
-    let mut attributes = body.get(16..)?;
-    while let (Some(len), Some(kind)) = (u16_at(attributes, 0), u16_at(attributes, 2)) {
-        let len = usize::from(len);
-        let value = attributes.get(4..len)?;
-        match kind {
-            0 => socket.name = value.to_vec(),
-            1 => socket.file = Some((u32_at(value, 0)?, u32_at(value, 4)?)),
-            2 => socket.peer = Some(u64::from(u32_at(value, 0)?)),
-            3 => {
-                socket.pending =
-                    (0..value.len() / 4).filter_map(|i| u32_at(value, 4 * i)).map(u64::from).collect()
-            }
-            4 => (socket.rqueue, socket.wqueue) = (u32_at(value, 0)?, u32_at(value, 4)?),
-            6 => socket.shutdown = *value.first()?,
-            _ => {}
-        }
-        attributes = attributes.get(len.next_multiple_of(4)..).unwrap_or_default();
-    }
-    Some(socket)
-}
-
 /// A socket's inode from `socket:[ID]`, `unix[ID]` or the bare number.
 #[must_use]
 pub fn parse_id(text: &str) -> Option<SocketId> {
@@ -524,24 +399,13 @@ pub fn parse_id(text: &str) -> Option<SocketId> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use nix::sys::socket::{ControlMessage, sendmsg, socketpair};
-    use std::io::IoSlice;
+    use nix::sys::socket::{
+        AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, sendmsg, socketpair,
+    };
+    use std::{io::IoSlice, os::fd::AsFd};
 
     fn pair(kind: SockType) -> (OwnedFd, OwnedFd) {
         socketpair(AddressFamily::Unix, kind, None, SockFlag::SOCK_CLOEXEC).unwrap()
-    }
-
-    fn inode(fd: &OwnedFd) -> u64 {
-        nix::sys::stat::fstat(fd).unwrap().st_ino
-    }
-
-    #[test]
-    fn dump_finds_a_pair_and_its_queue() {
-        let (a, b) = pair(SockType::Stream);
-        nix::unistd::write(&a, b"four").unwrap();
-        let all = unix_sockets().unwrap();
-        let of_b = all.iter().find(|s| s.id == inode(&b)).unwrap();
-        assert_eq!((of_b.peer, of_b.rqueue, of_b.state), (Some(inode(&a)), 4, 1));
     }
 
     #[test]
@@ -616,15 +480,5 @@ mod tests {
         for text in ["", "unix[", "unix[x]", "pipe:[1]", "-1"] {
             assert_eq!(parse_id(text), None, "{text}");
         }
-    }
-
-    #[test]
-    fn damaged_answers_are_errors() {
-        let mut sockets = Vec::new();
-        assert!(parse_dump(&[255, 0, 0, 0, 20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], &mut sockets).is_err());
-        assert!(
-            parse_dump(&[20, 0, 0, 0, 20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1], &mut sockets)
-                .is_err()
-        );
     }
 }

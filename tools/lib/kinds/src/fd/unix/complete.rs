@@ -17,8 +17,10 @@ use ckpt_proto::{
     },
 };
 use ckpt_sys::{
-    Pid, Refused, TargetFd, file, pidfd,
-    sock::{self, LentOption, UnixSocket, trim_path},
+    Pid, Refused, TargetFd,
+    diag::{SockDiag, UnixSocket},
+    file, pidfd,
+    sock::{self, LentOption, trim_path},
 };
 use nix::{
     poll::{PollFd, PollFlags, PollTimeout, poll},
@@ -77,7 +79,7 @@ pub(super) struct World {
 
 impl World {
     pub(super) fn read() -> anyhow::Result<Self> {
-        let sockets = sock::unix_sockets().context("enumerate unix sockets")?;
+        let sockets = SockDiag::here().and_then(|diag| diag.unix()).context("enumerate unix sockets")?;
         Ok(Self { sockets: sockets.into_iter().map(|s| (s.id, s)).collect(), holders: None })
     }
 
