@@ -6,7 +6,7 @@
 //! socket's peer may be one of them. Their place is before BULK, or the end.
 //!
 //! Which connections may lead outside is the user's to say, here and nowhere else. What
-//! is inside a socket is `ckpt_kinds::fd::unix`'s business.
+//! is inside a socket is the business of its family's module in `ckpt_kinds::fd`.
 
 use std::{
     collections::HashMap,
@@ -20,7 +20,10 @@ use anyhow::{Context, bail};
 use ckpt_cli::UsageError;
 use ckpt_hold::{Hold, HoldError};
 use ckpt_images::stage;
-use ckpt_kinds::fd::unix::{self, ExternalSocket, Queued, Say, SkOptions, list::Listed};
+use ckpt_kinds::fd::{
+    socket::{self, Completion, Queued, Say, SkOptions},
+    unix::{self, ExternalSocket, list::Listed},
+};
 use ckpt_proto::{
     Image, MAX_MESSAGE, Message,
     stream::{Frame, Reader, Writer},
@@ -189,7 +192,7 @@ impl Stage<'_> {
         };
         let say = Say { warn: &ckpt_cli::warn, note: &|text| ckpt_cli::note!(1, "{text}") };
         let net_ns = |pid: Pid| self.net_ns.get(&pid).copied();
-        unix::complete(&self.stubs, &net_ns, &options, say, writer)?;
+        socket::complete(&self.stubs, Completion { net_ns: &net_ns, options: &options, say }, writer)?;
         ckpt_cli::note!(1, "{} sockets completed", self.stubs.len());
         if let Some(hold) = self.hold.take() {
             hold.release();

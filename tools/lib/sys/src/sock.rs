@@ -39,6 +39,21 @@ pub fn set_option(fd: BorrowedFd<'_>, level: i32, name: i32, value: i32) -> Resu
     if ret < 0 { Err(SysError::last("setsockopt", format!("{} option {name}", on(fd)))) } else { Ok(()) }
 }
 
+/// The cookie of the network namespace of a socket: a number that no other namespace has since boot
+/// (`SO_NETNS_COOKIE`, Linux 5.14).
+///
+/// # Errors
+/// ENOTSOCK.
+pub fn net_namespace(fd: BorrowedFd<'_>) -> Result<u64, SysError> {
+    const SO_NETNS_COOKIE: i32 = 71;
+    let mut value = 0u64;
+    let mut len: libc::socklen_t = 8;
+    let (level, name) = (libc::SOL_SOCKET, SO_NETNS_COOKIE);
+    // SAFETY: the kernel writes at most `len` bytes, the size of `value`.
+    let ret = unsafe { libc::getsockopt(fd.as_raw_fd(), level, name, (&raw mut value).cast(), &raw mut len) };
+    if ret < 0 { Err(SysError::last("getsockopt(SO_NETNS_COOKIE)", on(fd))) } else { Ok(value) }
+}
+
 /// `SO_RCVTIMEO` or `SO_SNDTIMEO`: seconds and microseconds.
 ///
 /// # Errors

@@ -30,6 +30,7 @@ pub mod pipe;
 pub mod reg;
 pub mod restore;
 pub mod signalfd;
+pub mod socket;
 #[cfg(test)]
 mod tests;
 pub mod timerfd;

@@ -35,7 +35,8 @@ use nix::{
 
 use super::{
     DumpOptions, External, FileTable, OpenFiles, RestoreOptions,
-    unix::{self, ExternalSocket, Queued, Say, SkOptions},
+    socket::{self, Completion, Queued, Say, SkOptions},
+    unix::ExternalSocket,
 };
 
 fn own_pid() -> Pid {
@@ -87,7 +88,9 @@ impl Dump {
         table.add_descriptors(own_pid(), "test", 2, fds, &mut sink)?;
         table.finish(&mut sink)?;
         let stubs = std::mem::take(&mut sink.stubs);
-        unix::complete(&stubs, &|_| Some(2), &self.sockets, Say { warn: &warned, note: &|_| () }, &mut sink)?;
+        let say = Say { warn: &warned, note: &|_| () };
+        let completion = Completion { net_ns: &|_| Some(2), options: &self.sockets, say };
+        socket::complete(&stubs, completion, &mut sink)?;
         let mut stream = sink.writer.end()?;
         stream.rewind()?;
         Ok(ImageSet::from_stream(stream)?)

@@ -3,7 +3,7 @@
 use std::{
     collections::{BTreeMap, HashMap},
     os::{
-        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+        fd::{AsFd, AsRawFd, BorrowedFd},
         unix::fs::MetadataExt,
     },
 };
@@ -13,13 +13,13 @@ use ckpt_proto::{
     Image,
     types::{
         ExternalSocket as ExternalEntry, FdTypes, FileEntry, FilePermsEntry, SkOptsEntry, SkPacketEntry,
-        SkShutdown, SocketStub, UnixSkEntry, external_socket::PolicyKind,
+        SkShutdown, UnixSkEntry, external_socket::PolicyKind,
     },
 };
 use ckpt_sys::{
     Pid, Refused, TargetFd,
     diag::{SockDiag, UnixSocket},
-    file, pidfd,
+    file,
     sock::{self, LentOption, trim_path},
 };
 use nix::{
@@ -27,45 +27,18 @@ use nix::{
     sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, socketpair},
 };
 
-use super::{CLOSE, EXTERNAL, ExternalSocket, LISTEN, kind_name, shown};
+use super::{CLOSE, EXTERNAL, LISTEN, kind_name, shown};
 use crate::{
     Sink,
-    fd::dump::{comm, find_holders, kernel_dev, path},
+    fd::{
+        dump::{find_holders, kernel_dev, path},
+        socket::{self, Completion, Queued, Say, SkOptions},
+    },
     sink::emit,
 };
 
 /// Bytes of a stream in one queue entry.
 const STREAM_PIECE: usize = 1 << 15;
-
-/// What to do with what an external connection has received and not read.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum Queued {
-    /// Refuse.
-    #[default]
-    Refuse,
-    /// Leave it out of the checkpoint.
-    Drop,
-    /// Store it; whoever restores has to decide.
-    Keep,
-}
-
-/// What the user allowed.
-#[derive(Debug, Clone, Default)]
-pub struct SkOptions {
-    /// Connections that lead outside.
-    pub external: Vec<ExternalSocket>,
-    /// Bytes waiting in these.
-    pub queued: Queued,
-}
-
-/// Where messages for the user go.
-#[derive(Clone, Copy)]
-pub struct Say<'a> {
-    /// What they have to know.
-    pub warn: &'a dyn Fn(&str),
-    /// What they are told if they ask.
-    pub note: &'a dyn Fn(&str),
-}
 
 /// Who holds a socket: pid, command, descriptor.
 pub(super) type Holder = (Pid, String, TargetFd);
@@ -107,11 +80,15 @@ impl World {
 
 /// One socket of the tree.
 struct Socket<'a> {
-    file_id: u32,
-    stub: &'a SocketStub,
+    open: socket::Socket<'a>,
     diag: UnixSocket,
-    copy: OwnedFd,
-    subject: String,
+}
+
+impl<'a> std::ops::Deref for Socket<'a> {
+    type Target = socket::Socket<'a>;
+    fn deref(&self) -> &Self::Target {
+        &self.open
+    }
 }
 
 impl Socket<'_> {
@@ -120,27 +97,32 @@ impl Socket<'_> {
     }
 
     fn refuse(&self, reason: impl std::fmt::Display) -> Refused {
-        Refused::new(self.subject.clone(), format!("{}: {reason}", self.what()))
+        self.open.refuse(&self.what(), reason)
     }
 }
 
-/// Replaces `stubs` by full entries, and adds what is queued. `net_ns` tells the number of a
-/// process's network namespace in the images.
+/// Emits the entries of unix sockets, and what is queued.
 ///
 /// # Errors
 /// [`Refused`] for what can't be checkpointed or needs the user's word; the sink's.
 pub fn complete(
-    stubs: &[FileEntry],
-    net_ns: &dyn Fn(Pid) -> Option<u32>,
-    options: &SkOptions,
-    say: Say<'_>,
+    open: Vec<socket::Socket<'_>>,
+    completion: Completion<'_>,
     sink: &mut dyn Sink,
 ) -> anyhow::Result<()> {
-    if stubs.is_empty() && options.external.is_empty() {
+    let Completion { net_ns, options, say } = completion;
+    if open.is_empty() && options.external.is_empty() {
         return Ok(());
     }
     let mut world = World::read()?;
-    let sockets = open(stubs, &world)?;
+    let mut sockets = BTreeMap::new();
+    for open in open {
+        let ino = open.stub.ino;
+        let diag = world.sockets.get(&ino).cloned();
+        let diag =
+            diag.with_context(|| format!("{}: the kernel does not list socket {ino}", open.subject))?;
+        sockets.insert(ino, Socket { open, diag });
+    }
     check_ids(options, &sockets)?;
     let mut queues = Vec::new();
     for socket in sockets.values() {
@@ -148,7 +130,7 @@ pub fn complete(
         check_backlog(socket, &sockets, say)?;
         let is_external = external.is_some();
         let keep_queue = !is_external || keep_external_queue(socket, options.queued, say.warn)?;
-        let entry = entry(socket, external, net_ns(pid_of(socket.stub)?))?;
+        let entry = entry(socket, external, net_ns(socket.pid()))?;
         emit(sink, Image::Files, 0, &entry)?;
         if keep_queue && socket.diag.state != LISTEN {
             let messages = peek_queue(socket)?;
@@ -173,40 +155,6 @@ pub fn complete(
         }
     }
     Ok(())
-}
-
-fn pid_of(stub: &SocketStub) -> anyhow::Result<Pid> {
-    i32::try_from(stub.pid).map(Pid).context("a socket's pid")
-}
-
-/// Copies the descriptors of all stubs; by inode.
-fn open<'a>(stubs: &'a [FileEntry], world: &World) -> anyhow::Result<BTreeMap<u64, Socket<'a>>> {
-    let mut tasks: HashMap<Pid, (OwnedFd, String)> = HashMap::new();
-    let mut sockets = BTreeMap::new();
-    for entry in stubs {
-        let Some(stub) = &entry.ckpt_stub else { continue };
-        let pid = pid_of(stub)?;
-        let fd = TargetFd(i32::try_from(stub.fd).context("a socket's descriptor")?);
-        let (task, comm) = match tasks.entry(pid) {
-            std::collections::hash_map::Entry::Occupied(known) => known.into_mut(),
-            std::collections::hash_map::Entry::Vacant(new) => new.insert((pidfd::open(pid)?, comm(pid))),
-        };
-        let subject = format!("pid {pid} ({comm}) fd {fd}");
-        if entry.r#type() != FdTypes::Unixsk {
-            let reason = format!("socket {}: only unix sockets are supported yet", stub.ino);
-            return Err(Refused::new(subject, reason).into());
-        }
-        let copy = pidfd::getfd(task.as_fd(), fd).with_context(|| subject.clone())?;
-        let inode = nix::sys::stat::fstat(&copy).context("fstat")?.st_ino;
-        if inode != stub.ino {
-            bail!("{subject}: is socket {inode} now, the stream says {}: the tree is not frozen", stub.ino);
-        }
-        let diag = world.sockets.get(&inode).cloned().ok_or_else(|| {
-            Refused::new(subject.clone(), format!("unix socket {inode} is not in this network namespace"))
-        })?;
-        sockets.insert(inode, Socket { file_id: entry.id, stub, diag, copy, subject });
-    }
-    Ok(sockets)
 }
 
 /// IDs that the user gave must exist.
@@ -429,7 +377,7 @@ fn entry(
     external: Option<ExternalEntry>,
     ns_id: Option<u32>,
 ) -> anyhow::Result<FileEntry> {
-    let Socket { stub, diag, .. } = socket;
+    let (stub, diag) = (socket.stub, &socket.diag);
     let fits =
         |n: u64| u32::try_from(n).map_err(|_| socket.refuse("an inode that does not fit into the images"));
     let (file_perms, name_dir, deleted) = socket_file(socket)?;

@@ -1,8 +1,6 @@
 //! Unix sockets (unix(7)).
 //!
-//! ckpt-scan only notes that there is a socket ([`dump`] makes a *stub*); ckpt-sk completes the stubs
-//! ([`complete`]), because that is where policy is decided: which connections lead outside, and what
-//! becomes of them. ckpt-restore makes them again ([`restore`]).
+//! ckpt-sk completes them ([`complete`]; see [`super::socket`]), ckpt-restore makes them again ([`restore`]).
 //!
 //! **What the kernel tells.** One sock_diag(7) dump has state, names, peers and queue lengths of all
 //! sockets. Options come from getsockopt(2) on a copy of the descriptor, and queues by MSG_PEEK, which
@@ -24,16 +22,13 @@ pub mod complete;
 pub mod list;
 mod restore;
 
-use std::os::fd::AsFd;
-
-use anyhow::Context;
-use ckpt_proto::types::{FdTypes, FileEntry, SocketStub};
+use ckpt_proto::types::{FdTypes, FileEntry};
 use ckpt_sys::{FileId, SocketId, sock};
 
-use super::{Descriptor, FileTable};
+use super::{Descriptor, FileTable, socket};
 use crate::Sink;
 
-pub use complete::{Queued, Say, SkOptions, complete};
+pub(super) use complete::complete;
 pub(super) use restore::restore;
 
 /// `state`: connected, or a datagram socket with a default peer.
@@ -109,29 +104,13 @@ pub(super) fn recognise(d: &Descriptor) -> bool {
     d.domain() == Some(libc::AF_UNIX)
 }
 
-/// ckpt-scan's part: a stub, which ckpt-sk completes.
 pub(super) fn dump(
     _: &mut FileTable,
     d: &Descriptor,
     id: FileId,
     _: &mut dyn Sink,
 ) -> anyhow::Result<Option<FileEntry>> {
-    let option = |name| -> anyhow::Result<u32> {
-        let value = sock::option(d.copy.as_fd(), libc::SOL_SOCKET, name).with_context(|| d.subject())?;
-        Ok(value.unsigned_abs())
-    };
-    let stub = SocketStub {
-        pid: d.pid.0.unsigned_abs(),
-        fd: d.fd.0.unsigned_abs(),
-        ino: d.stat.st_ino,
-        domain: option(libc::SO_DOMAIN)?,
-        r#type: option(libc::SO_TYPE)?,
-        protocol: option(libc::SO_PROTOCOL)?,
-        flags: d.flags(),
-        fown: d.fown()?,
-    };
-    let kind = FdTypes::Unixsk.into();
-    Ok(Some(FileEntry { r#type: kind, id: id.0, ckpt_stub: Some(stub), ..FileEntry::default() }))
+    socket::dump(d, id, FdTypes::Unixsk)
 }
 
 #[cfg(test)]

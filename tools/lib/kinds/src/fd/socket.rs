@@ -1,0 +1,192 @@
+//! Sockets of all families: what they share on their way into the images.
+//!
+//! ckpt-scan only notes that there is a socket ([`dump`] makes a *stub*); ckpt-sk completes the stubs
+//! ([`complete`]), because that is where policy is decided: which connections lead outside, what becomes of
+//! them and of what they have received. It looks at each socket through a copy of its own
+//! (pidfd_getfd(2)). [`FAMILIES`] says who completes which; the families' own modules make the sockets
+//! again at restore, by the rows of [`super::KINDS`].
+
+use std::{
+    collections::{HashMap, hash_map::Entry},
+    os::fd::{AsFd, OwnedFd},
+};
+
+use anyhow::{Context, bail};
+use ckpt_proto::types::{FdTypes, FileEntry, SocketStub};
+use ckpt_sys::{FileId, Pid, Refused, TargetFd, pidfd, sock};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+
+use super::{Descriptor, dump::comm, unix};
+use crate::Sink;
+
+/// What to do with what an external connection has received and not read.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Queued {
+    /// Refuse.
+    #[default]
+    Refuse,
+    /// Leave it out of the checkpoint.
+    Drop,
+    /// Store it; whoever restores has to decide.
+    Keep,
+}
+
+/// What the user allowed.
+#[derive(Debug, Clone, Default)]
+pub struct SkOptions {
+    /// Connections that lead outside.
+    pub external: Vec<unix::ExternalSocket>,
+    /// Bytes waiting in these.
+    pub queued: Queued,
+}
+
+/// Where messages for the user go.
+#[derive(Clone, Copy)]
+pub struct Say<'a> {
+    /// What they have to know.
+    pub warn: &'a dyn Fn(&str),
+    /// What they are told if they ask.
+    pub note: &'a dyn Fn(&str),
+}
+
+/// What every family is told when its sockets are completed.
+#[derive(Clone, Copy)]
+pub struct Completion<'a> {
+    /// The number of a process's network namespace in the images.
+    pub net_ns: &'a dyn Fn(Pid) -> Option<u32>,
+    /// What the user allowed.
+    pub options: &'a SkOptions,
+    /// Messages.
+    pub say: Say<'a>,
+}
+
+/// One socket of the frozen tree.
+#[derive(Debug)]
+pub struct Socket<'a> {
+    /// Its number in FILES.
+    pub file_id: u32,
+    /// Where it was found.
+    pub stub: &'a SocketStub,
+    /// A copy: the same open file.
+    pub copy: OwnedFd,
+    /// How messages call it: pid, command, descriptor.
+    pub subject: String,
+}
+
+impl Socket<'_> {
+    /// Who has it open.
+    #[must_use]
+    pub fn pid(&self) -> Pid {
+        Pid(self.stub.pid.cast_signed())
+    }
+
+    /// A refusal of it; `what` is its kind and inode.
+    pub fn refuse(&self, what: &str, reason: impl std::fmt::Display) -> Refused {
+        Refused::new(self.subject.clone(), format!("{what}: {reason}"))
+    }
+
+    /// Its inode, which has 32 bits in the images.
+    ///
+    /// # Errors
+    /// [`Refused`] if it has more.
+    pub fn ino(&self) -> anyhow::Result<u32> {
+        let fits = u32::try_from(self.stub.ino).ok();
+        Ok(fits.ok_or_else(|| self.refuse("socket", "its inode number does not fit into the images"))?)
+    }
+}
+
+/// Sockets that one module completes.
+struct Family {
+    wants: fn(&SocketStub) -> bool,
+    /// Emits their entries, and what is queued in them. Called even if there are none, for
+    /// options that name one.
+    complete: fn(Vec<Socket<'_>>, Completion<'_>, &mut dyn Sink) -> anyhow::Result<()>,
+}
+
+/// Who completes which sockets; the first row that wants one has it.
+const FAMILIES: &[Family] = &[Family { wants: |s| is(s, libc::AF_UNIX), complete: unix::complete }];
+
+fn is(stub: &SocketStub, domain: i32) -> bool {
+    stub.domain == domain.unsigned_abs()
+}
+
+/// ckpt-scan's part: a stub, which ckpt-sk completes.
+pub(super) fn dump(d: &Descriptor, id: FileId, kind: FdTypes) -> anyhow::Result<Option<FileEntry>> {
+    let option = |name| -> anyhow::Result<u32> {
+        let value = sock::option(d.copy.as_fd(), libc::SOL_SOCKET, name).with_context(|| d.subject())?;
+        Ok(value.unsigned_abs())
+    };
+    let stub = SocketStub {
+        pid: d.pid.0.unsigned_abs(),
+        fd: d.fd.0.unsigned_abs(),
+        ino: d.stat.st_ino,
+        domain: option(libc::SO_DOMAIN)?,
+        r#type: option(libc::SO_TYPE)?,
+        protocol: option(libc::SO_PROTOCOL)?,
+        flags: d.flags(),
+        fown: d.fown()?,
+    };
+    Ok(Some(FileEntry { r#type: kind.into(), id: id.0, ckpt_stub: Some(stub), ..FileEntry::default() }))
+}
+
+/// Replaces `stubs` by full entries, and adds what is queued.
+///
+/// # Errors
+/// [`Refused`] for what can't be checkpointed or needs the user's word; the sink's.
+pub fn complete(stubs: &[FileEntry], completion: Completion<'_>, sink: &mut dyn Sink) -> anyhow::Result<()> {
+    let mut families: Vec<Vec<Socket<'_>>> = FAMILIES.iter().map(|_| Vec::new()).collect();
+    for socket in open(stubs)? {
+        let row = FAMILIES.iter().position(|family| (family.wants)(socket.stub));
+        let Some(family) = row.and_then(|row| families.get_mut(row)) else {
+            let what = format!("socket {}", socket.stub.ino);
+            return Err(socket.refuse(&what, "sockets of this family are not supported").into());
+        };
+        family.push(socket);
+    }
+    for (family, sockets) in FAMILIES.iter().zip(families) {
+        (family.complete)(sockets, completion, sink)?;
+    }
+    Ok(())
+}
+
+/// Copies the descriptors of all stubs.
+fn open(stubs: &[FileEntry]) -> anyhow::Result<Vec<Socket<'_>>> {
+    let mut tasks: HashMap<Pid, (OwnedFd, String)> = HashMap::new();
+    let mut sockets = Vec::new();
+    let mut here = None;
+    for entry in stubs {
+        let Some(stub) = &entry.ckpt_stub else { continue };
+        let pid = Pid(i32::try_from(stub.pid).context("a socket's pid")?);
+        let fd = TargetFd(i32::try_from(stub.fd).context("a socket's descriptor")?);
+        let (task, comm) = match tasks.entry(pid) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(new) => new.insert((pidfd::open(pid)?, comm(pid))),
+        };
+        let subject = format!("pid {pid} ({comm}) fd {fd}");
+        let copy = pidfd::getfd(task.as_fd(), fd).with_context(|| subject.clone())?;
+        let inode = nix::sys::stat::fstat(&copy).context("fstat")?.st_ino;
+        if inode != stub.ino {
+            bail!("{subject}: is socket {inode} now, the stream says {}: the tree is not frozen", stub.ino);
+        }
+        let socket = Socket { file_id: entry.id, stub, copy, subject };
+        let own = match here {
+            Some(cookie) => cookie,
+            None => *here.insert(own_namespace()?),
+        };
+        if sock::net_namespace(socket.copy.as_fd())? != own {
+            let what = format!("socket {inode}");
+            let reason = "it is in another network namespace than the tools";
+            let advice = format!("run the tools in that of the process: nsenter -n -t {pid} ...");
+            return Err(socket.refuse(&what, reason).advise(advice).into());
+        }
+        sockets.push(socket);
+    }
+    Ok(sockets)
+}
+
+/// The cookie of this process's network namespace.
+fn own_namespace() -> anyhow::Result<u64> {
+    let probe =
+        socket(AddressFamily::Unix, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None).context("socket")?;
+    Ok(sock::net_namespace(probe.as_fd())?)
+}
