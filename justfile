@@ -37,8 +37,8 @@ ci: lint man test
 # The same by the name that style guides use.
 check: ci
 
-# 1 GiB of incompressible pages: dump and restore, each as a ratio to cp of the same bytes.
-bench MIB="1024": setup
+# Benchmarks, each as a ratio to its yardstick: all of them, or one by NAME and with SIZE (`just bench pages 256`).
+bench *ARGS: setup
     cargo build --quiet --release --bins
     @cargo build --quiet --release -p ckpt-tests --bin bench
-    @CKPT_BIN_DIR="{{ target }}/release" "{{ target }}/release/bench" {{ MIB }}
+    @CKPT_BIN_DIR="{{ target }}/release" "{{ target }}/release/bench" {{ ARGS }}

@@ -1,0 +1,137 @@
+//! What benchmarks share.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    io::Write,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    time::Duration,
+};
+
+use ckpt_tests::{process, tool};
+
+/// Rounds that count. Benchmarks run one more before, which warms up what [`warm_up`] does not.
+pub const ROUNDS: usize = 5;
+
+/// A directory on tmpfs, removed with all that is in it when this is dropped.
+pub struct Tmpfs(pub PathBuf);
+
+impl Tmpfs {
+    pub fn new() -> Self {
+        // tmpfs is what /dev/shm is everywhere that this is likely to run.
+        let dir = PathBuf::from("/dev/shm").join(format!("ckpt-bench-{}", std::process::id()));
+        fs::create_dir_all(&dir).expect("make a directory on tmpfs");
+        Self(dir)
+    }
+
+    pub fn join(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+}
+
+impl Drop for Tmpfs {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// Touches `bytes` of memory as a file in `dir` and gives it back: the first touch of memory that a virtual machine has
+/// not used yet costs many times a normal page fault.
+pub fn warm_up(dir: &Path, bytes: u64) {
+    eprintln!("warming up: touching {} MiB", bytes >> 20);
+    let path = dir.join("warm-up");
+    let mut file = fs::File::create(&path).expect("make a file on tmpfs");
+    let block = vec![0x5a_u8; 4 << 20];
+    for _ in 0..bytes / (4 << 20) {
+        file.write_all(&block).expect("tmpfs has room for what the benchmark needs");
+    }
+    drop(file);
+    fs::remove_file(&path).expect("remove the warm-up file");
+}
+
+/// Peak memory (VmHWM, KiB) of tools by name.
+pub type Peaks = BTreeMap<String, u64>;
+
+/// A pipeline of tools, the first word of each stage being the tool's name; the output of the last is dropped.
+pub fn pipeline(stages: &[&[&str]], peaks: &mut Peaks) {
+    let mut running: Vec<(String, Child)> = Vec::new();
+    for (index, stage) in stages.iter().enumerate() {
+        let (name, args) = stage.split_first().expect("a stage has a name");
+        let input = match running.last_mut() {
+            Some((_, before)) => Stdio::from(before.stdout.take().expect("a pipe")),
+            None => Stdio::null(),
+        };
+        let last = index + 1 == stages.len();
+        let output = if last { Stdio::null() } else { Stdio::piped() };
+        let child = Command::new(tool(name)).args(args).stdin(input).stdout(output).spawn();
+        running.push(((*name).to_owned(), child.unwrap_or_else(|e| panic!("start {name}: {e}"))));
+    }
+    watch(running, peaks);
+}
+
+/// Waits for the stages of a pipeline, watching each one's peak memory.
+pub fn watch(mut stages: Vec<(String, Child)>, peaks: &mut Peaks) {
+    let mut left = stages.len();
+    let mut ended = vec![false; left];
+    while left > 0 {
+        for (index, (name, child)) in stages.iter_mut().enumerate() {
+            if ended[index] {
+                continue;
+            }
+            let status = process::text(i32::try_from(child.id()).expect("a pid"), "status");
+            let exe_is_tool = status.starts_with(&format!("Name:\t{name}"));
+            let hwm = status
+                .lines()
+                .find_map(|l| l.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB")?.parse::<u64>().ok());
+            if let (true, Some(kib)) = (exe_is_tool, hwm) {
+                let peak = peaks.entry(name.clone()).or_default();
+                *peak = (*peak).max(kib);
+            }
+            if let Some(status) = child.try_wait().expect("wait for a stage") {
+                assert!(status.success(), "{name}: {status}");
+                ended[index] = true;
+                left -= 1;
+            }
+        }
+        std::thread::sleep(Duration::from_micros(300));
+    }
+}
+
+pub fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+fn verdict(met: bool) -> &'static str {
+    if met { "met" } else { "MISSED" }
+}
+
+/// The row of what all others are measured by.
+pub fn yardstick(name: &str, seconds: &[f64]) {
+    println!("{name:<22}{:>9.3} s{:>9.2} x", median(seconds.to_vec()), 1.0);
+}
+
+/// A row: the median time, its ratio to the yardstick of the same round, and whether that is within `target`.
+pub fn ratio(name: &str, seconds: &[f64], yardstick: &[f64], target: f64) {
+    let ratios: Vec<f64> = seconds.iter().zip(yardstick).map(|(t, y)| t / y).collect();
+    let ratio = median(ratios.clone());
+    let (low, high) = ratios.iter().fold((f64::MAX, 0.0_f64), |(l, h), &r| (l.min(r), h.max(r)));
+    println!(
+        "{name:<22}{:>9.3} s{ratio:>9.2} x  ({low:.2} to {high:.2}){:>15}",
+        median(seconds.to_vec()),
+        format!("<= {target} {}", verdict(ratio <= target))
+    );
+}
+
+/// Rows of peak memory, each with whether it is below `target` MiB.
+pub fn peak_rows(peaks: &Peaks, target: u64) {
+    for (name, kib) in peaks {
+        println!(
+            "{:<22}{:>9.1} MiB{:>40}",
+            format!("peak of {name}"),
+            f64::from(u32::try_from(*kib).unwrap_or(u32::MAX)) / 1024.0,
+            format!("< {target} {}", verdict(*kib < target << 10))
+        );
+    }
+}

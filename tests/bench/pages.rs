@@ -1,0 +1,104 @@
+//! What a checkpoint and a restore cost, next to `cp` of the same bytes.
+//!
+//! One process with incompressible 4 KiB pages is dumped to tmpfs and restored from it, a few times over. Each round
+//! measures its own yardstick, `cp` of the pages' file within the same tmpfs, so that a machine that is busy or has slow
+//! memory shows in both.
+//!
+//! The freeze is what the program itself feels: the longest time for which a thread of it that does nothing but look at
+//! the clock did not get to run. Peak memory is each tool's VmHWM, read until it ends.
+
+use std::{
+    fs,
+    io::Write,
+    path::PathBuf,
+    process::{Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use ckpt_tests::{Target, process, tool};
+
+use crate::harness::{self, Peaks, ROUNDS, Tmpfs};
+
+pub fn run(mib: u64) {
+    let dir = Tmpfs::new();
+    harness::warm_up(&dir.0, (mib * 4) << 20);
+
+    let gap = dir.join("gap");
+    let target = Target::start_with("memory_hog", &["-", &mib.to_string(), gap.to_str().expect("a path")]);
+    let pids = process::tree(target.pid);
+    let felt = || u64::from_ne_bytes(fs::read(&gap).expect("read the gap").try_into().expect("eight bytes"));
+    let forget = || {
+        fs::OpenOptions::new()
+            .write(true)
+            .open(&gap)
+            .and_then(|mut f| f.write_all(&0_u64.to_ne_bytes()))
+            .expect("reset the gap")
+    };
+
+    let (mut cps, mut totals, mut freezes, mut restores) = (vec![], vec![], vec![], vec![]);
+    let mut peaks = Peaks::new();
+    let mut bytes = 0;
+    for round in 0..=ROUNDS {
+        let images = dir.join("img");
+        let images_arg = images.to_str().expect("a path");
+        forget();
+        let start = Instant::now();
+        let pid = target.pid.to_string();
+        harness::pipeline(
+            &[&["ckpt-scan", "-t", &pid], &["ckpt-sk"], &["ckpt-write", images_arg]],
+            &mut peaks,
+        );
+        let total = start.elapsed();
+        let freeze = Duration::from_micros(felt());
+
+        let pages = fs::read_dir(&images).expect("list images").flatten().map(|f| f.path());
+        let pages: Vec<PathBuf> = pages
+            .filter(|p| p.file_name().is_some_and(|n| n.to_string_lossy().starts_with("pages-")))
+            .collect();
+        bytes = pages.iter().map(|p| p.metadata().map_or(0, |m| m.len())).sum();
+        let copy = dir.join("copy");
+        fs::create_dir(&copy).expect("make a directory");
+        let start = Instant::now();
+        let status = Command::new("cp").args(&pages).arg(&copy).status().expect("run cp");
+        let cp = start.elapsed();
+        assert!(status.success(), "cp: {status}");
+        fs::remove_dir_all(&copy).expect("remove the copy");
+
+        target.end();
+        process::wait_free(&pids);
+        let start = Instant::now();
+        let restore = Command::new(tool("ckpt-restore"))
+            .arg("--detach")
+            .arg(&images)
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("start ckpt-restore");
+        harness::watch(vec![("ckpt-restore".to_owned(), restore)], &mut peaks);
+        let restored = start.elapsed();
+        target.passes("the restored one");
+        fs::remove_dir_all(&images).expect("remove the images");
+
+        // The first round warms caches up that the files did not.
+        if round > 0 {
+            cps.push(cp.as_secs_f64());
+            totals.push(total.as_secs_f64());
+            freezes.push(freeze.as_secs_f64());
+            restores.push(restored.as_secs_f64());
+        }
+        eprintln!(
+            "round {round}: cp {cp:.3?}, dump {total:.3?}, frozen {freeze:.3?}, restore {restored:.3?}"
+        );
+    }
+    target.end();
+    drop(target);
+
+    println!(
+        "{} MiB of pages, medians of {ROUNDS} rounds on tmpfs, each round against its own cp",
+        bytes >> 20
+    );
+    harness::yardstick("cp", &cps);
+    harness::ratio("dump, total", &totals, &cps, 1.3);
+    harness::ratio("dump, frozen", &freezes, &cps, 1.3);
+    harness::ratio("restore", &restores, &cps, 1.3);
+    harness::peak_rows(&peaks, 64);
+}
