@@ -2,18 +2,18 @@
 //!
 //! All entries with their contents come first, then BULK, then the pages, which splice(2) moves straight
 //! from the files. So every stage behind sees the whole checkpoint before the first page, and
-//! `ckpt-restore` can place each page where it belongs as it comes.
+//! `ckpt-restore` can place each page where it belongs as it comes. An increment becomes a full checkpoint:
+//! its pages come from whichever directory of the chain has them (see [`ckpt_images::chain`]).
 
-use std::{fs::File, os::fd::AsFd, path::PathBuf};
+use std::{collections::BTreeMap, fs::File, os::fd::AsFd, path::PathBuf};
 
 use anyhow::Context;
-use ckpt_images::{ImageError, ImageSet, Place, stage};
+use ckpt_images::{ImageError, ImageSet, PageRun, Place, stage};
 use ckpt_proto::{
-    Image, Payload,
+    Image, Message, Payload,
     stream::Writer,
-    types::{CoreEntry, Hello, PstreeEntry, core_entry::March},
+    types::{CoreEntry, Hello, InventoryEntry, PstreeEntry, core_entry::March},
 };
-use ckpt_sys::Refused;
 use clap::{CommandFactory, Parser};
 use nix::unistd::{SysconfVar, sysconf};
 
@@ -49,8 +49,12 @@ pub fn command() -> clap::Command {
 pub fn run(args: &Args, output: File) -> anyhow::Result<()> {
     ckpt_cli::not_a_terminal(&output, "standard output")?;
     stage::grow_pipe(output.as_fd());
-    let set = ImageSet::from_dir(&args.dir).with_context(|| args.dir.display().to_string())?;
-    refuse_increment(&set).with_context(|| args.dir.display().to_string())?;
+    let set = ImageSet::from_chain(&args.dir).with_context(|| args.dir.display().to_string())?;
+    // Pages of an increment are gathered from several files, whose checksums cover the whole of each.
+    if set.is_increment() {
+        set.verify_pages()?;
+    }
+    let (whole, gathered) = sources(&set)?;
     let mut out = Writer::open(output, hello(&set)?).context("write the stream")?;
     let images: Vec<_> = set.images().filter(|&(image, _)| image != Image::CkptManifest).collect();
     for &(image, arg) in images.iter().filter(|(image, _)| *image != Image::Pages) {
@@ -59,19 +63,41 @@ pub fn run(args: &Args, output: File) -> anyhow::Result<()> {
             return Err(error);
         }
     }
-    let pages: Vec<u64> = set.args(Image::Pages);
-    for &id in pages.iter().filter(|&&id| set.pages(id).is_none_or(|place| place.len == 0)) {
+    let empty = whole.iter().filter(|&&id| set.pages(id).is_none_or(|place| place.len == 0));
+    for &id in empty.chain(gathered.iter().filter(|(_, runs)| runs.is_empty()).map(|(id, _)| id)) {
         out.data_header(Image::Pages.name(), id, 0).context("write the stream")?;
     }
     out.bulk().context("write the stream")?;
-    let places: Vec<_> = pages.iter().filter_map(|&id| Some((id, set.pages(id)?))).collect();
-    let mut progress =
-        ckpt_cli::Progress::new("reading", Some(places.iter().map(|(_, place)| place.len).sum()));
+    let places: Vec<_> = whole.iter().filter_map(|&id| Some((id, set.pages(id)?))).collect();
+    let total = places.iter().map(|(_, place)| place.len).sum::<u64>()
+        + gathered.values().flatten().map(|run| run.len).sum::<u64>();
+    let mut progress = ckpt_cli::Progress::new("reading", Some(total));
     for (id, place) in places {
         stage::write_pages(&mut out, id, place, set.pages_sum(id), |n| progress.inc(n))?;
     }
+    for (&id, runs) in &gathered {
+        stage::write_runs(&mut out, id, &set, runs, |n| progress.inc(n))?;
+    }
     out.end().context("write the stream")?;
     Ok(())
+}
+
+/// Where pages come from: pages files to be written as they are, and those that are made of the pages of
+/// a chain.
+type Sources = (Vec<u64>, BTreeMap<u64, Vec<PageRun>>);
+
+fn sources(set: &ImageSet) -> anyhow::Result<Sources> {
+    let mut gathered = BTreeMap::new();
+    for image in [Image::Pagemap, Image::ShmemPagemap] {
+        for arg in set.args(image) {
+            let runs = set.page_runs(image, arg)?;
+            if runs.iter().any(|run| run.file.level > 0) {
+                gathered.insert(set.pagemap(image, arg)?.0, runs);
+            }
+        }
+    }
+    let whole = set.args(Image::Pages).into_iter().filter(|id| !gathered.contains_key(id)).collect();
+    Ok((whole, gathered))
 }
 
 /// Says what can be said without the tree.
@@ -97,30 +123,22 @@ fn hello(set: &ImageSet) -> anyhow::Result<Hello> {
     })
 }
 
-/// An increment is no checkpoint without its parents.
-fn refuse_increment(set: &ImageSet) -> anyhow::Result<()> {
-    for image in [Image::Pagemap, Image::ShmemPagemap] {
-        for arg in set.args(image) {
-            let (_, runs) = set.pagemap(image, arg)?;
-            let in_parent = runs
-                .iter()
-                .any(|run| run.in_parent.unwrap_or(false) || run.flags.is_some_and(|flags| flags & 1 != 0));
-            if in_parent {
-                let reason =
-                    "some pages are in the parent directory of an incremental chain, which can't be read yet";
-                return Err(Refused::new(image.file_name(arg), reason).into());
-            }
-        }
-    }
-    Ok(())
-}
-
 fn write_image(set: &ImageSet, out: &mut Writer<File>, image: Image, arg: u64) -> anyhow::Result<()> {
     let entries = set.entries(image, arg);
     if image.payload() == Payload::Raw {
         match set.payload(image, arg, 0) {
             Some(place) if place.len > 0 => return write_contents(out, image, arg, place),
             _ => return out.data_header(image.name(), arg, 0).context("write the stream"),
+        }
+    }
+    if matches!(image, Image::Pagemap | Image::ShmemPagemap) && set.is_increment() {
+        return write_pagemap(set, out, image, arg);
+    }
+    if image == Image::Inventory {
+        // Whoever has this stream needs no parent.
+        let mut inventory: InventoryEntry = set.one(image, arg)?;
+        if inventory.ckpt_parent_id.take().is_some() {
+            return out.entry(image, arg, &inventory.encode_to_vec()).context("write the stream");
         }
     }
     if entries.is_empty() {
@@ -132,6 +150,24 @@ fn write_image(set: &ImageSet, out: &mut Writer<File>, image: Image, arg: u64) -
         if let Some(place) = set.payload(image, arg, index) {
             write_contents(out, image, arg, place)?;
         }
+    }
+    Ok(())
+}
+
+/// The pagemap of an increment, as that of a full checkpoint.
+fn write_pagemap(set: &ImageSet, out: &mut Writer<File>, image: Image, arg: u64) -> anyhow::Result<()> {
+    let failed = "write the stream";
+    let head = set.entries(image, arg).first().with_context(|| image.file_name(arg))?;
+    out.entry(image, arg, head).context(failed)?;
+    let mut runs: Vec<PageRun> = Vec::new();
+    for run in set.page_runs(image, arg)? {
+        match runs.last_mut() {
+            Some(last) if last.addr + last.len == run.addr && last.lazy == run.lazy => last.len += run.len,
+            _ => runs.push(run),
+        }
+    }
+    for run in runs {
+        out.entry(image, arg, &run.pagemap_entry().encode_to_vec()).context(failed)?;
     }
     Ok(())
 }

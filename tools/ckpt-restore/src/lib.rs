@@ -163,7 +163,7 @@ pub fn main(args: Args) -> ExitCode {
 pub fn run(args: Args, input: File) -> anyhow::Result<u8> {
     let mut set = match args.dir.as_ref().or(args.images.as_ref()) {
         Some(dir) => {
-            let set = ImageSet::from_dir(dir)?;
+            let set = ImageSet::from_chain(dir)?;
             set.verify_pages()?;
             set
         }

@@ -213,8 +213,7 @@ impl Family {
                 segment.fill_from_set(set, files)?;
             }
             for (process, body) in bodies(tree) {
-                let Some(place) = body.space.pages.place(set)? else { continue };
-                let calls = body.space.read_calls(&place);
+                let calls = body.space.read_calls(set).with_context(|| process.name())?;
                 self.read_pages(process.pid, &calls, body.space.pages.bytes())
                     .with_context(|| process.name())?;
             }

@@ -88,10 +88,11 @@ impl Segment {
     /// # Errors
     /// Images, or the kernel.
     pub fn fill_from_set(&self, set: &ImageSet, files: &OpenFiles) -> anyhow::Result<()> {
-        let Some(place) = self.pages.place(set)? else { return Ok(()) };
+        self.pages.check_files(set)?;
         let memory = self.memory(files)?;
-        let mut from = i64::try_from(place.offset).context("offset of pages")?;
         for run in &self.pages.runs {
+            let place = set.pages_in(run.file).context("a pages file is missing")?;
+            let mut from = i64::try_from(place.offset + run.offset).context("offset of pages")?;
             let mut to = i64::try_from(run.addr).context("offset in shared memory")?;
             let mut left = run.len;
             let mut buffer = Vec::new();

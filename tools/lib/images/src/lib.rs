@@ -8,6 +8,7 @@
 //! Images are hostile input: every length is checked before it is believed, nothing outside the
 //! directory is opened, no symbolic link in it is followed, and what is kept in memory is limited.
 
+pub mod chain;
 mod error;
 mod set;
 pub mod stage;
@@ -18,6 +19,7 @@ use std::os::fd::BorrowedFd;
 
 use ckpt_proto::{Image, PayloadLen};
 
+pub use chain::{PageRun, PagesFile};
 pub use error::ImageError;
 pub use set::{ImageSet, MAX_MEMORY};
 pub use write::{Cleanup, DirWriter};

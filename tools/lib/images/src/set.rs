@@ -26,6 +26,7 @@ use xxhash_rust::xxh3::Xxh3Default;
 
 use crate::{
     ImageError, Order, Place,
+    chain::{Chain, PARENT, PagesFile},
     sums::{damaged, hash_range},
 };
 
@@ -56,10 +57,11 @@ struct Contents {
 pub struct ImageSet {
     hello: Option<Hello>,
     images: BTreeMap<(Image, u64), Contents>,
-    files: Vec<File>,
+    pub(crate) files: Vec<File>,
     bulk: Option<Reader<File>>,
     memory: u64,
     parent: bool,
+    pub(crate) chain: Chain,
 }
 
 impl ImageSet {
@@ -70,16 +72,52 @@ impl ImageSet {
     /// # Errors
     /// See [`ImageError`].
     pub fn from_dir(path: &Path) -> Result<Self, ImageError> {
+        Self::open_dir(path).map(|(set, _)| set)
+    }
+
+    /// Like [`Self::from_dir`], and follows `parent` links to the directories that hold pages which are
+    /// not here: then [`Self::page_runs`] tells of each page where it is.
+    ///
+    /// # Errors
+    /// See [`ImageError`]; pages that no directory of the chain has are one.
+    pub fn from_chain(path: &Path) -> Result<Self, ImageError> {
+        let (mut set, dir) = Self::open_dir(path)?;
+        set.resolve(dir, path)?;
+        Ok(set)
+    }
+
+    fn open_dir(path: &Path) -> Result<(Self, Dir), ImageError> {
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
         let mut dir = Dir::open(path, flags, Mode::empty())
             .map_err(ImageError::errno(path, "open the image directory"))?;
+        let set = Self::read_dir(&mut dir, path, &|_, _| true)?;
+        if set.images.is_empty() {
+            return Err(ImageError::Missing { file: path.join("inventory.img").display().to_string() });
+        }
+        Ok((set, dir))
+    }
+
+    /// Reads of a parent's directory what tells which pages it has, for the pagemaps that are `wanted`.
+    pub(crate) fn read_part(
+        dir: &mut Dir,
+        path: &Path,
+        wanted: &dyn Fn(Image, u64) -> bool,
+    ) -> Result<Self, ImageError> {
+        Self::read_dir(dir, path, &|image, arg| {
+            matches!(image, Image::Inventory | Image::CkptManifest) || wanted(image, arg)
+        })
+    }
+
+    fn read_dir(dir: &mut Dir, path: &Path, want: &dyn Fn(Image, u64) -> bool) -> Result<Self, ImageError> {
         let mut names = Vec::new();
         let mut parent = false;
         for entry in dir.iter() {
             let entry = entry.map_err(ImageError::errno(path, "read the image directory"))?;
             if let Ok(name) = entry.file_name().to_str() {
-                parent |= name == "parent";
-                if let Some((image, arg)) = Image::parse_file_name(name) {
+                parent |= name == PARENT;
+                if let Some((image, arg)) =
+                    Image::parse_file_name(name).filter(|&(image, arg)| want(image, arg))
+                {
                     names.push((image, arg));
                 }
             }
@@ -89,22 +127,25 @@ impl ImageSet {
         let mut sums = BTreeMap::new();
         for &(image, arg) in &names {
             let name = image.file_name(arg);
-            let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
-            let fd: OwnedFd = openat(&dir, name.as_str(), flags, Mode::empty())
-                .map_err(ImageError::errno(path.join(&name), "open"))?;
-            let input = File::from(fd);
-            let meta = input.metadata().map_err(ImageError::io(path.join(&name), "fstat"))?;
-            if !meta.is_file() {
-                return Err(ImageError::NotAFile { file: name });
-            }
-            let sum = set.read_file(image, arg, input, meta.len())?;
-            sums.insert(name, (meta.len(), sum, image));
+            let (input, len) = Self::open_image(dir, path, &name)?;
+            let sum = set.read_file(image, arg, input, len)?;
+            sums.insert(name, (len, sum, image));
         }
-        set.verify(&sums)?;
-        if set.images.is_empty() {
-            return Err(ImageError::Missing { file: path.join("inventory.img").display().to_string() });
-        }
+        set.verify(&sums, want)?;
         Ok(set)
+    }
+
+    /// Opens a file of a directory, and its length.
+    pub(crate) fn open_image(dir: &Dir, path: &Path, name: &str) -> Result<(File, u64), ImageError> {
+        let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
+        let fd: OwnedFd =
+            openat(dir, name, flags, Mode::empty()).map_err(ImageError::errno(path.join(name), "open"))?;
+        let input = File::from(fd);
+        let meta = input.metadata().map_err(ImageError::io(path.join(name), "fstat"))?;
+        if !meta.is_file() {
+            return Err(ImageError::NotAFile { file: name.to_owned() });
+        }
+        Ok((input, meta.len()))
     }
 
     /// A set of one image, read from `input`. Without its neighbours nothing but itself is checked.
@@ -167,7 +208,7 @@ impl ImageSet {
         Ok(hash.digest())
     }
 
-    fn keep(&mut self, file: File) -> usize {
+    pub(crate) fn keep(&mut self, file: File) -> usize {
         self.files.push(file);
         self.files.len() - 1
     }
@@ -185,7 +226,12 @@ impl ImageSet {
         Ok(())
     }
 
-    fn verify(&self, found: &BTreeMap<String, (u64, u64, Image)>) -> Result<(), ImageError> {
+    /// `want`: which images were looked for.
+    fn verify(
+        &self,
+        found: &BTreeMap<String, (u64, u64, Image)>,
+        want: &dyn Fn(Image, u64) -> bool,
+    ) -> Result<(), ImageError> {
         if !self.images.contains_key(&(Image::CkptManifest, 0)) {
             return Ok(());
         }
@@ -194,7 +240,8 @@ impl ImageSet {
         for entry in self.all::<ManifestEntry>(Image::CkptManifest, 0)? {
             listed.insert(entry.name.clone(), entry);
         }
-        for (name, entry) in &listed {
+        let wanted = |name: &str| Image::parse_file_name(name).is_none_or(|(image, arg)| want(image, arg));
+        for (name, entry) in listed.iter().filter(|(name, _)| wanted(name)) {
             let Some((size, sum, image)) = found.get(name) else {
                 return Err(bad(name, "the file is missing".to_owned()));
             };
@@ -227,9 +274,12 @@ impl ImageSet {
     /// # Errors
     /// They differ, or can't be read.
     pub fn verify_pages(&self) -> Result<(), ImageError> {
-        for id in self.args(Image::Pages) {
-            let (Some(expected), Some(place)) = (self.pages_sum(id), self.pages(id)) else { continue };
-            let name = Image::Pages.file_name(id);
+        let own =
+            self.args(Image::Pages).into_iter().map(|id| (PagesFile { level: 0, id }, self.pages_sum(id)));
+        let inherited = self.chain.files.iter().map(|(&file, ancestor)| (file, ancestor.sum));
+        for (file, expected) in own.chain(inherited) {
+            let (Some(expected), Some(place)) = (expected, self.pages_in(file)) else { continue };
+            let name = format!("{}{}", "parent/".repeat(file.level), Image::Pages.file_name(file.id));
             let mut hash = Xxh3Default::new();
             hash_range(place.file, place.offset, place.len, &mut [&mut hash])
                 .map_err(ImageError::io(&name, "read"))?;

@@ -17,14 +17,17 @@
 //! guard gap and is mapped as it was, it grows on from there.
 
 use anyhow::{Context, bail, ensure};
-use ckpt_images::{ImageSet, Place};
+use ckpt_images::{ImageSet, PagesFile, Place, chain};
 use ckpt_proto::{
     Image,
-    types::{MmEntry, VmaEntry},
+    types::{MmEntry, PagemapEntry, VmaEntry},
 };
 use ckpt_remote::{Arg, Call, Done, build::Fill};
 use ckpt_sys::{FileId, Pid, Refused, RemoteAddr};
-use std::{ops::Range, os::fd::AsRawFd};
+use std::{
+    ops::Range,
+    os::fd::{AsRawFd, RawFd},
+};
 
 use super::{page, status};
 
@@ -55,14 +58,27 @@ pub struct Run {
     pub len: u64,
     /// Whether these pages are the vdso's, kept only to be compared.
     pub vdso: bool,
+    /// The file that they are in.
+    pub file: PagesFile,
+    /// Where in it, bytes.
+    pub offset: u64,
 }
 
-/// What a pagemap says: pages of one `pages-N.img` in order.
+impl Run {
+    /// Whether `next` goes on where this ends, in memory and in the file.
+    fn joins(&self, next: &Self) -> bool {
+        self.addr + self.len == next.addr
+            && self.offset + self.len == next.offset
+            && (self.file, self.vdso) == (next.file, next.vdso)
+    }
+}
+
+/// What a pagemap says: its pages, in this checkpoint's directory or in an earlier one's.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Pages {
-    /// N; `None` if there is no pagemap at all.
+    /// N of this checkpoint's own file; `None` if there is no pagemap at all.
     pub id: Option<u64>,
-    /// All stored runs, in order of storage and of address.
+    /// All runs in order of address, which within a file is the order of storage too.
     pub runs: Vec<Run>,
 }
 
@@ -77,37 +93,21 @@ impl Pages {
             return Ok(Self::default());
         }
         let (id, entries) = set.pagemap(image, arg)?;
-        let mut runs: Vec<Run> = Vec::new();
-        let mut last_end = 0;
-        for entry in entries {
-            let pages = entry.nr_pages.unwrap_or(u64::from(entry.compat_nr_pages));
-            let addr = entry.vaddr;
-            let (Some(len), true) = (pages.checked_mul(PAGE), addr.is_multiple_of(PAGE)) else {
-                bail!("{file}: {pages} pages at {addr:#x}: no such range");
-            };
-            let Some(end) = addr.checked_add(len).filter(|_| addr >= last_end) else {
-                bail!("{file}: {pages} pages at {addr:#x}: overlap with the range before");
-            };
-            last_end = end;
-            let flags = entry.flags.unwrap_or(if entry.in_parent() { page::PARENT } else { page::PRESENT });
-            if flags & page::PARENT != 0 {
-                let what = format!("pages at {addr:#x} are in an earlier checkpoint");
-                return Err(Refused::new(file, what).advise("merge the chain first, with ckpt-merge").into());
-            }
-            if flags & (page::LAZY | page::PRESENT) == page::LAZY {
-                return Err(
-                    Refused::new(file, format!("pages at {addr:#x} were left at the source (lazy)")).into()
-                );
-            }
-            if flags & page::PRESENT == 0 || len == 0 {
-                continue;
-            }
-            match runs.last_mut() {
-                Some(last) if last.addr + last.len == addr => last.len += len,
-                _ => runs.push(Run { addr, len, vdso: false }),
-            }
+        let left = |entry: &&PagemapEntry| {
+            chain::flags_of(entry) & (page::LAZY | page::PRESENT | page::PARENT) == page::LAZY
+        };
+        if let Some(entry) = entries.iter().find(left) {
+            let what = format!("pages at {:#x} were left at the source (lazy)", entry.vaddr);
+            return Err(Refused::new(file, what).into());
         }
-        Ok(Self { id: Some(id), runs })
+        let runs = set.page_runs(image, arg)?.into_iter().map(|run| Run {
+            addr: run.addr,
+            len: run.len,
+            vdso: false,
+            file: run.file,
+            offset: run.offset,
+        });
+        Ok(Self { id: Some(id), runs: runs.collect() })
     }
 
     /// Bytes of all runs.
@@ -116,17 +116,24 @@ impl Pages {
         self.runs.iter().fold(0, |sum, run| sum.saturating_add(run.len))
     }
 
-    /// The file with these pages, checked to be long enough.
+    /// Checks that the files with these pages are there, and long enough.
     ///
     /// # Errors
-    /// It is missing or of another length.
-    pub fn place<'a>(&self, set: &'a ImageSet) -> anyhow::Result<Option<Place<'a>>> {
-        let (Some(id), true) = (self.id, !self.runs.is_empty()) else { return Ok(None) };
-        let name = Image::Pages.file_name(id);
-        let place = set.pages(id).with_context(|| format!("{name} is missing"))?;
-        let (have, want) = (place.len, self.bytes());
-        ensure!(have == want, "{name}: {have} bytes, the pagemap lists {want}");
-        Ok(Some(place))
+    /// One is missing or of another length.
+    pub fn check_files(&self, set: &ImageSet) -> anyhow::Result<()> {
+        let mut own = 0;
+        for run in &self.runs {
+            let name = || Image::Pages.file_name(run.file.id);
+            let place = set.pages_in(run.file).with_context(|| format!("{} is missing", name()))?;
+            let end = run.offset.checked_add(run.len).with_context(name)?;
+            ensure!(end <= place.len, "{}: {} bytes, the pagemap lists {end}", name(), place.len);
+            own = if run.file.level == 0 { own.max(end) } else { own };
+        }
+        if let Some((id, place)) = self.id.and_then(|id| Some((id, set.pages(id)?))) {
+            let name = Image::Pages.file_name(id);
+            ensure!(own == place.len, "{name}: {} bytes, the pagemap lists {own}", place.len);
+        }
+        Ok(())
     }
 }
 
@@ -236,18 +243,15 @@ impl AddressSpace {
     /// # Errors
     /// The file's.
     pub fn stored_vdso(&self, set: &ImageSet) -> anyhow::Result<Option<Vec<u8>>> {
-        let Some(place) = self.pages.place(set)? else { return Ok(None) };
+        self.pages.check_files(set)?;
         let Some(block) = &self.vdso else { return Ok(None) };
         let mut bytes = Vec::new();
-        let mut offset = place.offset;
-        for run in &self.pages.runs {
-            if run.vdso {
-                let at = bytes.len();
-                let len = usize::try_from(run.len).unwrap_or(0);
-                bytes.resize(at + len, 0);
-                read_at(&place, offset, &mut bytes[at..])?;
-            }
-            offset = offset.saturating_add(run.len);
+        for run in self.pages.runs.iter().filter(|run| run.vdso) {
+            let Some(place) = set.pages_in(run.file) else { return Ok(None) };
+            let at = bytes.len();
+            let len = usize::try_from(run.len).unwrap_or(0);
+            bytes.resize(at + len, 0);
+            read_at(&place, place.offset + run.offset, &mut bytes[at..])?;
         }
         Ok((bytes.len() as u64 == block.end - block.code).then_some(bytes))
     }
@@ -329,39 +333,44 @@ impl AddressSpace {
         self.pages.runs.get(i).is_some_and(|run| run.addr < vma.end)
     }
 
-    /// Reads all pages from the file at `place`, by preadv(2) of the task's descriptor of the same
-    /// number, in lists whose sizes [`check_reads`] expects. Long runs of anonymous memory are
+    /// Reads all pages from their files, by preadv(2) of the task's descriptors of the same
+    /// numbers, in lists whose sizes [`check_reads`] expects. Long runs of anonymous memory are
     /// populated first (MADV_POPULATE_WRITE, Linux 5.14), which spares a fault per page.
-    #[must_use]
-    pub fn read_calls(&self, place: &Place<'_>) -> Vec<Call> {
-        // Offset in the file, bytes, and where they go.
-        type List = (u64, u64, Vec<(u64, u64)>);
+    ///
+    /// # Errors
+    /// A file is missing or too short.
+    pub fn read_calls(&self, set: &ImageSet) -> anyhow::Result<Vec<Call>> {
+        // Descriptor, offset in the file, bytes, and where they go.
+        type List = (RawFd, u64, u64, Vec<(u64, u64)>);
+        self.pages.check_files(set)?;
         let mut lists: Vec<List> = Vec::new();
-        let mut offset = place.offset;
-        for run in &self.pages.runs {
+        for run in self.pages.runs.iter().filter(|run| !run.vdso) {
+            let place = set.pages_in(run.file).context("a pages file is missing")?;
+            let fd = place.file.as_raw_fd();
+            let mut offset = place.offset + run.offset;
             let mut addr = run.addr;
             let mut left = run.len;
             while left > 0 {
                 let len = left.min(READ_MAX);
-                if !run.vdso {
-                    match lists.last_mut() {
-                        Some((start, sum, list))
-                            if *start + *sum == offset && list.len() < IOV_MAX && *sum + len <= READ_MAX =>
-                        {
-                            *sum += len;
-                            list.push((addr, len));
-                        }
-                        _ => lists.push((offset, len, vec![(addr, len)])),
+                match lists.last_mut() {
+                    Some((last, start, sum, list))
+                        if *last == fd
+                            && *start + *sum == offset
+                            && list.len() < IOV_MAX
+                            && *sum + len <= READ_MAX =>
+                    {
+                        *sum += len;
+                        list.push((addr, len));
                     }
+                    _ => lists.push((fd, offset, len, vec![(addr, len)])),
                 }
                 offset += len;
                 addr += len;
                 left -= len;
             }
         }
-        let fd = place.file.as_raw_fd();
         let mut calls = Vec::new();
-        for (offset, sum, list) in lists {
+        for (fd, offset, sum, list) in lists {
             for &(addr, len) in
                 list.iter().filter(|&&(addr, len)| len >= POPULATE_MIN && self.anonymous(addr))
             {
@@ -372,7 +381,7 @@ impl AddressSpace {
             let args = [fd.into(), Arg::In(iov), count.into(), offset.into(), Arg::Val(0)];
             calls.push(Call::new(format!("preadv({sum} bytes of pages)"), libc::SYS_preadv, args));
         }
-        calls
+        Ok(calls)
     }
 
     fn anonymous(&self, addr: u64) -> bool {
@@ -515,9 +524,10 @@ fn split(runs: &[Run], vmas: &[VmaEntry]) -> anyhow::Result<Vec<Run>> {
             ensure!(private && !special, "page at {addr:#x}: its area {} holds no private pages", text(vma));
             let vdso = vma.status & status::VDSO != 0;
             let len = end.min(vma.end) - addr;
+            let part = Run { addr, len, vdso, offset: run.offset + (addr - run.addr), ..*run };
             match out.last_mut() {
-                Some(last) if last.addr + last.len == addr && last.vdso == vdso => last.len += len,
-                _ => out.push(Run { addr, len, vdso }),
+                Some(last) if last.joins(&part) => last.len += len,
+                _ => out.push(part),
             }
             addr += len;
         }
@@ -533,6 +543,10 @@ mod tests {
         VmaEntry { start, end, status: status | status::REGULAR, ..VmaEntry::default() }
     }
 
+    fn run(addr: u64, len: u64, vdso: bool, offset: u64) -> Run {
+        Run { addr, len, vdso, file: PagesFile { level: 0, id: 1 }, offset }
+    }
+
     #[test]
     fn a_run_over_several_areas_is_cut_only_at_the_vdso() {
         let vmas = [
@@ -540,16 +554,15 @@ mod tests {
             vma(0x3000, 0x4000, status::FILE_PRIVATE),
             vma(0x4000, 0x5000, status::ANON_PRIVATE | status::VDSO),
         ];
-        let runs = split(&[Run { addr: 0x2000, len: 0x3000, vdso: false }], &vmas).unwrap();
-        let expected =
-            [Run { addr: 0x2000, len: 0x2000, vdso: false }, Run { addr: 0x4000, len: 0x1000, vdso: true }];
+        let runs = split(&[run(0x2000, 0x3000, false, 0)], &vmas).unwrap();
+        let expected = [run(0x2000, 0x2000, false, 0), run(0x4000, 0x1000, true, 0x2000)];
         assert_eq!(runs, expected);
     }
 
     #[test]
     fn pages_without_a_private_area_are_refused() {
         let vmas = [vma(0x1000, 0x2000, status::FILE_SHARED)];
-        assert!(split(&[Run { addr: 0x1000, len: 0x1000, vdso: false }], &vmas).is_err());
-        assert!(split(&[Run { addr: 0x5000, len: 0x1000, vdso: false }], &vmas).is_err());
+        assert!(split(&[run(0x1000, 0x1000, false, 0)], &vmas).is_err());
+        assert!(split(&[run(0x5000, 0x1000, false, 0)], &vmas).is_err());
     }
 }

@@ -1,0 +1,518 @@
+//! Chains of incremental images: which directory holds a page.
+//!
+//! A pagemap marks pages that have not changed since an earlier checkpoint as PARENT, and the
+//! directory has a symbolic link `parent` to that checkpoint's directory, which can be an
+//! increment itself. [`ImageSet::from_chain`] follows the links, nearest first, with a list of the ranges
+//! that are still looked for: each pagemap of each directory is read once, pages files that have
+//! nothing any more that was not replaced later are not even opened, and the walk ends as soon as nothing is
+//! missing. What comes out are [`PageRun`]s: for each range of addresses the file and the offset of
+//! its pages. Nothing is copied; a reader of pages goes to where they are.
+//!
+//! ```text
+//! addresses     0x1000    0x2000    0x3000    0x4000
+//! 3             PRESENT   PARENT    PARENT    (hole)
+//! 3/parent = 2            PRESENT   PARENT
+//! 2/parent = 1  PRESENT   PRESENT   PRESENT   PRESENT
+//! runs          3 +0      2 +0      1 +0x2000
+//! ```
+//!
+//! The link is the only one in a directory of images that is followed: it names a directory as the
+//! caller's own argument does, and only files with names of images are opened in it. That it leads to
+//! the right checkpoint is told by the ids in the inventories, where our tools have put them.
+
+use std::{
+    collections::BTreeMap,
+    ops::Range,
+    os::fd::AsFd,
+    path::{Path, PathBuf},
+};
+
+use ckpt_proto::{
+    Image,
+    types::{InventoryEntry, PagemapEntry},
+};
+use nix::{
+    dir::Dir,
+    fcntl::{OFlag, openat},
+    sys::stat::{Mode, fstat},
+};
+
+use crate::{ImageError, ImageSet, Place};
+
+/// Name of the link to the directory of the checkpoint before.
+pub const PARENT: &str = "parent";
+
+const PAGE: u64 = 4096;
+const IN_PARENT: u32 = 1;
+const LAZY: u32 = 1 << 1;
+const PRESENT: u32 = 1 << 2;
+
+/// A `pages-N.img` of a set or of one of its ancestors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PagesFile {
+    /// How many links to follow: 0 for the directory itself.
+    pub level: usize,
+    /// N.
+    pub id: u64,
+}
+
+/// Pages that lie together, in memory and in a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PageRun {
+    /// Where they belong: an address, or an offset in a shared segment.
+    pub addr: u64,
+    /// Bytes.
+    pub len: u64,
+    /// Whether they may be fetched after the restore.
+    pub lazy: bool,
+    /// The file that holds them.
+    pub file: PagesFile,
+    /// Where in that file, bytes.
+    pub offset: u64,
+}
+
+impl PageRun {
+    /// The entry that a full checkpoint has for this run.
+    #[must_use]
+    pub fn pagemap_entry(&self) -> PagemapEntry {
+        PagemapEntry {
+            vaddr: self.addr,
+            compat_nr_pages: 0,
+            in_parent: None,
+            flags: Some(PRESENT | if self.lazy { LAZY } else { 0 }),
+            nr_pages: Some(self.len / PAGE),
+        }
+    }
+}
+
+/// A pages file of an ancestor.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Ancestor {
+    /// Index among the set's open files.
+    pub(crate) file: usize,
+    pub(crate) len: u64,
+    pub(crate) sum: Option<u64>,
+}
+
+/// What following the links has found.
+#[derive(Debug, Default)]
+pub(crate) struct Chain {
+    /// Only pagemaps with pages in a parent.
+    runs: BTreeMap<(Image, u64), Vec<PageRun>>,
+    pub(crate) files: BTreeMap<PagesFile, Ancestor>,
+    /// How many directories were opened besides the first.
+    depth: usize,
+}
+
+/// What a pagemap says.
+#[derive(Debug, Default)]
+struct Pagemap {
+    id: u64,
+    stored: Vec<PageRun>,
+    in_parent: Vec<Range<u64>>,
+}
+
+impl Pagemap {
+    fn parse(set: &ImageSet, image: Image, arg: u64, level: usize) -> Result<Self, ImageError> {
+        let (id, entries) = set.pagemap(image, arg)?;
+        let bad = |what: String| ImageError::Stream { file: image.file_name(arg), what };
+        let mut map = Self { id, ..Self::default() };
+        let mut last_end = 0;
+        let mut offset = 0;
+        for entry in entries {
+            let (pages, addr) = (pages_of(&entry), entry.vaddr);
+            let len = pages.checked_mul(PAGE).filter(|_| addr.is_multiple_of(PAGE));
+            let end = len.and_then(|len| addr.checked_add(len));
+            let (Some(len), Some(end)) = (len, end) else {
+                return Err(bad(format!("{pages} pages at {addr:#x}: no such range")));
+            };
+            if addr < last_end {
+                return Err(bad(format!("{pages} pages at {addr:#x}: overlap with the range before")));
+            }
+            last_end = end;
+            let flags = flags_of(&entry);
+            if len == 0 {
+                continue;
+            }
+            if flags & PRESENT != 0 {
+                let lazy = flags & LAZY != 0;
+                let run = PageRun { addr, len, lazy, file: PagesFile { level, id }, offset };
+                push(&mut map.stored, run);
+                offset += len;
+            } else if flags & IN_PARENT != 0 {
+                map.in_parent.push(addr..end);
+            }
+        }
+        Ok(map)
+    }
+
+    fn bytes(&self) -> u64 {
+        self.stored.last().map_or(0, |last| last.offset + last.len)
+    }
+}
+
+/// Number of pages of a pagemap entry.
+#[must_use]
+pub fn pages_of(entry: &PagemapEntry) -> u64 {
+    entry.nr_pages.unwrap_or(u64::from(entry.compat_nr_pages))
+}
+
+/// Flags of a pagemap entry, those of old images too, which have none.
+#[must_use]
+pub fn flags_of(entry: &PagemapEntry) -> u32 {
+    entry.flags.unwrap_or(if entry.in_parent() { IN_PARENT } else { PRESENT })
+}
+
+/// Adds a run, to the one before if it goes on where that ends.
+fn push(runs: &mut Vec<PageRun>, run: PageRun) {
+    match runs.last_mut() {
+        Some(last)
+            if last.addr + last.len == run.addr
+                && last.offset + last.len == run.offset
+                && last.file == run.file
+                && last.lazy == run.lazy =>
+        {
+            last.len += run.len;
+        }
+        _ => runs.push(run),
+    }
+}
+
+impl ImageSet {
+    /// All pages of a pagemap ([`Image::Pagemap`] or [`Image::ShmemPagemap`]), whichever directory they
+    /// are in, in order of address. Empty if there is no such pagemap. Those of a stream have the offsets
+    /// that they have among the contents of `pages-N.img`.
+    ///
+    /// # Errors
+    /// The pagemap is malformed, or has pages in a parent while the set is not from [`Self::from_chain`].
+    pub fn page_runs(&self, image: Image, arg: u64) -> Result<Vec<PageRun>, ImageError> {
+        if let Some(runs) = self.chain.runs.get(&(image, arg)) {
+            return Ok(runs.clone());
+        }
+        if self.entries(image, arg).is_empty() {
+            return Ok(Vec::new());
+        }
+        let map = Pagemap::parse(self, image, arg, 0)?;
+        if let Some(range) = map.in_parent.first() {
+            let what = format!(
+                "pages at {:#x} are in an earlier checkpoint, where nobody has looked for them",
+                range.start
+            );
+            return Err(ImageError::Stream { file: image.file_name(arg), what });
+        }
+        Ok(map.stored)
+    }
+
+    /// A pages file that [`Self::page_runs`] names. `None` if it is missing, or still to come on a stream.
+    #[must_use]
+    pub fn pages_in(&self, file: PagesFile) -> Option<Place<'_>> {
+        if file.level == 0 {
+            return self.pages(file.id);
+        }
+        let ancestor = self.chain.files.get(&file)?;
+        let file = self.files.get(ancestor.file)?;
+        Some(Place { file: file.as_fd(), offset: 0, len: ancestor.len })
+    }
+
+    /// Whether some pages are in an earlier checkpoint's directory.
+    #[must_use]
+    pub fn is_increment(&self) -> bool {
+        !self.chain.runs.is_empty()
+    }
+
+    /// How many earlier directories had to be opened to find all pages.
+    #[must_use]
+    pub fn chain_depth(&self) -> usize {
+        self.chain.depth
+    }
+
+    /// Follows the links until all pages are found.
+    pub(crate) fn resolve(&mut self, dir: Dir, path: &Path) -> Result<(), ImageError> {
+        let mut found: BTreeMap<(Image, u64), Vec<PageRun>> = BTreeMap::new();
+        let mut wanted: BTreeMap<(Image, u64), Vec<Range<u64>>> = BTreeMap::new();
+        let pagemaps: Vec<_> = self.images().filter(|(image, _)| is_pagemap(*image)).collect();
+        for (image, arg) in pagemaps {
+            // Whoever needs a malformed pagemap meets the error again.
+            let Ok(map) = Pagemap::parse(self, image, arg, 0) else { continue };
+            if !map.in_parent.is_empty() {
+                found.insert((image, arg), map.stored);
+                wanted.insert((image, arg), map.in_parent);
+            }
+        }
+        if wanted.is_empty() {
+            return Ok(());
+        }
+        raise_file_limit();
+        let mut id = self.parent_id();
+        let mut seen = vec![identity(&dir, path)?];
+        let (mut dir, mut path) = (dir, path.to_owned());
+        let mut level = 0;
+        while !wanted.is_empty() {
+            level += 1;
+            path = parent_path(&path);
+            dir = open_parent(&dir, &path)?;
+            let bad = |what: String| ImageError::Stream { file: path.display().to_string(), what };
+            let this = identity(&dir, &path)?;
+            if seen.contains(&this) {
+                return Err(bad("the chain of parents is a loop".to_owned()));
+            }
+            seen.push(this);
+            let part = Self::read_part(&mut dir, &path, &|image, arg| wanted.contains_key(&(image, arg)))?;
+            if let Some(id) = id.filter(|id| part.id().as_ref() != Some(id)) {
+                let what = match part.id() {
+                    Some(other) => format!("its id is {}", hex(&other)),
+                    None => "it has no id".to_owned(),
+                };
+                return Err(bad(format!(
+                    "is not the parent of this chain, which has the id {}: {what}",
+                    hex(&id)
+                )));
+            }
+            id = part.parent_id();
+            let mut still = BTreeMap::new();
+            for ((image, arg), ranges) in wanted {
+                let map = if part.entries(image, arg).is_empty() {
+                    Pagemap::default()
+                } else {
+                    Pagemap::parse(&part, image, arg, level)?
+                };
+                let runs = found.entry((image, arg)).or_default();
+                let before = runs.len();
+                let later = take(&ranges, &map, runs).map_err(|addr| {
+                    bad(format!("{}: pages at {addr:#x} should be there and are not", image.file_name(arg)))
+                })?;
+                if runs.len() > before {
+                    self.open_ancestor(&dir, &path, &part, PagesFile { level, id: map.id }, map.bytes())?;
+                }
+                if !later.is_empty() {
+                    still.insert((image, arg), later);
+                }
+            }
+            wanted = still;
+        }
+        for runs in found.values_mut() {
+            runs.sort_by_key(|run| run.addr);
+        }
+        self.chain.runs = found;
+        self.chain.depth = level;
+        Ok(())
+    }
+
+    fn open_ancestor(
+        &mut self,
+        dir: &Dir,
+        path: &Path,
+        part: &Self,
+        file: PagesFile,
+        want: u64,
+    ) -> Result<(), ImageError> {
+        if self.chain.files.contains_key(&file) {
+            return Ok(());
+        }
+        let name = Image::Pages.file_name(file.id);
+        let (open, len) = Self::open_image(dir, path, &name)?;
+        if len != want {
+            let what = format!("{len} bytes, the pagemap lists {want}");
+            return Err(ImageError::Stream { file: path.join(name).display().to_string(), what });
+        }
+        let index = self.keep(open);
+        self.chain.files.insert(file, Ancestor { file: index, len, sum: part.pages_sum(file.id) });
+        Ok(())
+    }
+
+    fn inventory_entry(&self) -> Option<InventoryEntry> {
+        self.one(Image::Inventory, 0).ok()
+    }
+
+    /// The checkpoint's own id, if it has one: 16 bytes.
+    #[must_use]
+    pub fn id(&self) -> Option<Vec<u8>> {
+        self.inventory_entry()?.ckpt_id
+    }
+
+    /// The id of the checkpoint that this one is an increment of.
+    #[must_use]
+    pub fn parent_id(&self) -> Option<Vec<u8>> {
+        self.inventory_entry()?.ckpt_parent_id
+    }
+}
+
+pub(crate) fn is_pagemap(image: Image) -> bool {
+    matches!(image, Image::Pagemap | Image::ShmemPagemap)
+}
+
+/// Takes from `map` what it has of `ranges`, in order of address; gives what is further back.
+/// Err: the first address that is nowhere.
+fn take(ranges: &[Range<u64>], map: &Pagemap, runs: &mut Vec<PageRun>) -> Result<Vec<Range<u64>>, u64> {
+    let mut later: Vec<Range<u64>> = Vec::new();
+    let (mut stored, mut parents) = (map.stored.iter().peekable(), map.in_parent.iter().peekable());
+    for range in ranges {
+        let mut at = range.start;
+        while at < range.end {
+            while stored.next_if(|run| run.addr + run.len <= at).is_some() {}
+            while parents.next_if(|range| range.end <= at).is_some() {}
+            if let Some(run) = stored.peek().filter(|run| run.addr <= at) {
+                let skip = at - run.addr;
+                let len = (run.len - skip).min(range.end - at);
+                push(runs, PageRun { addr: at, len, offset: run.offset + skip, ..**run });
+                at += len;
+            } else if let Some(range_back) = parents.peek().filter(|back| back.start <= at) {
+                let end = range_back.end.min(range.end);
+                match later.last_mut() {
+                    Some(last) if last.end == at => last.end = end,
+                    _ => later.push(at..end),
+                }
+                at = end;
+            } else {
+                return Err(at);
+            }
+        }
+    }
+    Ok(later)
+}
+
+fn parent_path(path: &Path) -> PathBuf {
+    path.join(PARENT)
+}
+
+fn open_parent(dir: &Dir, path: &Path) -> Result<Dir, ImageError> {
+    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let fd = openat(dir, PARENT, flags, Mode::empty()).map_err(ImageError::errno(path, "open the parent"))?;
+    Dir::from_fd(fd).map_err(ImageError::errno(path, "open the parent"))
+}
+
+fn identity(dir: &Dir, path: &Path) -> Result<(u64, u64), ImageError> {
+    let stat = fstat(dir).map_err(ImageError::errno(path, "fstat"))?;
+    Ok((stat.st_dev, stat.st_ino))
+}
+
+fn hex(id: &[u8]) -> String {
+    id.iter().take(16).map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// A long chain is as many open files.
+fn raise_file_limit() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        io::{Seek, Write},
+        os::unix::fs::symlink,
+    };
+
+    use ckpt_proto::{
+        Message,
+        types::{PagemapHead, PstreeEntry},
+    };
+
+    use super::*;
+    use crate::DirWriter;
+
+    /// Flags, first page number, number of pages.
+    type Entry = (u32, u64, u64);
+
+    fn write(dir: &Path, name: &str, parent: Option<&str>, map: &[Entry], fill: u8) {
+        let id = |name: &str| name.as_bytes().to_vec();
+        let mut writer = DirWriter::create(&dir.join(name)).unwrap();
+        let inventory = InventoryEntry {
+            img_version: 2,
+            ckpt_id: Some(id(name)),
+            ckpt_parent_id: parent.map(id),
+            ..InventoryEntry::default()
+        };
+        writer.entry(Image::Inventory, 0, &inventory.encode_to_vec()).unwrap();
+        let task = PstreeEntry { pid: 7, ppid: 0, pgid: 7, sid: 7, threads: vec![7] };
+        writer.entry(Image::Pstree, 0, &task.encode_to_vec()).unwrap();
+        writer.entry(Image::Pagemap, 7, &PagemapHead { pages_id: 1 }.encode_to_vec()).unwrap();
+        let mut bytes = 0;
+        for &(flags, page, pages) in map {
+            let entry = PagemapEntry {
+                vaddr: page * PAGE,
+                compat_nr_pages: 0,
+                in_parent: None,
+                flags: Some(flags),
+                nr_pages: Some(pages),
+            };
+            writer.entry(Image::Pagemap, 7, &entry.encode_to_vec()).unwrap();
+            bytes += if flags & PRESENT != 0 { pages * PAGE } else { 0 };
+        }
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&vec![fill; usize::try_from(bytes).unwrap()]).unwrap();
+        file.rewind().unwrap();
+        writer.pages_from(1, file.as_fd(), bytes, None).unwrap();
+        writer.finish().unwrap();
+        if let Some(parent) = parent {
+            symlink(format!("../{parent}"), dir.join(name).join(PARENT)).unwrap();
+        }
+    }
+
+    /// Level, page number, pages, offset in pages.
+    fn runs(set: &ImageSet) -> Vec<(usize, u64, u64, u64)> {
+        let runs = set.page_runs(Image::Pagemap, 7).unwrap();
+        runs.iter().map(|r| (r.file.level, r.addr / PAGE, r.len / PAGE, r.offset / PAGE)).collect()
+    }
+
+    #[test]
+    fn each_page_is_where_it_was_written_last() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path();
+        write(dir, "1", None, &[(PRESENT, 1, 4), (PRESENT, 9, 2)], 1);
+        write(
+            dir,
+            "2",
+            Some("1"),
+            &[(IN_PARENT, 1, 1), (PRESENT, 2, 1), (IN_PARENT, 3, 2), (IN_PARENT, 9, 1)],
+            2,
+        );
+        write(dir, "3", Some("2"), &[(PRESENT, 1, 1), (IN_PARENT, 2, 2), (IN_PARENT, 9, 1)], 3);
+        let set = ImageSet::from_chain(&dir.join("3")).unwrap();
+        assert_eq!(runs(&set), [(0, 1, 1, 0), (1, 2, 1, 0), (2, 3, 1, 2), (2, 9, 1, 4)]);
+        assert_eq!(set.chain_depth(), 2);
+        set.verify_pages().unwrap();
+        assert!(set.pages_in(PagesFile { level: 2, id: 1 }).is_some());
+        // The directory alone does not tell.
+        assert!(ImageSet::from_dir(&dir.join("3")).unwrap().page_runs(Image::Pagemap, 7).is_err());
+        // Nothing is looked for in 1 if 2 has it all.
+        write(dir, "4", Some("2"), &[(IN_PARENT, 2, 1)], 4);
+        assert_eq!(ImageSet::from_chain(&dir.join("4")).unwrap().chain_depth(), 1);
+    }
+
+    #[test]
+    fn a_broken_chain_is_an_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path();
+        write(dir, "1", None, &[(PRESENT, 1, 2)], 1);
+        write(dir, "missing", Some("1"), &[(IN_PARENT, 1, 3)], 2);
+        write(dir, "gone", Some("0"), &[(IN_PARENT, 1, 1)], 2);
+        write(dir, "other", Some("1"), &[(IN_PARENT, 1, 1)], 2);
+        std::fs::remove_file(dir.join("other").join(PARENT)).unwrap();
+        symlink("../missing", dir.join("other").join(PARENT)).unwrap();
+        write(dir, "loop", Some("loop"), &[(IN_PARENT, 1, 1)], 2);
+        for (name, says) in
+            [("missing", "0x3000"), ("gone", "parent"), ("other", "is not the parent"), ("loop", "loop")]
+        {
+            let error = ImageSet::from_chain(&dir.join(name)).unwrap_err().to_string();
+            assert!(error.contains(says), "{name}: {error}");
+        }
+    }
+
+    #[test]
+    fn damaged_pages_of_an_ancestor_are_noticed() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path();
+        write(dir, "1", None, &[(PRESENT, 1, 2)], 1);
+        write(dir, "2", Some("1"), &[(IN_PARENT, 1, 1)], 2);
+        let pages = dir.join("1/pages-1.img");
+        let mut bytes = std::fs::read(&pages).unwrap();
+        bytes[5] ^= 1;
+        std::fs::write(&pages, &bytes).unwrap();
+        assert!(ImageSet::from_chain(&dir.join("2")).unwrap().verify_pages().is_err());
+        std::fs::write(&pages, &bytes[1..]).unwrap();
+        assert!(ImageSet::from_chain(&dir.join("2")).is_err());
+    }
+}
