@@ -119,6 +119,7 @@ fn an_incomplete_stream_is_refused_naming_the_stage_that_is_missing() {
         protocol: 0,
         flags: 2,
         fown: FownEntry::default(),
+        in_flight: Vec::new(),
     };
     let file =
         FileEntry { r#type: FdTypes::Unixsk.into(), id: 1, ckpt_stub: Some(stub), ..Default::default() };

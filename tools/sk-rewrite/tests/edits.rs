@@ -74,7 +74,8 @@ fn external() -> File {
     let hello = Hello { page_size: 4096, arch: 1, ..Hello::default() };
     let mut writer = Writer::open(tempfile::tempfile().unwrap(), hello).unwrap();
     for (id, bytes) in [(3u32, &b"queued"[..]), (4, b"other")] {
-        let packet = SkPacketEntry { id_for: id, length: bytes.len().try_into().unwrap(), scm: vec![] };
+        let packet =
+            SkPacketEntry { id_for: id, length: bytes.len().try_into().unwrap(), ..Default::default() };
         writer.entry(Image::SkQueues, 0, &packet.encode_to_vec()).unwrap();
         writer.data(Image::SkQueues, 0, bytes).unwrap();
     }

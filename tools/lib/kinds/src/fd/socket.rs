@@ -125,6 +125,7 @@ pub(super) fn dump(d: &Descriptor, id: FileId, kind: FdTypes) -> anyhow::Result<
         protocol: option(libc::SO_PROTOCOL)?,
         flags: d.flags(),
         fown: d.fown()?,
+        in_flight: Vec::new(),
     };
     Ok(Some(FileEntry { r#type: kind.into(), id: id.0, ckpt_stub: Some(stub), ..FileEntry::default() }))
 }

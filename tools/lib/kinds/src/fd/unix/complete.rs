@@ -150,7 +150,7 @@ pub fn complete(
     for (id_for, messages) in queues {
         for message in messages {
             let length = u32::try_from(message.len()).context("message length")?;
-            emit(sink, Image::SkQueues, 0, &SkPacketEntry { id_for, length, scm: Vec::new() })?;
+            emit(sink, Image::SkQueues, 0, &SkPacketEntry { id_for, length, ..SkPacketEntry::default() })?;
             sink.data(Image::SkQueues, 0, &message)?;
         }
     }
@@ -409,6 +409,7 @@ fn entry(
         mnt_id: None,
         ckpt_external: external,
         ckpt_peek_off: u32::try_from(peek_off).ok(),
+        ..UnixSkEntry::default()
     };
     let kind = FdTypes::Unixsk.into();
     Ok(FileEntry { r#type: kind, id: socket.file_id, usk: Some(usk), ..FileEntry::default() })
