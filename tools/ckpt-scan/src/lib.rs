@@ -7,6 +7,7 @@
 
 mod ids;
 mod process;
+mod snapshot;
 
 use std::{
     fs::File,
@@ -25,9 +26,11 @@ use ckpt_kinds::{
 use ckpt_proto::{
     Image,
     stream::Writer,
-    types::{Hello, InventoryEntry, PstreeEntry, SeccompEntry, TimensEntry, Timespec, core_entry::March},
+    types::{
+        Hello, InventoryEntry, PstreeEntry, SeccompEntry, TimensEntry, Timespec, VmaEntry, core_entry::March,
+    },
 };
-use ckpt_remote::{FreezeError, Frozen, Release};
+use ckpt_remote::{FreezeError, Frozen, Process, Release};
 use ckpt_sys::{Pid, Refused, transfer::Output};
 use clap::{CommandFactory, Parser};
 
@@ -40,6 +43,7 @@ use clap::{CommandFactory, Parser};
 Examples:
   ckpt-scan -t 4711 | ckpt-sk | ckpt-write /var/ckpt/1
   ckpt-scan -t 4711 --kill | ckpt-sk --external 48213 | ckpt-write /var/ckpt/last
+  ckpt-scan -t 4711 --snapshot | ckpt-sk | ckpt-write /var/ckpt/2
   ckpt-scan -t 4711 --no-mem | ckpt-mem | zstd > state.zst
 
 The tree runs on when the last stage is done with it. See ckpt(7) for the pipeline."
@@ -57,6 +61,9 @@ pub struct Args {
     /// Leave the tree stopped, as after SIGSTOP
     #[arg(long)]
     pub leave_stopped: bool,
+    /// Let the tree run on as soon as its memory has been forked, and read pages from the copy
+    #[arg(long, conflicts_with_all = ["kill", "leave_stopped", "no_mem"])]
+    pub snapshot: bool,
     /// A resource whose other end is outside the tree: pipe:[ID]
     #[arg(long, value_name = "RESOURCE")]
     pub external: Vec<External>,
@@ -111,13 +118,34 @@ pub fn run(args: &Args, output: File) -> anyhow::Result<()> {
         root_pid: Some(args.tree.0.unsigned_abs()),
     };
     let mut writer = Writer::open(Output::new(output), hello).context("write the stream")?;
-    match dump(args, &mut frozen, &mut writer) {
-        Ok(()) => {}
-        Err(error) => return give_up(frozen, Some(writer), error).map_err(|e| blame(e, &holder)),
+    let holder = (!plain_file).then_some(&holder);
+    let mut plans = match dump(args, &mut frozen, &mut writer) {
+        Ok(plans) => plans,
+        Err(error) => return give_up(frozen, Some(writer), error).map_err(|e| blame(e, holder)),
+    };
+    let mut frozen = Some(frozen);
+    let mut copy = || {
+        let mut progress = ckpt_cli::Progress::new("pages", Some(plans.iter().map(|p| p.plan.bytes()).sum()));
+        if args.snapshot {
+            let patience = Duration::from_secs(args.attach_timeout);
+            let behind = snapshot::Behind { holder, needs: &needs, patience };
+            return snapshot::copy(&mut frozen, &mut plans, behind, &mut writer, &mut progress);
+        }
+        plans.iter().try_for_each(|p| p.plan.copy(&mut writer, |n| progress.inc(n)))
+    };
+    if let Err(error) = copy() {
+        return give_up(frozen, Some(writer), error).map_err(|e| blame(e, holder));
     }
     // Closing the output lets programs that wait for its end (cat, zstd) finish.
     drop(writer.end().context("write the stream")?);
-    settle(args, frozen, (!plain_file).then_some(&holder), &needs)
+    settle(args, frozen, holder, &needs)
+}
+
+/// A process whose pages are to be stored.
+struct Planned {
+    process: Process,
+    vmas: Vec<VmaEntry>,
+    plan: Plan,
 }
 
 /// A refusal as such, so that it is told from a failure.
@@ -129,8 +157,14 @@ fn as_refusal(error: FreezeError) -> anyhow::Error {
 }
 
 /// Lets the tree go before anything else, then tells the reader why.
-fn give_up(frozen: Frozen, writer: Option<Writer<Output>>, error: anyhow::Error) -> anyhow::Result<()> {
-    frozen.release(Release::Run);
+fn give_up(
+    frozen: impl Into<Option<Frozen>>,
+    writer: Option<Writer<Output>>,
+    error: anyhow::Error,
+) -> anyhow::Result<()> {
+    if let Some(frozen) = frozen.into() {
+        frozen.release(Release::Run);
+    }
     if let Some(writer) = writer {
         // If the reader is gone it knows already.
         let _ = writer.abort(&ckpt_cli::reason("ckpt-scan", &error));
@@ -139,8 +173,9 @@ fn give_up(frozen: Frozen, writer: Option<Writer<Output>>, error: anyhow::Error)
 }
 
 /// A broken pipe is only how a failure behind us arrives here; the stage may have said why.
-fn blame(error: anyhow::Error, holder: &Holder) -> anyhow::Error {
+fn blame(error: anyhow::Error, holder: Option<&Holder>) -> anyhow::Error {
     if ckpt_cli::is_broken_pipe(&error)
+        && let Some(holder) = holder
         && let Outcome::Failed { stage, reason } = holder.wait(&[], false, Duration::ZERO)
     {
         return failed_behind(&stage, &reason);
@@ -177,35 +212,54 @@ fn what_lacks(args: &Args, frozen: &Frozen, plain_file: bool) -> anyhow::Result<
 }
 
 /// Ends the hold: waits for the stages behind, then does with the tree what was asked for. Behind a
-/// plain file there are none.
-fn settle(args: &Args, frozen: Frozen, holder: Option<&Holder>, needs: &[&str]) -> anyhow::Result<()> {
+/// plain file there are none. After a snapshot (`frozen` is `None`) the tree runs already.
+fn settle(
+    args: &Args,
+    frozen: Option<Frozen>,
+    holder: Option<&Holder>,
+    needs: &[&str],
+) -> anyhow::Result<()> {
     let patience = Duration::from_secs(args.attach_timeout);
     let outcome = holder.map_or(Outcome::Released, |holder| holder.wait(needs, args.kill, patience));
-    let held = frozen.since().elapsed();
     let release = match (&outcome, args.kill, args.leave_stopped) {
         (Outcome::Committed, true, _) => Release::Kill,
         (Outcome::Committed | Outcome::Released, false, true) => Release::Stop,
         _ => Release::Run,
     };
-    frozen.release(release);
-    ckpt_cli::note!(1, "the tree was frozen for {:.3} s", held.as_secs_f64());
+    if let Some(frozen) = frozen {
+        free(frozen, release);
+    }
     match outcome {
-        Outcome::Committed => Ok(()),
-        Outcome::Released if !args.kill => Ok(()),
-        Outcome::Released => {
+        Outcome::Released if args.kill => {
             bail!("pid {}: not killed: no writer has said that the images are durable", args.tree)
         }
+        outcome => succeeded(args.tree, outcome),
+    }
+}
+
+/// Ends the freeze.
+fn free(frozen: Frozen, how: Release) {
+    let held = frozen.since().elapsed();
+    frozen.release(how);
+    ckpt_cli::note!(1, "the tree was frozen for {:.3} s", held.as_secs_f64());
+}
+
+/// Did the stages behind do their part?
+fn succeeded(tree: Pid, outcome: Outcome) -> anyhow::Result<()> {
+    match outcome {
+        Outcome::Committed | Outcome::Released => Ok(()),
         Outcome::Failed { stage, reason } => Err(failed_behind(&stage, &reason)),
         Outcome::NobodyCame { missing } => {
             let stages = missing.iter().map(|s| format!("ckpt-{s}")).collect::<Vec<_>>().join(", ");
             let reason = format!("no {stages} has come to this stream, so the checkpoint is incomplete");
-            let refused = Refused::new(format!("pid {}", args.tree), reason);
+            let refused = Refused::new(format!("pid {tree}"), reason);
             Err(refused.advise("ckpt-scan -t PID | ckpt-sk | ckpt-write DIR is the whole pipeline").into())
         }
     }
 }
 
-fn dump(args: &Args, frozen: &mut Frozen, writer: &mut Writer<Output>) -> anyhow::Result<()> {
+/// Writes everything but private pages; these are planned.
+fn dump(args: &Args, frozen: &mut Frozen, writer: &mut Writer<Output>) -> anyhow::Result<Vec<Planned>> {
     let processes = frozen.processes.clone();
     let live: Vec<Pid> = processes.iter().filter(|p| !p.zombie).map(|p| p.pid).collect();
     for process in processes.iter().filter(|p| !p.zombie) {
@@ -250,22 +304,18 @@ fn dump(args: &Args, frozen: &mut Frozen, writer: &mut Writer<Output>) -> anyhow
     }
     let mut plans = Vec::new();
     if !args.no_mem {
-        for (process, vmas) in &memory {
+        for (process, vmas) in memory {
             let what = || format!("pid {} ({})", process.pid, process.comm());
-            let plan = Plan::new(process.pid, vmas, next_id()).with_context(what)?;
+            let plan = Plan::new(process.pid, &vmas, next_id()).with_context(what)?;
             plan.emit(writer)?;
-            plans.push(plan);
+            plans.push(Planned { process: process.clone(), vmas, plan });
         }
         writer.bulk().context("write the stream")?;
     }
     for (plan, own) in &shmem {
         plan.copy(own.as_fd(), writer)?;
     }
-    let mut progress = ckpt_cli::Progress::new("pages", Some(plans.iter().map(Plan::bytes).sum()));
-    for plan in &plans {
-        plan.copy(writer, |n| progress.inc(n))?;
-    }
-    Ok(())
+    Ok(plans)
 }
 
 /// The same file with a file position of its own: the descriptor at hand shares one with the target.

@@ -71,6 +71,9 @@ pub struct Dump {
     /// Leave the tree stopped, as after SIGSTOP
     #[arg(long)]
     pub leave_stopped: bool,
+    /// Let the tree run on as soon as its memory has been forked
+    #[arg(long, conflicts_with_all = ["kill", "leave_stopped"])]
+    pub snapshot: bool,
     /// Largest deleted file that is stored, bytes
     #[arg(long, value_name = "BYTES")]
     pub ghost_limit: Option<OsString>,
@@ -225,6 +228,7 @@ impl Dump {
             words.verbose(self.verbose);
             words.flag("--kill", self.kill);
             words.flag("--leave-stopped", self.leave_stopped);
+            words.flag("--snapshot", self.snapshot);
             words.option("--ghost-limit", &self.ghost_limit);
             words.option("--freeze-timeout", &self.freeze_timeout);
             words.option("--external", others);

@@ -176,6 +176,34 @@ impl Holder {
         &self.name
     }
 
+    /// Blocks until every stage in `needs` has come and gone, whoever else still holds, or until a stage
+    /// fails. For a tree of which a snapshot has been taken: the writer need not be done before it may run.
+    #[must_use]
+    pub fn passed(&self, needs: &[&str], attach_timeout: Duration) -> Outcome {
+        let deadline = Instant::now() + attach_timeout;
+        let mut state = self.shared.lock();
+        loop {
+            if let Some((stage, reason)) = state.failed.clone() {
+                return Outcome::Failed { stage, reason };
+            }
+            let listed = |list: &[String], stage: &str| list.iter().any(|name| name == stage);
+            if needs.iter().all(|need| listed(&state.gone, need)) {
+                return Outcome::Released;
+            }
+            let missing: Vec<String> =
+                needs.iter().filter(|need| !listed(&state.came, need)).map(|&need| need.to_owned()).collect();
+            let left = deadline.saturating_duration_since(Instant::now());
+            if missing.is_empty() {
+                state = self.shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            } else if left.is_zero() {
+                return Outcome::NobodyCame { missing };
+            } else {
+                (state, _) =
+                    self.shared.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner);
+            }
+        }
+    }
+
     /// Blocks until every stage in `needs` has come and gone, every hold is released and, with
     /// `commit`, a writer has said COMMIT; or until a stage fails. `attach_timeout` bounds only the
     /// waiting for stages that have not come yet: one that holds may take as long as it lives.
@@ -471,6 +499,23 @@ mod tests {
             scope.spawn(|| hold.commit().unwrap());
             assert_eq!(holder.wait(&[], true, SOON), Outcome::Committed);
         });
+    }
+
+    #[test]
+    fn a_stage_that_is_not_needed_may_hold_on() {
+        let holder = Holder::bind().unwrap();
+        let writer = Hold::take(holder.address(), "write").unwrap();
+        assert_eq!(
+            holder.passed(&["sk"], Duration::ZERO),
+            Outcome::NobodyCame { missing: vec!["sk".into()] }
+        );
+        Hold::take(holder.address(), "sk").unwrap().release();
+        assert_eq!(holder.passed(&["sk"], SOON), Outcome::Released);
+        drop(writer);
+        assert_eq!(
+            holder.wait(&["sk"], false, SOON),
+            Outcome::Failed { stage: "write".into(), reason: "it ended without a word".into() }
+        );
     }
 
     #[test]

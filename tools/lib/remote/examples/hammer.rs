@@ -1,12 +1,12 @@
 //! Freezes a tree and runs a batch of system calls in each of its threads, and some that leave
-//! traces unless they are undone, COUNT times.
+//! traces unless they are undone, COUNT times; each time it makes a twin of every process.
 //!
 //! Killed at any instant, it must leave no trace in the tree; `tests/remote.rs` does that.
 
 use std::{error::Error, time::Duration};
 
 use ckpt_remote::{Arg, Call, Frozen, Release, Syscalls};
-use ckpt_sys::Pid;
+use ckpt_sys::{Pid, RemoteAddr, memory};
 
 fn close(fd: i32) -> Call {
     Call::new(format!("close({fd})"), libc::SYS_close, [Arg::from(fd)]).may_fail()
@@ -58,6 +58,20 @@ fn main() -> Result<(), Box<dyn Error>> {
                     return Err(format!("tid {tid} answered {told:?}").into());
                 }
             }
+        }
+        let mut held = Vec::new();
+        for (pid, twin) in frozen.twins() {
+            let twin = twin?;
+            let mut bytes = [[0; 16]; 2];
+            let at =
+                frozen.processes.iter().find(|p| p.pid == pid).ok_or("who is that?")?.threads[0].regs.rsp;
+            for (pid, bytes) in [pid, twin.pid()].into_iter().zip(&mut bytes) {
+                memory::read_exact(pid, RemoteAddr(at), bytes)?;
+            }
+            if bytes[0] != bytes[1] {
+                return Err(format!("pid {pid}: another stack in the twin: {bytes:x?}").into());
+            }
+            held.push(twin);
         }
         frozen.release(Release::Run);
     }

@@ -119,7 +119,7 @@ const WORTH_A_BATCH: usize = 6;
 const RED_ZONE: u64 = 128;
 const UCONTEXT: usize = 304;
 /// A frame with the address of `&sigreturn` before it, bytes.
-const FRAME: u64 = (8 + UCONTEXT as u64).next_multiple_of(16);
+pub(crate) const FRAME: u64 = (8 + UCONTEXT as u64).next_multiple_of(16);
 const SYS_MUNMAP: u64 = 11;
 
 /// The runner. In: rbx = table, r12 = number of rows, r13 = tgid, r14 = tid, r15 = signal,
@@ -634,7 +634,7 @@ impl Borrowed<'_> {
     }
 
     /// The registers with which the task makes a call and returns to the frame at `home`.
-    fn calling(&self, nr: u64, args: [u64; 6], home: RemoteAddr) -> Regs {
+    pub(crate) fn calling(&self, nr: u64, args: [u64; 6], home: RemoteAddr) -> Regs {
         Regs {
             rip: self.landing.syscall.0,
             rsp: home.0,
@@ -649,7 +649,7 @@ impl Borrowed<'_> {
         }
     }
 
-    fn way_home(&self) -> RemoteAddr {
+    pub(crate) fn way_home(&self) -> RemoteAddr {
         if self.mapped { self.unmap } else { self.home }
     }
 
@@ -830,6 +830,46 @@ impl Borrowed<'_> {
             Some((name, errno)) => Err(RemoteError::Call { tid: self.tid, name, errno }),
             None => Ok(answers),
         }
+    }
+
+    /// Where the kernel finds the first argument of the last guard's first call.
+    pub(crate) fn guarded_argument(&self) -> RemoteAddr {
+        const RDI: u64 = 13 * 8;
+        let frame =
+            self.guards.last().and_then(|guard| guard.undo.first()).map_or(self.home, |undo| undo.frame);
+        frame.plus(8 + RDI)
+    }
+
+    /// Takes note that the kernel has written `value` there.
+    pub(crate) fn set_guarded_argument(&mut self, value: i32) {
+        if let Some(undo) = self.guards.last_mut().and_then(|guard| guard.undo.first_mut()) {
+            undo.layout.args[0] = u64::from(value.unsigned_abs());
+        }
+    }
+
+    /// A frame that leads to `regs`, with all signals blocked.
+    pub(crate) fn frame(&self, regs: &Regs) -> Vec<u8> {
+        self.landing.frame(regs, !0, self.landing.dead.0.0)
+    }
+
+    /// The unused stack that is left for arguments: start and length.
+    pub(crate) fn scratch(&self) -> (RemoteAddr, u64) {
+        self.scratch
+    }
+
+    /// Address of the `syscall` instruction that is used.
+    pub(crate) fn syscall(&self) -> RemoteAddr {
+        self.landing.syscall
+    }
+
+    /// The unused stack that was written to and will be put back.
+    pub(crate) fn dead_stack(&self) -> (RemoteAddr, u64) {
+        self.landing.dead
+    }
+
+    /// Whether a seccomp filter would judge the task's calls if we were not there.
+    pub(crate) fn filtered(&self) -> bool {
+        self.landing.seccomp
     }
 
     fn unmap_arena(&mut self) -> Result<(), RemoteError> {

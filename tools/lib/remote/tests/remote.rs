@@ -51,7 +51,8 @@ impl Target {
         let fds = fs::read_dir(format!("/proc/{}/fd", self.0.id())).into_iter().flatten().flatten();
         let mut fds: Vec<_> = fds.map(|fd| fd.file_name().to_string_lossy().into_owned()).collect();
         fds.sort();
-        (self.proc("maps"), lines.chain(fds).collect())
+        let children = self.proc(&format!("task/{}/children", self.0.id()));
+        (self.proc("maps"), lines.chain(fds).chain([children]).collect())
     }
 
     /// Waits until the state is `before` again: a killed tracer's tracee needs a moment to go home.

@@ -205,6 +205,8 @@ fn is_shmem(name: &[u8]) -> bool {
 #[derive(Debug)]
 pub struct Plan {
     pid: Pid,
+    /// The process that pages are read from: itself or a copy of it.
+    source: Pid,
     /// Number of the pages image.
     pub pages_id: u32,
     /// Runs to store, in address order.
@@ -227,7 +229,7 @@ impl Plan {
     pub fn new(pid: Pid, vmas: &[VmaEntry], pages_id: u32) -> anyhow::Result<Self> {
         let path = format!("/proc/{pid}/pagemap");
         let pagemap = File::open(&path).with_context(|| path.clone())?;
-        let mut plan = Self { pid, pages_id, runs: Vec::new() };
+        let mut plan = Self { pid, source: pid, pages_id, runs: Vec::new() };
         let mut ranges: Vec<PageRange> = Vec::new();
         for vma in vmas {
             let Some(select) = selection(vma.status) else { continue };
@@ -272,6 +274,18 @@ impl Plan {
         self.runs.iter().map(|r| r.end - r.start).sum()
     }
 
+    /// Has the pages read from `copy`, a process with the same memory.
+    pub fn read_from(&mut self, copy: Pid) {
+        self.source = copy;
+    }
+
+    /// The parts of `[start, end)` that are to be stored, each as start and end.
+    pub fn runs_in(&self, start: u64, end: u64) -> impl Iterator<Item = (u64, u64)> {
+        let first = self.runs.partition_point(|run| run.end <= start);
+        let inside = self.runs[first..].iter().take_while(move |run| run.start < end);
+        inside.map(move |run| (run.start.max(start), run.end.min(end)))
+    }
+
     /// Emits the pagemap.
     ///
     /// # Errors
@@ -304,7 +318,7 @@ impl Plan {
     ) -> anyhow::Result<()> {
         let mut chunk = Chunk::for_output(out.output().as_fd(), self.bytes())?;
         let mut filled = 0;
-        let mut mem = Unreadable { path: format!("/proc/{}/mem", self.pid), file: None };
+        let mut mem = Unreadable { path: format!("/proc/{}/mem", self.source), file: None };
         for run in &self.runs {
             let mut at = run.start;
             while at < run.end {
@@ -313,7 +327,7 @@ impl Plan {
                 let n = usize::try_from(run.end - at).unwrap_or(full).min(full - filled);
                 let place = &mut buffer[filled..filled + n];
                 if run.readable {
-                    memory::read_exact(self.pid, RemoteAddr(at), place)?;
+                    memory::read_exact(self.source, RemoteAddr(at), place)?;
                 } else {
                     mem.read(at, place)?;
                 }

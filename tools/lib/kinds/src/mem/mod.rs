@@ -13,6 +13,7 @@
 
 pub mod dump;
 pub mod restore;
+pub mod snapshot;
 
 /// `vma_entry.status`: what a mapping is.
 pub mod status {
