@@ -10,6 +10,7 @@
 
 mod harness;
 mod pages;
+mod scaling;
 
 use std::process::ExitCode;
 
@@ -20,7 +21,10 @@ struct Bench {
     run: fn(u64),
 }
 
-const BENCHES: &[Bench] = &[Bench { name: "pages", size: ("MiB", 1024), run: pages::run }];
+const BENCHES: &[Bench] = &[
+    Bench { name: "pages", size: ("MiB", 1024), run: pages::run },
+    Bench { name: "scaling", size: ("MiB", 4096), run: scaling::run },
+];
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();

@@ -25,7 +25,6 @@ pub fn run(mib: u64) {
 
     let gap = dir.join("gap");
     let target = Target::start_with("memory_hog", &["-", &mib.to_string(), gap.to_str().expect("a path")]);
-    let pids = process::tree(target.pid);
     let felt = || u64::from_ne_bytes(fs::read(&gap).expect("read the gap").try_into().expect("eight bytes"));
     let forget = || {
         fs::OpenOptions::new()
@@ -39,55 +38,19 @@ pub fn run(mib: u64) {
     let mut peaks = Peaks::new();
     let mut bytes = 0;
     for round in 0..=ROUNDS {
-        let images = dir.join("img");
-        let images_arg = images.to_str().expect("a path");
         forget();
-        let start = Instant::now();
-        let pid = target.pid.to_string();
-        harness::pipeline(
-            &[&["ckpt-scan", "-t", &pid], &["ckpt-sk"], &["ckpt-write", images_arg]],
-            &mut peaks,
-        );
-        let total = start.elapsed();
+        let trip = round_trip(&target, &dir, &mut peaks);
         let freeze = Duration::from_micros(felt());
-
-        let pages = fs::read_dir(&images).expect("list images").flatten().map(|f| f.path());
-        let pages: Vec<PathBuf> = pages
-            .filter(|p| p.file_name().is_some_and(|n| n.to_string_lossy().starts_with("pages-")))
-            .collect();
-        bytes = pages.iter().map(|p| p.metadata().map_or(0, |m| m.len())).sum();
-        let copy = dir.join("copy");
-        fs::create_dir(&copy).expect("make a directory");
-        let start = Instant::now();
-        let status = Command::new("cp").args(&pages).arg(&copy).status().expect("run cp");
-        let cp = start.elapsed();
-        assert!(status.success(), "cp: {status}");
-        fs::remove_dir_all(&copy).expect("remove the copy");
-
-        target.end();
-        process::wait_free(&pids);
-        let start = Instant::now();
-        let restore = Command::new(tool("ckpt-restore"))
-            .arg("--detach")
-            .arg(&images)
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("start ckpt-restore");
-        harness::watch(vec![("ckpt-restore".to_owned(), restore)], &mut peaks);
-        let restored = start.elapsed();
-        target.passes("the restored one");
-        fs::remove_dir_all(&images).expect("remove the images");
-
+        bytes = trip.bytes;
         // The first round warms caches up that the files did not.
         if round > 0 {
-            cps.push(cp.as_secs_f64());
-            totals.push(total.as_secs_f64());
+            cps.push(trip.cp.as_secs_f64());
+            totals.push(trip.dump.as_secs_f64());
             freezes.push(freeze.as_secs_f64());
-            restores.push(restored.as_secs_f64());
+            restores.push(trip.restore.as_secs_f64());
         }
-        eprintln!(
-            "round {round}: cp {cp:.3?}, dump {total:.3?}, frozen {freeze:.3?}, restore {restored:.3?}"
-        );
+        let Trip { cp, dump, restore, .. } = trip;
+        eprintln!("round {round}: cp {cp:.3?}, dump {dump:.3?}, frozen {freeze:.3?}, restore {restore:.3?}");
     }
     target.end();
     drop(target);
@@ -101,4 +64,51 @@ pub fn run(mib: u64) {
     harness::ratio("dump, frozen", &freezes, &cps, 1.3);
     harness::ratio("restore", &restores, &cps, 1.3);
     harness::peak_rows(&peaks, 64);
+}
+
+/// What one dump, one `cp` of what it wrote and one restore took.
+pub struct Trip {
+    /// Of all pages files.
+    pub bytes: u64,
+    pub dump: Duration,
+    pub cp: Duration,
+    pub restore: Duration,
+}
+
+/// Dumps `target` into `dir`, copies the pages, ends the target, restores it and has it check itself. Leaves nothing in `dir`.
+pub fn round_trip(target: &Target, dir: &Tmpfs, peaks: &mut Peaks) -> Trip {
+    let pids = process::tree(target.pid);
+    let images = dir.join("img");
+    let images_arg = images.to_str().expect("a path");
+    let pid = target.pid.to_string();
+    let start = Instant::now();
+    harness::pipeline(&[&["ckpt-scan", "-t", &pid], &["ckpt-sk"], &["ckpt-write", images_arg]], peaks);
+    let dump = start.elapsed();
+
+    let pages = fs::read_dir(&images).expect("list images").flatten().map(|f| f.path());
+    let pages: Vec<PathBuf> =
+        pages.filter(|p| p.file_name().is_some_and(|n| n.to_string_lossy().starts_with("pages-"))).collect();
+    let bytes = pages.iter().map(|p| p.metadata().map_or(0, |m| m.len())).sum();
+    let copy = dir.join("copy");
+    fs::create_dir(&copy).expect("make a directory");
+    let start = Instant::now();
+    let status = Command::new("cp").args(&pages).arg(&copy).status().expect("run cp");
+    let cp = start.elapsed();
+    assert!(status.success(), "cp: {status}");
+    fs::remove_dir_all(&copy).expect("remove the copy");
+
+    target.end();
+    process::wait_free(&pids);
+    let start = Instant::now();
+    let restore = Command::new(tool("ckpt-restore"))
+        .arg("--detach")
+        .arg(&images)
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("start ckpt-restore");
+    harness::watch(vec![("ckpt-restore".to_owned(), restore)], peaks);
+    let restore = start.elapsed();
+    target.passes("the restored one");
+    fs::remove_dir_all(&images).expect("remove the images");
+    Trip { bytes, dump, cp, restore }
 }
