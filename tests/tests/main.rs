@@ -3,6 +3,7 @@
 //! - `workloads`: the workloads themselves: they pass when left alone, and every check in them can fail
 //! - `memory`, `signals`, `tasks`, `files`, `sockets`, `tree`: one trip per kernel resource
 //! - `snapshots`: `ckpt-scan --snapshot`: the target runs on and notices nothing
+//! - `tcp`: connections, and the network lock
 //! - `invariants`: attacks: tools killed, disks full, pipes closed, images damaged
 //! - `wire`: CRIU's own images restored; ours compared with them field by field
 //! - `programs`: bash, python, redis, sqlite, nginx
@@ -19,6 +20,7 @@ mod signals;
 mod snapshots;
 mod sockets;
 mod tasks;
+mod tcp;
 mod tree;
 mod wire;
 mod workloads;

@@ -17,6 +17,20 @@ fn on(fd: BorrowedFd<'_>) -> String {
     format!("our fd {}", fd.as_raw_fd())
 }
 
+/// socket(2) with any numbers; `kind` may include `SOCK_CLOEXEC`.
+///
+/// # Errors
+/// EPERM and EACCES (raw and packet sockets), EAFNOSUPPORT, EPROTONOSUPPORT.
+pub fn socket(domain: i32, kind: i32, protocol: i32) -> Result<OwnedFd, SysError> {
+    // SAFETY: socket takes three integers.
+    let ret = unsafe { libc::socket(domain, kind, protocol) };
+    if ret < 0 {
+        return Err(SysError::last("socket", format!("family {domain} type {kind} protocol {protocol}")));
+    }
+    // SAFETY: the kernel has just made this descriptor for us and nobody else knows its number.
+    Ok(unsafe { OwnedFd::from_raw_fd(ret) })
+}
+
 /// A socket option that is an int.
 ///
 /// # Errors

@@ -24,6 +24,7 @@ pub mod dump;
 pub mod epoll;
 pub mod eventfd;
 pub mod fown;
+mod inet;
 pub mod lock;
 pub mod memfd;
 pub mod pipe;
@@ -31,6 +32,7 @@ pub mod reg;
 pub mod restore;
 pub mod signalfd;
 pub mod socket;
+mod tcp;
 #[cfg(test)]
 mod tests;
 pub mod timerfd;
@@ -96,8 +98,12 @@ macro_rules! refused {
 /// that recognises a descriptor has it, and files are opened in this order.
 pub const KINDS: &[Kind] = &[
     full!("unix socket", Unixsk, unix),
-    refused!("TCP socket", |d| d.is_socket(libc::AF_INET, libc::SOCK_STREAM), "not supported yet"),
-    refused!("TCP socket over IPv6", |d| d.is_socket(libc::AF_INET6, libc::SOCK_STREAM), "not supported yet"),
+    full!("TCP socket", Inetsk, tcp::recognise, inet::dump, inet::restore),
+    refused!(
+        "MPTCP or SCTP socket",
+        |d| d.is_socket(libc::AF_INET, libc::SOCK_STREAM) || d.is_socket(libc::AF_INET6, libc::SOCK_STREAM),
+        "not supported"
+    ),
     refused!("UDP socket", |d| d.is_socket(libc::AF_INET, libc::SOCK_DGRAM), "not supported yet"),
     refused!("UDP socket over IPv6", |d| d.is_socket(libc::AF_INET6, libc::SOCK_DGRAM), "not supported yet"),
     refused!(

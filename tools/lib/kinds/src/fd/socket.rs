@@ -16,7 +16,7 @@ use ckpt_proto::types::{FdTypes, FileEntry, SocketStub};
 use ckpt_sys::{FileId, Pid, Refused, TargetFd, pidfd, sock};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 
-use super::{Descriptor, dump::comm, unix};
+use super::{Descriptor, dump::comm, tcp, unix};
 use crate::Sink;
 
 /// What to do with what an external connection has received and not read.
@@ -104,10 +104,17 @@ struct Family {
 }
 
 /// Who completes which sockets; the first row that wants one has it.
-const FAMILIES: &[Family] = &[Family { wants: |s| is(s, libc::AF_UNIX), complete: unix::complete }];
+const FAMILIES: &[Family] = &[
+    Family { wants: |s| is(s, libc::AF_UNIX), complete: unix::complete },
+    Family { wants: |s| is_inet(s, libc::IPPROTO_TCP), complete: tcp::complete },
+];
 
 fn is(stub: &SocketStub, domain: i32) -> bool {
     stub.domain == domain.unsigned_abs()
+}
+
+fn is_inet(stub: &SocketStub, protocol: i32) -> bool {
+    (is(stub, libc::AF_INET) || is(stub, libc::AF_INET6)) && stub.protocol == protocol.unsigned_abs()
 }
 
 /// ckpt-scan's part: a stub, which ckpt-sk completes.

@@ -394,7 +394,7 @@ fn entry(
         backlog: diag.wqueue,
         peer: fits(diag.peer.unwrap_or(0))?,
         fown: stub.fown,
-        opts: options(socket)?,
+        opts: options(&socket.open, &socket.what())?,
         name: diag.name.clone(),
         shutdown: match diag.shutdown {
             0 => None,
@@ -454,7 +454,7 @@ const UNSUPPORTED: [(&str, i32, i32); 6] = [
     ("SO_PASSRIGHTS", 83, 1),
 ];
 
-fn options(socket: &Socket<'_>) -> anyhow::Result<SkOptsEntry> {
+pub(in crate::fd) fn options(socket: &socket::Socket<'_>, what: &str) -> anyhow::Result<SkOptsEntry> {
     let fd = socket.copy.as_fd();
     let get = |name| -> anyhow::Result<u32> {
         let value = sock::option(fd, libc::SOL_SOCKET, name).with_context(|| socket.subject.clone())?;
@@ -463,11 +463,11 @@ fn options(socket: &Socket<'_>) -> anyhow::Result<SkOptsEntry> {
     let flag = |name| -> anyhow::Result<Option<bool>> { Ok(Some(get(name)? != 0)) };
     for (name, option, default) in UNSUPPORTED {
         if sock::option(fd, libc::SOL_SOCKET, option).is_ok_and(|value| value != default) {
-            return Err(socket.refuse(format!("option {name} is not supported yet")).into());
+            return Err(socket.refuse(what, format!("option {name} is not supported yet")).into());
         }
     }
     if sock::filter_length(fd).is_ok_and(|n| n > 0) {
-        return Err(socket.refuse("a socket filter is not supported yet").into());
+        return Err(socket.refuse(what, "a socket filter is not supported yet").into());
     }
     let (so_snd_tmo_sec, so_snd_tmo_usec) = sock::timeout(fd, libc::SO_SNDTIMEO)?;
     let (so_rcv_tmo_sec, so_rcv_tmo_usec) = sock::timeout(fd, libc::SO_RCVTIMEO)?;
@@ -483,8 +483,9 @@ fn options(socket: &Socket<'_>) -> anyhow::Result<SkOptsEntry> {
         so_priority: Some(get(libc::SO_PRIORITY)?),
         so_rcvlowat: Some(get(libc::SO_RCVLOWAT)?),
         so_mark: (mark != 0).then_some(mark),
-        so_passcred: flag(libc::SO_PASSCRED)?,
-        so_passsec: flag(libc::SO_PASSSEC)?,
+        // Only families that carry them have these (Linux 6.16).
+        so_passcred: flag(libc::SO_PASSCRED).ok().flatten(),
+        so_passsec: flag(libc::SO_PASSSEC).ok().flatten(),
         so_dontroute: flag(libc::SO_DONTROUTE)?,
         so_no_check: flag(libc::SO_NO_CHECK)?,
         so_reuseport: flag(libc::SO_REUSEPORT)?,

@@ -29,7 +29,7 @@ use super::{Descriptor, FileTable, socket};
 use crate::Sink;
 
 pub(super) use complete::complete;
-pub(super) use restore::restore;
+pub(super) use restore::{options as restore_options, restore};
 
 /// `state`: connected, or a datagram socket with a default peer.
 const ESTABLISHED: u8 = 1;

@@ -513,7 +513,7 @@ fn finish(usk: &UnixSkEntry, fd: &OwnedFd) -> anyhow::Result<()> {
 }
 
 /// Sets the options that differ from what a new socket has.
-fn options(fd: BorrowedFd<'_>, opts: &SkOptsEntry) -> anyhow::Result<()> {
+pub(in crate::fd) fn options(fd: BorrowedFd<'_>, opts: &SkOptsEntry) -> anyhow::Result<()> {
     let set = |name: i32, wanted: u32| -> anyhow::Result<()> {
         let wanted = i32::try_from(wanted).with_context(|| format!("socket option {name}"))?;
         if sock::option(fd, libc::SOL_SOCKET, name).is_ok_and(|now| now == wanted) {

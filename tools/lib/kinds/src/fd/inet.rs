@@ -1,0 +1,287 @@
+//! What sockets of the internet families have in common (ip(7), ipv6(7)): addresses, and their entry.
+//!
+//! CRIU has one message for all of them, `inet_sk_entry`; what a protocol has besides is its
+//! module's business ([`super::tcp`]). A v6 socket that talks v4 has v4-mapped addresses
+//! everywhere: in the kernel's tables, in the images, and in bind(2) and connect(2).
+
+use std::{
+    collections::HashMap,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+};
+
+use anyhow::{Context, bail};
+use ckpt_proto::types::{FdTypes, FileEntry, InetSkEntry, IpOptsEntry, SkShutdown};
+use ckpt_sys::{
+    FileId, Refused,
+    diag::{InetSocket, SockDiag},
+    sock,
+};
+use nix::{
+    errno::Errno,
+    sys::socket::{SockaddrIn, SockaddrIn6, SockaddrLike, SockaddrStorage},
+};
+
+use super::{Descriptor, FileTable, Opening, socket, tcp, unix};
+use crate::Sink;
+
+/// `IP_FREEBIND`, which goes for v6 too (`IPV6_FREEBIND` is the same bit).
+const IP_FREEBIND: i32 = 15;
+
+/// ckpt-scan's part: a stub, which ckpt-sk completes.
+pub(super) fn dump(
+    _: &mut FileTable,
+    d: &Descriptor,
+    id: FileId,
+    _: &mut dyn Sink,
+) -> anyhow::Result<Option<FileEntry>> {
+    socket::dump(d, id, FdTypes::Inetsk)
+}
+
+/// The kernel's table of the sockets of a protocol, of both families, by inode; and those that nobody holds.
+pub(super) fn table(protocol: i32) -> anyhow::Result<(HashMap<u64, InetSocket>, Vec<InetSocket>)> {
+    let diag = SockDiag::here()?;
+    let mut held = HashMap::new();
+    let mut loose = Vec::new();
+    for v6 in [false, true] {
+        let all = match diag.inet(v6, protocol) {
+            Ok(all) => all,
+            // A kernel without IPv6 has no sockets of it either.
+            Err(e) if v6 && e.errno == Errno::ENOENT => Vec::new(),
+            Err(e) => return Err(e).context("enumerate inet sockets"),
+        };
+        for socket in all {
+            match socket.id {
+                0 => loose.push(socket),
+                id => {
+                    held.insert(id, socket);
+                }
+            }
+        }
+    }
+    Ok((held, loose))
+}
+
+/// The fields that all inet sockets have. `ns_id` is the network namespace's number in the images, `what`
+/// the socket's kind and inode for messages. Sockets that are in no table (they have no port) have no `diag`.
+pub(super) fn entry(
+    socket: &socket::Socket<'_>,
+    diag: Option<&InetSocket>,
+    what: &str,
+    ns_id: Option<u32>,
+) -> anyhow::Result<InetSkEntry> {
+    let fd = socket.copy.as_fd();
+    let stub = socket.stub;
+    let v6 = is_v6(stub.domain);
+    let none = unspecified(v6);
+    let local = local(fd)?.unwrap_or(none);
+    let remote = diag.map_or(none, |d| d.remote);
+    let option = |level, name| sock::option(fd, level, name).ok();
+    let ip = |name| option(libc::SOL_IP, name);
+    let freebind = ip(IP_FREEBIND).is_some_and(|on| on != 0);
+    Ok(InetSkEntry {
+        id: socket.file_id,
+        ino: socket.ino()?,
+        family: stub.domain,
+        r#type: stub.r#type,
+        proto: stub.protocol,
+        state: diag.map_or(u32::from(CLOSE), |d| u32::from(d.state)),
+        src_port: local.port().into(),
+        dst_port: remote.port().into(),
+        flags: stub.flags,
+        backlog: 0,
+        src_addr: words(local.ip()),
+        dst_addr: words(remote.ip()),
+        fown: stub.fown,
+        opts: unix::complete::options(socket, what)?,
+        v6only: if v6 { option(libc::SOL_IPV6, libc::IPV6_V6ONLY).map(|on| on != 0) } else { None },
+        ip_opts: Some(IpOptsEntry { freebind: freebind.then_some(true), ..IpOptsEntry::default() }),
+        ifname: scope_name(local)?,
+        ns_id,
+        shutdown: match diag.and_then(|d| d.shutdown).unwrap_or(0) & 3 {
+            0 => None,
+            1 => Some(SkShutdown::Read.into()),
+            2 => Some(SkShutdown::Write.into()),
+            _ => Some(SkShutdown::Both.into()),
+        },
+        ..InetSkEntry::default()
+    })
+}
+
+/// `state`: neither connected nor listening.
+pub(super) const CLOSE: u8 = 7;
+
+fn is_v6(family: u32) -> bool {
+    family == libc::AF_INET6.unsigned_abs()
+}
+
+fn unspecified(v6: bool) -> SocketAddr {
+    let ip = if v6 { IpAddr::V6(Ipv6Addr::UNSPECIFIED) } else { IpAddr::V4(Ipv4Addr::UNSPECIFIED) };
+    SocketAddr::new(ip, 0)
+}
+
+/// getsockname(2), with the scope of a link-local address.
+pub(super) fn local(fd: BorrowedFd<'_>) -> anyhow::Result<Option<SocketAddr>> {
+    let name: SockaddrStorage = nix::sys::socket::getsockname(fd.as_raw_fd()).context("getsockname")?;
+    Ok(match (name.as_sockaddr_in(), name.as_sockaddr_in6()) {
+        (Some(v4), _) => Some(SocketAddr::from((v4.ip(), v4.port()))),
+        (_, Some(v6)) => Some(SocketAddrV6::new(v6.ip(), v6.port(), 0, v6.scope_id()).into()),
+        _ => None,
+    })
+}
+
+/// The interface whose link a link-local address is meant on.
+fn scope_name(address: SocketAddr) -> anyhow::Result<Option<String>> {
+    match address {
+        SocketAddr::V6(v6) if v6.scope_id() != 0 => {
+            let name = nix::net::if_::if_indextoname(v6.scope_id()).context("if_indextoname")?;
+            Ok(Some(name.to_string_lossy().into_owned()))
+        }
+        _ => Ok(None),
+    }
+}
+
+/// An address in words of four bytes, each as it lies in memory.
+fn words(ip: IpAddr) -> Vec<u32> {
+    let octets = match ip {
+        IpAddr::V4(v4) => v4.octets().to_vec(),
+        IpAddr::V6(v6) => v6.octets().to_vec(),
+    };
+    octets.as_chunks::<4>().0.iter().map(|word| u32::from_ne_bytes(*word)).collect()
+}
+
+/// The other way round; port and scope are added.
+fn address(isk: &InetSkEntry, words: &[u32], port: u32) -> anyhow::Result<SocketAddr> {
+    let ip = match (is_v6(isk.family), words) {
+        (false, &[word, ..]) => IpAddr::from(word.to_ne_bytes()),
+        (true, &[a, b, c, d]) => {
+            let mut octets = [0; 16];
+            for (place, word) in octets.as_chunks_mut::<4>().0.iter_mut().zip([a, b, c, d]) {
+                *place = word.to_ne_bytes();
+            }
+            IpAddr::from(octets)
+        }
+        (false, []) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+        (true, []) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+        _ => bail!("inet socket {}: an address of {} words", isk.ino, words.len()),
+    };
+    let port = u16::try_from(port).with_context(|| format!("inet socket {}: port {port}", isk.ino))?;
+    Ok(match ip {
+        IpAddr::V6(v6) if v6.segments()[0] & 0xffc0 == 0xfe80 => {
+            let name = isk.ifname.as_deref().unwrap_or_default();
+            let scope = nix::net::if_::if_nametoindex(name)
+                .with_context(|| format!("inet socket {}: interface {name:?} of {v6}", isk.ino))?;
+            SocketAddrV6::new(v6, port, 0, scope).into()
+        }
+        ip => SocketAddr::new(ip, port),
+    })
+}
+
+/// Where a socket was bound to.
+///
+/// # Errors
+/// A malformed entry.
+pub(super) fn source(isk: &InetSkEntry) -> anyhow::Result<SocketAddr> {
+    address(isk, &isk.src_addr, isk.src_port)
+}
+
+/// Where it was connected to.
+///
+/// # Errors
+/// A malformed entry.
+pub(super) fn destination(isk: &InetSkEntry) -> anyhow::Result<SocketAddr> {
+    address(isk, &isk.dst_addr, isk.dst_port)
+}
+
+/// Makes a socket of an entry's family, type and protocol, with the options that bind(2) looks at.
+pub(super) fn new_socket(isk: &InetSkEntry) -> anyhow::Result<OwnedFd> {
+    let family = if is_v6(isk.family) { libc::AF_INET6 } else { libc::AF_INET };
+    let kind = match i32::try_from(isk.r#type) {
+        Ok(kind @ (libc::SOCK_STREAM | libc::SOCK_DGRAM | libc::SOCK_RAW)) => kind,
+        _ => bail!("inet socket {}: unknown type {}", isk.ino, isk.r#type),
+    };
+    let protocol = i32::try_from(isk.proto).context("a socket's protocol")?;
+    let fd = sock::socket(family, kind | libc::SOCK_CLOEXEC, protocol)?;
+    if let Some(v6only) = isk.v6only {
+        sock::set_option(fd.as_fd(), libc::SOL_IPV6, libc::IPV6_V6ONLY, v6only.into())?;
+    }
+    if isk.ip_opts.as_ref().and_then(|o| o.freebind) == Some(true) {
+        sock::set_option(fd.as_fd(), libc::SOL_IP, IP_FREEBIND, 1)?;
+    }
+    Ok(fd)
+}
+
+/// An address as bind(2) and connect(2) take it.
+pub(super) fn sockaddr(address: SocketAddr) -> Box<dyn SockaddrLike> {
+    match address {
+        SocketAddr::V4(v4) => Box::new(SockaddrIn::from(v4)),
+        SocketAddr::V6(v6) => Box::new(SockaddrIn6::from(v6)),
+    }
+}
+
+/// Binds `fd`. An address in use is the most likely failure of all, and says so.
+pub(super) fn bind(fd: BorrowedFd<'_>, what: &str, address: SocketAddr) -> anyhow::Result<()> {
+    match nix::sys::socket::bind(fd.as_raw_fd(), &*sockaddr(address)) {
+        Ok(()) => Ok(()),
+        Err(Errno::EADDRINUSE) => {
+            let reason = format!("{address} is in use by another process");
+            Err(Refused::new(what.to_owned(), reason).advise("end it; ss -tulpn shows who it is").into())
+        }
+        Err(Errno::EADDRNOTAVAIL) => {
+            let reason = format!("no interface here has the address {}", address.ip());
+            let advice = "add it (ip address add), or rewrite it: sk-rewrite --addr OLD=NEW";
+            Err(Refused::new(what.to_owned(), reason).advise(advice).into())
+        }
+        Err(errno) => Err(errno).with_context(|| format!("{what}: bind to {address}")),
+    }
+}
+
+/// ckpt-restore's part: one row of [`super::KINDS`] brings the sockets of all protocols here.
+pub(super) fn restore(opening: &mut Opening<'_>, files: &[FileEntry]) -> anyhow::Result<()> {
+    let mut tcp = Vec::new();
+    for file in files {
+        let isk = file.isk.as_ref().with_context(|| {
+            let stub = if file.ckpt_stub.is_some() { " (it did not pass ckpt-sk)" } else { "" };
+            format!("inet socket {} without its entry{stub}", file.id)
+        })?;
+        match (i32::try_from(isk.r#type), i32::try_from(isk.proto)) {
+            (Ok(libc::SOCK_STREAM), Ok(libc::IPPROTO_TCP)) => tcp.push(isk),
+            _ => {
+                let reason = format!(
+                    "sockets of type {} and protocol {} can't be restored yet",
+                    isk.r#type, isk.proto
+                );
+                return Err(Refused::new(format!("inet socket {}", isk.ino), reason).into());
+            }
+        }
+    }
+    tcp::restore(opening, &tcp)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_survive_as_words() {
+        for (text, family) in [
+            ("127.0.0.1:80", libc::AF_INET),
+            ("[2001:db8::7]:443", libc::AF_INET6),
+            ("[::ffff:10.0.0.1]:1", libc::AF_INET6),
+        ] {
+            let address: SocketAddr = text.parse().unwrap();
+            let isk = InetSkEntry {
+                family: family.unsigned_abs(),
+                src_addr: words(address.ip()),
+                src_port: address.port().into(),
+                ..InetSkEntry::default()
+            };
+            assert_eq!(source(&isk).unwrap(), address);
+        }
+        // As CRIU has it: 127.0.0.1 is one word, and reads 0x0100007f on a little-endian machine.
+        assert_eq!(words([127, 0, 0, 1].into()), [u32::from_ne_bytes([127, 0, 0, 1])]);
+        let wrong = InetSkEntry { family: 10, src_addr: vec![1, 2], ..InetSkEntry::default() };
+        assert!(source(&wrong).is_err());
+        assert!(source(&InetSkEntry { src_port: 1 << 16, ..InetSkEntry::default() }).is_err());
+    }
+}
