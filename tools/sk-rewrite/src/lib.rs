@@ -1,66 +1,86 @@
 //! Edits the sockets of a checkpoint stream on its way: a pure filter that needs neither the kernel nor
 //! the target.
 //!
-//! What a connection whose peer is not part of the checkpoint becomes is a field of the socket's entry
-//! in `files.img` (`unix_sk_entry.ckpt_external`), so an edit changes one message and everything else
-//! passes unchanged; pages by splice(2). Messages are edited by description, so that fields
-//! which this release does not know stay in them.
+//! What a socket is and what becomes of its connection are fields of its entry in `files.img`, so an edit
+//! changes a few messages and everything else passes unchanged; pages by splice(2).
 //!
-//! Nothing is decided before all sockets have been seen (at BULK, or the end): a rule that matched nothing
-//! is an error, as is one that tears a connection whose other end stays inside. The stream then ends with
-//! ABORT, and no stage behind takes it for a checkpoint.
+//! Entries come in any order, and which sockets a rule means may take all of them to tell: a descriptor is found
+//! through FDINFO and IDS, a peer is another socket. So sockets are kept back, in memory, and nothing is
+//! decided before all have been seen (at BULK, or the end). Then a rule that matched nothing is an error, as is
+//! one that tears a connection whose other end stays inside; the stream ends with ABORT, and no stage
+//! behind takes it for a checkpoint.
 //!
-//! Queued bytes name their socket by the id of its entry, which may come later in the stream. With
-//! `--drop-queues` queues are therefore kept back in a temporary file until all entries are known.
+//! Queued bytes name their socket by the id of its entry, which may come later too. Rules that change queues
+//! therefore keep these back as well, in a temporary file.
 
+mod edit;
+mod held;
+mod option;
 mod rule;
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    fs::File,
-    io::{self, Read, Seek, SeekFrom},
-    os::fd::AsFd,
-};
+use std::{collections::HashMap, fs::File, os::fd::AsFd, path::PathBuf};
 
-use anyhow::{Context, anyhow, bail};
+use anyhow::{Context, anyhow};
+use ckpt_cli::UsageError;
 use ckpt_images::{ImageError, stage};
 use ckpt_proto::{
-    Image, MAX_MESSAGE, Message,
+    Image, Message,
     stream::{Frame, Reader, Writer},
-    types::{FileEntry, SkPacketEntry, UnixSkEntry},
+    types::{FdinfoEntry, FileEntry, SkPacketEntry, TaskKobjIdsEntry, TcpStreamEntry},
 };
-use ckpt_sys::{Refused, SocketId};
-use clap::{
-    CommandFactory, Parser,
-    builder::{OsStringValueParser, TypedValueParser},
-};
-use prost_reflect::{DynamicMessage, Value};
+use ckpt_socket::Holder;
+use ckpt_sys::Refused;
+use clap::{CommandFactory, Parser};
 
-pub use rule::{Edit, Rule, SocketPath};
+use edit::{Effects, Socket, Sockets};
+use held::Held;
+use rule::value_parser;
+pub use rule::{Change, Edit, Rule};
 
-/// Edits the unix sockets of a checkpoint stream
+/// Edits the sockets of a checkpoint stream
 ///
-/// From standard input to standard output. ID is the number in socket:[ID] of
-/// /proc/PID/fd at dump time, also written unix[ID] or socket:[ID]. A PATH that
-/// begins with @ is an abstract name. A rule that matches nothing is an error.
+/// From standard input to standard output. MATCH is ID (the number in socket:[ID] of
+/// /proc/PID/fd at dump time), path=PATH, addr=IP[:PORT], fd=PID/FD, peer=ID|PATH|ADDRESS
+/// or kind=KIND. A PATH that begins with @ is an abstract name.
 #[derive(Debug, Clone, Parser)]
 #[command(name = "sk-rewrite", version, after_help = EXAMPLES)]
 pub struct Args {
     /// Connect the socket to PATH on restore
-    #[arg(long, value_name = "ID=PATH", value_parser = OsStringValueParser::new().try_map(rule::connect))]
+    #[arg(long, value_name = "MATCH=PATH", value_parser = value_parser("connect"))]
     pub connect: Vec<Rule>,
+    /// Listen on PATH (or the socket's own) on restore, and take the next connection
+    #[arg(long, value_name = "MATCH[=PATH]", value_parser = value_parser("accept"))]
+    pub accept: Vec<Rule>,
     /// Restore the socket from a descriptor given to ckpt-restore --inherit-fd
-    #[arg(long, value_name = "ID", value_parser = OsStringValueParser::new().try_map(rule::inherit))]
+    #[arg(long, value_name = "MATCH", value_parser = value_parser("inherit"))]
     pub inherit: Vec<Rule>,
     /// The socket's peer is outside: connect to PATH, else to the peer's name, else inherit
-    #[arg(long, value_name = "ID[:PATH]", value_parser = OsStringValueParser::new().try_map(rule::external))]
+    #[arg(long, value_name = "MATCH[:PATH]", value_parser = value_parser("external"))]
     pub external: Vec<Rule>,
-    /// The peer has closed: what is queued can be read, then end of file
-    #[arg(long, value_name = "ID", value_parser = OsStringValueParser::new().try_map(rule::close))]
+    /// The peer is gone: what is queued can be read, then end of file; TCP: closed
+    #[arg(long, value_name = "MATCH", value_parser = value_parser("close"))]
     pub close: Vec<Rule>,
     /// Forget what the socket has received but not read
-    #[arg(long, value_name = "ID", value_parser = OsStringValueParser::new().try_map(rule::drop_queues))]
+    #[arg(long, value_name = "MATCH", value_parser = value_parser("drop-queues"))]
     pub drop_queues: Vec<Rule>,
+    /// Set an option, SO_KEEPALIVE=1
+    #[arg(long, value_name = "MATCH:OPTION=VALUE", value_parser = value_parser("set-opt"))]
+    pub set_opt: Vec<Rule>,
+    /// Unix sockets: another path; with a / at the end of both, all below
+    #[arg(long, value_name = "OLD=NEW", value_parser = value_parser("rename"))]
+    pub rename: Vec<Rule>,
+    /// TCP, UDP, raw: another IP address, or IP:PORT, at both ends
+    #[arg(long, value_name = "OLD=NEW", value_parser = value_parser("addr"))]
+    pub addr: Vec<Rule>,
+    /// TCP, UDP: another port, at both ends
+    #[arg(long, value_name = "OLD=NEW", value_parser = value_parser("port"))]
+    pub port: Vec<Rule>,
+    /// TCP connections that lead out of the stream may move: the other end is told elsewhere
+    #[arg(long)]
+    pub peers_follow: bool,
+    /// Rules from a file, one a line, without the dashes
+    #[arg(long, value_name = "FILE")]
+    pub rules: Vec<PathBuf>,
     /// Say on standard error what would be done, write no stream
     #[arg(short = 'n', long)]
     pub dry_run: bool,
@@ -75,8 +95,8 @@ pub struct Args {
 const EXAMPLES: &str = "\
 Examples:
   ckpt-read checkpoint | sk-rewrite --connect 48213=/run/b.sock | ckpt-restore --detach
-  ckpt-read old | sk-rewrite --close 48213 --drop-queues 48213 | ckpt-write new
-  ckpt-show checkpoint | jq -r '.images[].entries[]?.usk?.ino // empty'   # which IDs?";
+  ckpt-read old | sk-rewrite --close kind=unix-stream --rename /run/a/=/run/b/ | ckpt-write new
+  ckpt-read checkpoint | ckpt-sk --list             # which IDs?";
 
 /// The command, for man pages and completions.
 #[must_use]
@@ -85,13 +105,48 @@ pub fn command() -> clap::Command {
 }
 
 impl Args {
-    fn rules(&self) -> Vec<Rule> {
-        [&self.connect, &self.inherit, &self.external, &self.close, &self.drop_queues]
-            .into_iter()
-            .flatten()
-            .cloned()
-            .collect()
+    fn rules(&self) -> anyhow::Result<Vec<Rule>> {
+        let options = [
+            &self.connect,
+            &self.accept,
+            &self.inherit,
+            &self.external,
+            &self.close,
+            &self.drop_queues,
+            &self.set_opt,
+            &self.rename,
+            &self.addr,
+            &self.port,
+        ];
+        let mut rules: Vec<Rule> = options.into_iter().flatten().cloned().collect();
+        for path in &self.rules {
+            rules.extend(rule::read_file(path)?);
+        }
+        check_contradictions(&rules)?;
+        Ok(rules)
     }
+}
+
+/// Two rules that say different things of the same, whatever is in the stream.
+fn check_contradictions(rules: &[Rule]) -> Result<(), UsageError> {
+    // What each rule decides; only one rule may decide it.
+    let mut decided: HashMap<String, &Rule> = HashMap::new();
+    for rule in rules {
+        let what = match rule {
+            Rule::Sockets(what, edit) if edit.is_policy() => format!("connection of {what}"),
+            Rule::Sockets(what, Edit::SetOption { name, .. }) => {
+                format!("option {} of {what}", name.to_ascii_lowercase())
+            }
+            Rule::Sockets(..) => continue,
+            Rule::All(Change::Rename(old, _)) => format!("name {old}"),
+            Rule::All(Change::Address(old, _)) => format!("address {old:?}"),
+            Rule::All(Change::Port(old, _)) => format!("port {old}"),
+        };
+        if let Some(other) = decided.insert(what, rule).filter(|other| *other != rule) {
+            return Err(UsageError(format!("{other} and {rule} contradict each other")));
+        }
+    }
+    Ok(())
 }
 
 /// Copies the stream from `input` to `output`, editing it.
@@ -123,78 +178,61 @@ pub fn run(args: &Args, input: File, output: File) -> anyhow::Result<()> {
     }
 }
 
-/// A unix socket of the stream.
-#[derive(Debug, Clone)]
-struct Socket {
-    file_id: u32,
-    peer: u64,
-    external: bool,
-    description: String,
-}
-
 struct Rewrite {
     rules: Vec<Rule>,
-    matched: BTreeSet<usize>,
-    sockets: BTreeMap<u64, Socket>,
     allow_unmatched: bool,
+    peers_follow: bool,
     dry_run: bool,
-    queues: Option<Queues>,
+    sockets: Vec<Socket>,
+    memory: u64,
+    /// Descriptors by descriptor table and file, and the tables of processes: FDINFO, IDS.
+    descriptors: Vec<(u64, u32, u32)>,
+    tables: HashMap<u64, Vec<u32>>,
+    /// Bytes received and not read by file.
+    received: HashMap<u32, u64>,
+    queues: Option<Held>,
     decided: bool,
-}
-
-/// Queues kept back until all sockets are known.
-struct Queues {
-    file: File,
-    entries: Vec<(Vec<u8>, u64)>,
-    memory: usize,
 }
 
 impl Rewrite {
     fn new(args: &Args) -> anyhow::Result<Self> {
-        let rules = args.rules();
-        let mut policies = BTreeMap::new();
-        for rule in rules.iter().filter(|rule| rule.edit != Edit::DropQueues) {
-            if let Some(other) = policies.insert(rule.id, rule) {
-                return Err(ckpt_cli::UsageError(format!("{other} and {rule} contradict each other")).into());
-            }
-        }
-        let queues = match args.drop_queues.is_empty() {
-            true => None,
-            false => Some(Queues {
-                file: tempfile::tempfile().context("temporary file")?,
-                entries: Vec::new(),
-                memory: 0,
-            }),
-        };
+        let rules = args.rules()?;
+        let changes_queues = rules.iter().any(|rule| {
+            matches!(rule, Rule::Sockets(_, Edit::DropQueues | Edit::Close | Edit::SetOption { .. }))
+        });
         Ok(Self {
             rules,
-            matched: BTreeSet::new(),
-            sockets: BTreeMap::new(),
             allow_unmatched: args.allow_unmatched,
+            peers_follow: args.peers_follow,
             dry_run: args.dry_run,
-            queues,
+            sockets: Vec::new(),
+            memory: 0,
+            descriptors: Vec::new(),
+            tables: HashMap::new(),
+            received: HashMap::new(),
+            queues: if changes_queues { Some(Held::new()?) } else { None },
             decided: false,
         })
     }
 
     fn copy(&mut self, reader: &mut Reader<File>, writer: &mut Writer<File>) -> anyhow::Result<()> {
-        let is = |name: &str, image: Image| name == image.name();
         while let Some(frame) = reader.next_frame()? {
             match &frame {
-                Frame::Entry { image, arg, .. } if is(image, Image::Files) => {
-                    let message = reader.payload(u64::from(MAX_MESSAGE))?;
-                    let message = self.edit(message)?;
-                    writer.entry(Image::Files, *arg, &message).context("write the stream")?;
-                }
-                Frame::Entry { image, .. } if is(image, Image::SkQueues) && self.queues.is_some() => {
-                    self.keep_entry(reader)?;
-                }
-                Frame::Data { image, .. } if is(image, Image::SkQueues) && self.queues.is_some() => {
-                    self.keep_data(reader)?;
-                }
                 Frame::Bulk => {
                     self.decide(writer)?;
                     stage::forward(reader, &frame, writer)?;
+                }
+                // Nothing to look for.
+                _ if self.rules.is_empty() => stage::forward(reader, &frame, writer)?,
+                Frame::Entry { image, arg, .. } => match Image::by_name(image) {
+                    Some(image) => self.entry(image, *arg, reader, &frame, writer)?,
+                    None => stage::forward(reader, &frame, writer)?,
+                },
+                Frame::Data { image, arg, .. } => {
+                    match (Image::by_name(image).filter(|&image| is_queue(image)), &mut self.queues) {
+                        (Some(image), Some(queues)) => queues.keep_data(image, *arg, reader)?,
+                        _ => stage::forward(reader, &frame, writer)?,
+                    }
                 }
                 _ => stage::forward(reader, &frame, writer)?,
             }
@@ -202,214 +240,160 @@ impl Rewrite {
         self.decide(writer)
     }
 
-    /// A file entry, edited if there is a rule for it.
-    fn edit(&mut self, message: Vec<u8>) -> anyhow::Result<Vec<u8>> {
-        ckpt_proto::check::check_message("file_entry", &message)
-            .map_err(|e| ImageError::Stream { file: Image::Files.file_name(0), what: e.to_string() })?;
-        let file = FileEntry::decode(&message[..])?;
-        if let Some(stub) = &file.ckpt_stub
-            && let Some(rule) = self.rules.iter().find(|rule| rule.id == SocketId(stub.ino))
-        {
-            let reason = format!("what is inside this socket has not been read, so {rule} can't be applied");
-            let advice = "put ckpt-sk before sk-rewrite";
-            return Err(Refused::new(format!("socket:[{}]", stub.ino), reason).advise(advice).into());
+    fn entry(
+        &mut self,
+        image: Image,
+        arg: u64,
+        reader: &mut Reader<File>,
+        frame: &Frame,
+        writer: &mut Writer<File>,
+    ) -> anyhow::Result<()> {
+        if !matches!(image, Image::Files | Image::Fdinfo | Image::Ids) && !is_queue(image) {
+            return Ok(stage::forward(reader, frame, writer)?);
         }
-        let Some(socket) = &file.usk else { return Ok(message) };
-        let ino = u64::from(socket.ino);
-        let mut external = socket.ckpt_external.clone();
-        for (index, rule) in self.rules.iter().enumerate().filter(|(_, rule)| rule.id == SocketId(ino)) {
-            self.matched.insert(index);
-            if let Some(policy) = rule.edit.policy(socket) {
-                can_be_external(socket, rule)?;
-                external = Some(policy);
-            }
-            if self.dry_run {
-                ckpt_cli::note!(0, "would {}", action(socket, rule));
-            } else {
-                ckpt_cli::note!(1, "{}", action(socket, rule));
-            }
-        }
-        let known = Socket {
-            file_id: file.id,
-            peer: u64::from(socket.peer),
-            external: external.is_some(),
-            description: describe(socket),
-        };
-        self.sockets.insert(ino, known);
-        match external {
-            Some(external) if socket.ckpt_external.as_ref() != Some(&external) => {
-                with_external(&message, &external)
-            }
-            _ => Ok(message),
-        }
-    }
-
-    fn keep_entry(&mut self, reader: &mut Reader<File>) -> anyhow::Result<()> {
-        let message = reader.payload(u64::from(MAX_MESSAGE))?;
-        let Some(queues) = &mut self.queues else { return Ok(()) };
-        queues.memory += message.len() + 64;
-        if queues.memory as u64 > ckpt_images::MAX_MEMORY {
-            let what = "too many packets to keep back".to_owned();
-            return Err(ImageError::TooMuch { file: Image::SkQueues.file_name(0), what }.into());
-        }
-        queues.entries.push((message, 0));
-        Ok(())
-    }
-
-    fn keep_data(&mut self, reader: &mut Reader<File>) -> anyhow::Result<()> {
-        let Some(queues) = &mut self.queues else { return Ok(()) };
-        let Some((_, len)) = queues.entries.last_mut() else {
-            let what = "contents before any entry".to_owned();
-            return Err(ImageError::Stream { file: Image::SkQueues.file_name(0), what }.into());
-        };
-        *len += reader.copy_payload(&mut queues.file)?;
-        Ok(())
-    }
-
-    /// All sockets are known: do the rules fit?
-    fn decide(&mut self, writer: &mut Writer<File>) -> anyhow::Result<()> {
-        if std::mem::replace(&mut self.decided, true) {
-            return Ok(());
-        }
-        self.all_matched()?;
-        for (&ino, socket) in self.sockets.iter().filter(|(_, socket)| socket.external) {
-            if let Some(peer) =
-                self.sockets.get(&socket.peer).filter(|peer| !peer.external && peer.peer == ino)
-            {
-                bail!(
-                    "socket {ino}: its peer, socket {}, is in the checkpoint too and would lose its connection: \
-                     give a rule for it as well ({})",
-                    socket.peer,
-                    peer.description
-                );
-            }
-        }
-        self.write_queues(writer)
-    }
-
-    fn all_matched(&self) -> anyhow::Result<()> {
-        let unmatched: Vec<String> = (self.rules.iter().enumerate())
-            .filter(|(index, _)| !self.matched.contains(index))
-            .map(|(_, rule)| rule.to_string())
-            .collect();
-        if unmatched.is_empty() {
-            return Ok(());
-        }
-        let there = match self.sockets.is_empty() {
-            true => "the stream holds no unix socket".to_owned(),
-            false => {
-                let list: Vec<_> = self
-                    .sockets
-                    .iter()
-                    .map(|(ino, socket)| format!("\n  {ino} ({})", socket.description))
-                    .collect();
-                format!("the stream holds these unix sockets:{}", list.concat())
-            }
-        };
-        let text = format!("{}: matches nothing; {there}", unmatched.join(" "));
-        if self.allow_unmatched {
-            ckpt_cli::warn(&text);
-            return Ok(());
-        }
-        Err(anyhow!(text))
-    }
-
-    fn write_queues(&mut self, writer: &mut Writer<File>) -> anyhow::Result<()> {
-        let Some(mut queues) = self.queues.take() else { return Ok(()) };
-        let dropped: BTreeSet<u32> = (self.rules.iter())
-            .filter(|rule| rule.edit == Edit::DropQueues)
-            .filter_map(|rule| Some(self.sockets.get(&rule.id.0)?.file_id))
-            .collect();
-        queues.file.seek(SeekFrom::Start(0)).context("temporary file")?;
-        let mut kept_any = false;
-        let seen_any = !queues.entries.is_empty();
-        for (message, len) in queues.entries {
-            let packet = SkPacketEntry::decode(&message[..])?;
-            if dropped.contains(&packet.id_for) {
-                queues.file.seek(SeekFrom::Current(i64::try_from(len)?)).context("temporary file")?;
-                continue;
-            }
-            kept_any = true;
-            writer.entry(Image::SkQueues, 0, &message).context("write the stream")?;
-            if len == 0 {
-                continue;
-            }
-            writer.data_header(Image::SkQueues.name(), 0, len).context("write the stream")?;
-            let mut contents = (&mut queues.file).take(len);
-            let mut buffer = vec![0; 1 << 16];
-            loop {
-                match contents.read(&mut buffer).context("temporary file")? {
-                    0 => break,
-                    n => writer.data_bytes(&buffer[..n]).context("write the stream")?,
+        let message = held::message(reader)?;
+        let name = image.message().unwrap_or_default();
+        ckpt_proto::check::check_message(name, &message)
+            .map_err(|e| ImageError::Stream { file: image.file_name(arg), what: e.to_string() })?;
+        let message = match image {
+            Image::Files => {
+                let file = FileEntry::decode(&message[..])?;
+                match Socket::new(message, file) {
+                    Ok(socket) => {
+                        self.remember(image, arg, 1 << 10)?;
+                        self.sockets.push(socket);
+                        return Ok(());
+                    }
+                    Err(message) => message,
                 }
             }
-        }
-        if seen_any && !kept_any {
-            // The image stays, without entries.
-            writer.data_header(Image::SkQueues.name(), 0, 0).context("write the stream")?;
+            Image::Fdinfo => {
+                let descriptor = FdinfoEntry::decode(&message[..])?;
+                self.remember(image, arg, 32)?;
+                self.descriptors.push((arg, descriptor.id, descriptor.fd));
+                message
+            }
+            Image::Ids => {
+                let ids = TaskKobjIdsEntry::decode(&message[..])?;
+                self.remember(image, arg, 32)?;
+                self.tables.entry(u64::from(ids.files_id)).or_default().push(u32::try_from(arg)?);
+                message
+            }
+            _ => {
+                if image == Image::SkQueues {
+                    let packet = SkPacketEntry::decode(&message[..])?;
+                    *self.received.entry(packet.id_for).or_default() += u64::from(packet.length);
+                }
+                match &mut self.queues {
+                    Some(queues) => return queues.keep_entry(image, arg, message),
+                    None => message,
+                }
+            }
+        };
+        writer.entry(image, arg, &message).context("write the stream")
+    }
+
+    fn remember(&mut self, image: Image, arg: u64, bytes: u64) -> anyhow::Result<()> {
+        self.memory += bytes;
+        if self.memory > ckpt_images::MAX_MEMORY {
+            let what = "too many sockets and descriptors to keep back".to_owned();
+            return Err(ImageError::TooMuch { file: image.file_name(arg), what }.into());
         }
         Ok(())
     }
-}
 
-/// TCP_ESTABLISHED, which unix sockets use too.
-const ESTABLISHED: u32 = 1;
-
-/// Only a connection can be made again.
-fn can_be_external(socket: &UnixSkEntry, rule: &Rule) -> anyhow::Result<()> {
-    if socket.ckpt_external.is_some() || socket.state == ESTABLISHED {
-        return Ok(());
+    /// Who has which file open. Processes that share a descriptor table count each.
+    fn holders(&self) -> HashMap<u32, Vec<Holder>> {
+        let mut holders: HashMap<u32, Vec<Holder>> = HashMap::new();
+        for &(table, file, fd) in &self.descriptors {
+            for &pid in self.tables.get(&table).into_iter().flatten() {
+                holders.entry(file).or_default().push((pid, fd));
+            }
+        }
+        holders
     }
-    bail!("{rule}: socket {} is {}, it has no connection", socket.ino, describe(socket))
-}
 
-fn describe(socket: &UnixSkEntry) -> String {
-    let kind = match socket.r#type {
-        1 => "stream",
-        2 => "datagram",
-        5 => "seqpacket",
-        _ => "unknown type",
-    };
-    let state = match (socket.state, socket.peer) {
-        (10, _) => "listening".to_owned(),
-        (ESTABLISHED, 0) => "connected".to_owned(),
-        (ESTABLISHED, peer) => format!("connected to {peer}"),
-        _ => "unconnected".to_owned(),
-    };
-    let mut text = format!("{kind}, {state}");
-    if !socket.name.is_empty() {
-        text.push_str(&format!(", bound to {}", SocketPath(socket.name.clone())));
-    }
-    if let Some(external) = &socket.ckpt_external {
-        text.push_str(", external");
-        if let Some(path) =
-            external.path.clone().or_else(|| external.peer_name.clone()).filter(|p| !p.is_empty())
-        {
-            text.push_str(&format!(", peer {}", SocketPath(path)));
+    /// All sockets are known: apply the rules, and write what was kept back.
+    fn decide(&mut self, writer: &mut Writer<File>) -> anyhow::Result<()> {
+        if std::mem::replace(&mut self.decided, true) || self.rules.is_empty() {
+            return Ok(());
+        }
+        let holders = self.holders();
+        let mut sockets = Sockets::new(std::mem::take(&mut self.sockets), holders, &self.received);
+        if let Some(stub) = sockets.iter().find(|socket| socket.view.stub) {
+            let reason = "what is inside sockets has not been read, so no rule can be applied";
+            return Err(Refused::new(format!("socket {}", stub.describe()), reason)
+                .advise("put ckpt-sk before sk-rewrite")
+                .into());
+        }
+        let (effects, unmatched) = sockets.apply(&self.rules, self.peers_follow)?;
+        if !unmatched.is_empty() {
+            let text = format!("{}: matches nothing; {}", unmatched.join(" "), inventory(&sockets));
+            if !self.allow_unmatched {
+                return Err(anyhow!(text));
+            }
+            ckpt_cli::warn(&text);
+        }
+        for note in &effects.notes {
+            if self.dry_run {
+                ckpt_cli::note!(0, "would {note}");
+            } else {
+                ckpt_cli::note!(1, "{note}");
+            }
+        }
+        for socket in sockets.iter() {
+            writer.entry(Image::Files, 0, &socket.encode()?).context("write the stream")?;
+        }
+        match self.queues.take() {
+            Some(queues) => queues.write(writer, |entry| queued(entry, &effects)),
+            None => Ok(()),
         }
     }
-    text
 }
 
-fn action(socket: &UnixSkEntry, rule: &Rule) -> String {
-    let socket = format!("socket {} ({})", socket.ino, describe(socket));
-    match &rule.edit {
-        Edit::Connect(path) => format!("connect {socket} to {path}"),
-        Edit::Inherit => format!("inherit {socket}"),
-        Edit::External => format!("make {socket} external"),
-        Edit::Close => format!("close the peer of {socket}"),
-        Edit::DropQueues => format!("drop the queue of {socket}"),
+fn is_queue(image: Image) -> bool {
+    matches!(image, Image::SkQueues | Image::TcpStream)
+}
+
+/// What becomes of an entry of an image of queues, and how many bytes of its contents go.
+fn queued(entry: &held::Entry, effects: &Effects) -> anyhow::Result<Option<(Vec<u8>, u64)>> {
+    let whole = || Ok(Some((entry.message.clone(), 0)));
+    if entry.image == Image::SkQueues {
+        let packet = SkPacketEntry::decode(&entry.message[..])?;
+        return if effects.dropped.contains(&packet.id_for) { Ok(None) } else { whole() };
     }
+    if effects.closed_tcp.contains(&entry.arg) {
+        return Ok(None);
+    }
+    let options: Vec<_> = effects.tcp_options.iter().filter(|(id, ..)| *id == entry.arg).collect();
+    let drop = effects.dropped_tcp.contains(&entry.arg);
+    if options.is_empty() && !drop {
+        return whole();
+    }
+    let mut message = edit::decode("tcp_stream_entry", &entry.message)?;
+    for (_, name, value) in options {
+        option::set_stream_option(&mut message, name, value).map_err(|what| anyhow!(what))?;
+    }
+    let mut skip = 0;
+    if drop {
+        // `inq_seq` is the number of the first byte that has not been received: it stays.
+        skip = u64::from(TcpStreamEntry::decode(&entry.message[..])?.inq_len);
+        message.set_field_by_name("inq_len", prost_reflect::Value::U32(0));
+    }
+    use prost_reflect::prost::Message as _;
+    Ok(Some((message.encode_to_vec(), skip)))
 }
 
-/// The message with `usk.ckpt_external` replaced; everything else in it stays, known or not.
-fn with_external(message: &[u8], external: &impl Message) -> anyhow::Result<Vec<u8>> {
-    let descriptor = |name| ckpt_proto::message_descriptor(name).ok_or_else(|| anyhow!("no message {name}"));
-    let mut file = DynamicMessage::decode(descriptor("file_entry")?, message)?;
-    let external = DynamicMessage::decode(descriptor("external_socket")?, &external.encode_to_vec()[..])?;
-    let Some(Value::Message(socket)) = file.get_field_by_name_mut("usk") else {
-        bail!("no unix socket in the entry")
-    };
-    socket.try_set_field_by_name("ckpt_external", Value::Message(external)).map_err(io::Error::other)?;
-    Ok(file.encode_to_vec())
+/// The sockets that there are, for people whose rule met none of them.
+fn inventory(sockets: &Sockets) -> String {
+    const MOST: usize = 50;
+    let all: Vec<String> = sockets.iter().map(|socket| format!("\n  {}", socket.describe())).collect();
+    match all.len() {
+        0 => "the stream holds no socket".to_owned(),
+        n if n > MOST => {
+            let first = all.get(..MOST).unwrap_or_default().concat();
+            format!("the stream holds {n} sockets, among them:{first}")
+        }
+        _ => format!("the stream holds these sockets:{}", all.concat()),
+    }
 }
