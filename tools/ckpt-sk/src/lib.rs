@@ -22,6 +22,7 @@ use ckpt_hold::{Hold, HoldError};
 use ckpt_images::stage;
 use ckpt_kinds::fd::{
     socket::{self, Completion, Queued, Say, SkOptions},
+    sockopt,
     unix::{self, ExternalSocket, list::Listed},
 };
 use ckpt_proto::{
@@ -192,7 +193,9 @@ impl Stage<'_> {
         };
         let say = Say { warn: &ckpt_cli::warn, note: &|text| ckpt_cli::note!(1, "{text}") };
         let net_ns = |pid: Pid| self.net_ns.get(&pid).copied();
-        socket::complete(&self.stubs, Completion { net_ns: &net_ns, options: &options, say }, writer)?;
+        let defaults = &sockopt::Defaults::default();
+        let completion = Completion { net_ns: &net_ns, options: &options, say, defaults };
+        socket::complete(&self.stubs, completion, writer)?;
         ckpt_cli::note!(1, "{} sockets completed", self.stubs.len());
         if let Some(hold) = self.hold.take() {
             hold.release();

@@ -53,6 +53,90 @@ pub fn set_option(fd: BorrowedFd<'_>, level: i32, name: i32, value: i32) -> Resu
     if ret < 0 { Err(SysError::last("setsockopt", format!("{} option {name}", on(fd)))) } else { Ok(()) }
 }
 
+/// A socket option of any type: at most `longest` bytes.
+///
+/// # Errors
+/// ENOPROTOOPT, EOPNOTSUPP, EINVAL (too short).
+pub fn option_bytes(fd: BorrowedFd<'_>, level: i32, name: i32, longest: usize) -> Result<Vec<u8>, SysError> {
+    let mut value = vec![0; longest];
+    let mut len = libc::socklen_t::try_from(longest).unwrap_or(0);
+    // SAFETY: the kernel writes at most `len` bytes, the size of `value`.
+    let ret =
+        unsafe { libc::getsockopt(fd.as_raw_fd(), level, name, value.as_mut_ptr().cast(), &raw mut len) };
+    if ret < 0 {
+        return Err(SysError::last("getsockopt", format!("{} level {level} option {name}", on(fd))));
+    }
+    value.truncate(usize::try_from(len).unwrap_or(0));
+    Ok(value)
+}
+
+/// Sets a socket option of any type that holds no pointers.
+///
+/// # Errors
+/// EPERM, EINVAL, ENOPROTOOPT; EFAULT for `SO_ATTACH_FILTER` and its like, which hold one.
+pub fn set_option_bytes(fd: BorrowedFd<'_>, level: i32, name: i32, value: &[u8]) -> Result<(), SysError> {
+    let failed = || format!("{} level {level} option {name}", on(fd));
+    // struct sock_fprog, and ipt_replace and ip6t_replace, into whose pointer the kernel writes.
+    const IPT_SO_SET_REPLACE: i32 = 64;
+    let pointers = match level {
+        libc::SOL_SOCKET => matches!(name, libc::SO_ATTACH_FILTER | libc::SO_ATTACH_REUSEPORT_CBPF),
+        libc::SOL_IP | libc::SOL_IPV6 => name == IPT_SO_SET_REPLACE,
+        _ => false,
+    };
+    if pointers {
+        return Err(SysError::new("setsockopt", failed(), Errno::EFAULT));
+    }
+    let len = libc::socklen_t::try_from(value.len()).unwrap_or(0);
+    // SAFETY: the kernel reads `len` bytes, the size of `value`; options with pointers inside are refused above.
+    let ret = unsafe { libc::setsockopt(fd.as_raw_fd(), level, name, value.as_ptr().cast(), len) };
+    if ret < 0 { Err(SysError::last("setsockopt", failed())) } else { Ok(()) }
+}
+
+/// The socket's classic BPF filter, 8 bytes (`struct sock_filter`) for each instruction; empty if there is none.
+///
+/// # Errors
+/// EACCES: it is an eBPF program.
+pub fn filter(fd: BorrowedFd<'_>) -> Result<Vec<u8>, SysError> {
+    let mut len = libc::socklen_t::try_from(filter_length(fd)?).unwrap_or(0);
+    let mut program = vec![0; usize::try_from(len).unwrap_or(0) * 8];
+    if len == 0 {
+        return Ok(program);
+    }
+    let name = libc::SO_ATTACH_FILTER;
+    // SAFETY: the kernel writes at most `len` instructions of 8 bytes, the size of `program`.
+    let ret = unsafe {
+        libc::getsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, name, program.as_mut_ptr().cast(), &raw mut len)
+    };
+    if ret < 0 { Err(SysError::last("getsockopt(SO_GET_FILTER)", on(fd))) } else { Ok(program) }
+}
+
+/// Attaches a filter as [`filter`] gives it.
+///
+/// # Errors
+/// EINVAL: the kernel does not accept the program; EPERM: the filter is locked.
+pub fn attach_filter(fd: BorrowedFd<'_>, program: &[u8]) -> Result<(), SysError> {
+    let failed = |errno| SysError::new("setsockopt(SO_ATTACH_FILTER)", on(fd), errno);
+    let code: Vec<libc::sock_filter> = program
+        .as_chunks::<8>()
+        .0
+        .iter()
+        .map(|i| libc::sock_filter {
+            code: u16::from_ne_bytes([i[0], i[1]]),
+            jt: i[2],
+            jf: i[3],
+            k: u32::from_ne_bytes([i[4], i[5], i[6], i[7]]),
+        })
+        .collect();
+    let len = u16::try_from(code.len()).map_err(|_| failed(Errno::EINVAL))?;
+    let fprog = libc::sock_fprog { len, filter: code.as_ptr().cast_mut() };
+    let size = libc::socklen_t::try_from(size_of_val(&fprog)).unwrap_or(0);
+    let name = libc::SO_ATTACH_FILTER;
+    // SAFETY: `fprog` points to `len` instructions, which the kernel reads only.
+    let ret =
+        unsafe { libc::setsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, name, (&raw const fprog).cast(), size) };
+    if ret < 0 { Err(failed(Errno::last())) } else { Ok(()) }
+}
+
 /// The cookie of the network namespace of a socket: a number that no other namespace has since boot
 /// (`SO_NETNS_COOKIE`, Linux 5.14).
 ///

@@ -11,7 +11,7 @@ use std::{
 };
 
 use anyhow::{Context, bail};
-use ckpt_proto::types::{FdTypes, FileEntry, InetSkEntry, IpOptsEntry, SkShutdown};
+use ckpt_proto::types::{FdTypes, FileEntry, InetSkEntry, SkShutdown};
 use ckpt_sys::{
     FileId, Refused,
     diag::{InetSocket, SockDiag},
@@ -22,11 +22,13 @@ use nix::{
     sys::socket::{SockaddrIn, SockaddrIn6, SockaddrLike, SockaddrStorage},
 };
 
-use super::{Descriptor, FileTable, Opening, socket, tcp, unix};
+use super::{
+    Descriptor, FileTable, Opening,
+    socket::{self, Completion},
+    sockopt::{self, Class, Options, When},
+    tcp,
+};
 use crate::Sink;
-
-/// `IP_FREEBIND`, which goes for v6 too (`IPV6_FREEBIND` is the same bit).
-const IP_FREEBIND: i32 = 15;
 
 /// ckpt-scan's part: a stub, which ckpt-sk completes.
 pub(super) fn dump(
@@ -62,13 +64,12 @@ pub(super) fn table(protocol: i32) -> anyhow::Result<(HashMap<u64, InetSocket>, 
     Ok((held, loose))
 }
 
-/// The fields that all inet sockets have. `ns_id` is the network namespace's number in the images, `what`
-/// the socket's kind and inode for messages. Sockets that are in no table (they have no port) have no `diag`.
+/// The fields that all inet sockets have. `what` is the socket's kind and inode for messages. Sockets that are in no table (they have no port) have no `diag`.
 pub(super) fn entry(
     socket: &socket::Socket<'_>,
     diag: Option<&InetSocket>,
     what: &str,
-    ns_id: Option<u32>,
+    completion: Completion<'_>,
 ) -> anyhow::Result<InetSkEntry> {
     let fd = socket.copy.as_fd();
     let stub = socket.stub;
@@ -76,10 +77,7 @@ pub(super) fn entry(
     let none = unspecified(v6);
     let local = local(fd)?.unwrap_or(none);
     let remote = diag.map_or(none, |d| d.remote);
-    let option = |level, name| sock::option(fd, level, name).ok();
-    let ip = |name| option(libc::SOL_IP, name);
-    let freebind = ip(IP_FREEBIND).is_some_and(|on| on != 0);
-    Ok(InetSkEntry {
+    let mut isk = InetSkEntry {
         id: socket.file_id,
         ino: socket.ino()?,
         family: stub.domain,
@@ -93,11 +91,8 @@ pub(super) fn entry(
         src_addr: words(local.ip()),
         dst_addr: words(remote.ip()),
         fown: stub.fown,
-        opts: unix::complete::options(socket, what)?,
-        v6only: if v6 { option(libc::SOL_IPV6, libc::IPV6_V6ONLY).map(|on| on != 0) } else { None },
-        ip_opts: Some(IpOptsEntry { freebind: freebind.then_some(true), ..IpOptsEntry::default() }),
         ifname: scope_name(local)?,
-        ns_id,
+        ns_id: (completion.net_ns)(socket.pid()),
         shutdown: match diag.and_then(|d| d.shutdown).unwrap_or(0) & 3 {
             0 => None,
             1 => Some(SkShutdown::Read.into()),
@@ -105,7 +100,9 @@ pub(super) fn entry(
             _ => Some(SkShutdown::Both.into()),
         },
         ..InetSkEntry::default()
-    })
+    };
+    sockopt::dump(socket, what, completion.defaults)?.store_inet(&mut isk);
+    Ok(isk)
 }
 
 /// `state`: neither connected nor listening.
@@ -194,7 +191,7 @@ pub(super) fn destination(isk: &InetSkEntry) -> anyhow::Result<SocketAddr> {
 }
 
 /// Makes a socket of an entry's family, type and protocol, with the options that bind(2) looks at.
-pub(super) fn new_socket(isk: &InetSkEntry) -> anyhow::Result<OwnedFd> {
+pub(super) fn new_socket(isk: &InetSkEntry, what: &str) -> anyhow::Result<OwnedFd> {
     let family = if is_v6(isk.family) { libc::AF_INET6 } else { libc::AF_INET };
     let kind = match i32::try_from(isk.r#type) {
         Ok(kind @ (libc::SOCK_STREAM | libc::SOCK_DGRAM | libc::SOCK_RAW)) => kind,
@@ -202,13 +199,18 @@ pub(super) fn new_socket(isk: &InetSkEntry) -> anyhow::Result<OwnedFd> {
     };
     let protocol = i32::try_from(isk.proto).context("a socket's protocol")?;
     let fd = sock::socket(family, kind | libc::SOCK_CLOEXEC, protocol)?;
-    if let Some(v6only) = isk.v6only {
-        sock::set_option(fd.as_fd(), libc::SOL_IPV6, libc::IPV6_V6ONLY, v6only.into())?;
-    }
-    if isk.ip_opts.as_ref().and_then(|o| o.freebind) == Some(true) {
-        sock::set_option(fd.as_fd(), libc::SOL_IP, IP_FREEBIND, 1)?;
-    }
+    let class = Class::of_inet(isk);
+    sockopt::restore(fd.as_fd(), what, class, &Options::of_inet(isk), When::BeforeBind)?;
     Ok(fd)
+}
+
+/// Sets all options that wait until a socket is bound, connected and filled.
+pub(super) fn finish(fd: BorrowedFd<'_>, isk: &InetSkEntry, what: &str) -> anyhow::Result<()> {
+    let options = Options::of_inet(isk);
+    for when in [When::Later, When::Last] {
+        sockopt::restore(fd, what, Class::of_inet(isk), &options, when)?;
+    }
+    Ok(())
 }
 
 /// An address as bind(2) and connect(2) take it.

@@ -32,6 +32,7 @@ pub mod reg;
 pub mod restore;
 pub mod signalfd;
 pub mod socket;
+pub mod sockopt;
 mod tcp;
 #[cfg(test)]
 mod tests;

@@ -16,7 +16,7 @@ use ckpt_proto::types::{FdTypes, FileEntry, SocketStub};
 use ckpt_sys::{FileId, Pid, Refused, TargetFd, pidfd, sock};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 
-use super::{Descriptor, dump::comm, tcp, unix};
+use super::{Descriptor, dump::comm, sockopt::Defaults, tcp, unix};
 use crate::Sink;
 
 /// What to do with what an external connection has received and not read.
@@ -58,6 +58,8 @@ pub struct Completion<'a> {
     pub options: &'a SkOptions,
     /// Messages.
     pub say: Say<'a>,
+    /// Options of new sockets.
+    pub defaults: &'a Defaults,
 }
 
 /// One socket of the frozen tree.

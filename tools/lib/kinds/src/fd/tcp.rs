@@ -9,7 +9,7 @@ use ckpt_proto::{
 };
 use ckpt_sys::{FileId, sock};
 
-use super::{Descriptor, Opening, inet, socket, unix};
+use super::{Descriptor, Opening, inet, socket};
 use crate::{Sink, fd::socket::Completion, sink::emit};
 
 /// `state`: listening.
@@ -34,7 +34,7 @@ pub(super) fn complete(
     for socket in &sockets {
         let diag = table.get(&socket.stub.ino);
         let what = format!("TCP socket {}", socket.stub.ino);
-        let mut isk = inet::entry(socket, diag, &what, (completion.net_ns)(socket.pid()))?;
+        let mut isk = inet::entry(socket, diag, &what, completion)?;
         match diag.map(|d| d.state) {
             None | Some(inet::CLOSE) => {}
             Some(LISTEN) => isk.backlog = diag.map_or(0, |d| d.wqueue),
@@ -53,14 +53,8 @@ pub(super) fn complete(
 pub(super) fn restore(opening: &mut Opening<'_>, entries: &[&InetSkEntry]) -> anyhow::Result<()> {
     for isk in entries {
         let what = format!("TCP socket {}", isk.ino);
-        let fd = inet::new_socket(isk)?;
+        let fd = inet::new_socket(isk, &what)?;
         let local = inet::source(isk)?;
-        if isk.opts.reuseaddr == Some(true) {
-            sock::set_option(fd.as_fd(), libc::SOL_SOCKET, libc::SO_REUSEADDR, 1)?;
-        }
-        if isk.opts.so_reuseport == Some(true) {
-            sock::set_option(fd.as_fd(), libc::SOL_SOCKET, libc::SO_REUSEPORT, 1)?;
-        }
         match isk.state {
             state if state == u32::from(LISTEN) => {
                 inet::bind(fd.as_fd(), &what, local)?;
@@ -73,7 +67,7 @@ pub(super) fn restore(opening: &mut Opening<'_>, entries: &[&InetSkEntry]) -> an
             }
             state => bail!("{what}: state {state} (to {}) is not supported yet", inet::destination(isk)?),
         }
-        unix::restore_options(fd.as_fd(), &isk.opts)?;
+        inet::finish(fd.as_fd(), isk, &what)?;
         opening.set_flags(fd.as_fd(), isk.flags)?;
         opening.keep(FileId(isk.id), fd)?;
     }

@@ -36,6 +36,7 @@ use nix::{
 use super::{
     DumpOptions, External, FileTable, OpenFiles, RestoreOptions,
     socket::{self, Completion, Queued, Say, SkOptions},
+    sockopt::Defaults,
     unix::ExternalSocket,
 };
 
@@ -89,7 +90,8 @@ impl Dump {
         table.finish(&mut sink)?;
         let stubs = std::mem::take(&mut sink.stubs);
         let say = Say { warn: &warned, note: &|_| () };
-        let completion = Completion { net_ns: &|_| Some(2), options: &self.sockets, say };
+        let defaults = &Defaults::default();
+        let completion = Completion { net_ns: &|_| Some(2), options: &self.sockets, say, defaults };
         socket::complete(&stubs, completion, &mut sink)?;
         let mut stream = sink.writer.end()?;
         stream.rewind()?;

@@ -12,8 +12,8 @@ use anyhow::{Context, bail};
 use ckpt_proto::{
     Image,
     types::{
-        ExternalSocket as ExternalEntry, FdTypes, FileEntry, FilePermsEntry, SkOptsEntry, SkPacketEntry,
-        SkShutdown, UnixSkEntry, external_socket::PolicyKind,
+        ExternalSocket as ExternalEntry, FdTypes, FileEntry, FilePermsEntry, SkPacketEntry, SkShutdown,
+        UnixSkEntry, external_socket::PolicyKind,
     },
 };
 use ckpt_sys::{
@@ -33,6 +33,7 @@ use crate::{
     fd::{
         dump::{find_holders, kernel_dev, path},
         socket::{self, Completion, Queued, Say, SkOptions},
+        sockopt,
     },
     sink::emit,
 };
@@ -110,7 +111,7 @@ pub fn complete(
     completion: Completion<'_>,
     sink: &mut dyn Sink,
 ) -> anyhow::Result<()> {
-    let Completion { net_ns, options, say } = completion;
+    let Completion { net_ns, options, say, defaults } = completion;
     if open.is_empty() && options.external.is_empty() {
         return Ok(());
     }
@@ -130,7 +131,7 @@ pub fn complete(
         check_backlog(socket, &sockets, say)?;
         let is_external = external.is_some();
         let keep_queue = !is_external || keep_external_queue(socket, options.queued, say.warn)?;
-        let entry = entry(socket, external, net_ns(socket.pid()))?;
+        let entry = entry(socket, external, net_ns(socket.pid()), defaults)?;
         emit(sink, Image::Files, 0, &entry)?;
         if keep_queue && socket.diag.state != LISTEN {
             let messages = peek_queue(socket)?;
@@ -376,6 +377,7 @@ fn entry(
     socket: &Socket<'_>,
     external: Option<ExternalEntry>,
     ns_id: Option<u32>,
+    defaults: &sockopt::Defaults,
 ) -> anyhow::Result<FileEntry> {
     let (stub, diag) = (socket.stub, &socket.diag);
     let fits =
@@ -394,7 +396,7 @@ fn entry(
         backlog: diag.wqueue,
         peer: fits(diag.peer.unwrap_or(0))?,
         fown: stub.fown,
-        opts: options(&socket.open, &socket.what())?,
+        opts: sockopt::dump(socket, &socket.what(), defaults)?.sk,
         name: diag.name.clone(),
         shutdown: match diag.shutdown {
             0 => None,
@@ -442,60 +444,6 @@ fn socket_file(socket: &Socket<'_>) -> anyhow::Result<SocketFile> {
         }
         _ => Ok((None, None, Some(true))),
     }
-}
-
-/// Options that a unix socket can have set and that there is no field for: name, value by default.
-const UNSUPPORTED: [(&str, i32, i32); 6] = [
-    ("SO_TIMESTAMP", 29, 0),
-    ("SO_TIMESTAMPNS", 35, 0),
-    ("SO_TIMESTAMPING", 37, 0),
-    ("SO_RXQ_OVFL", 40, 0),
-    ("SO_PASSPIDFD", 76, 0),
-    ("SO_PASSRIGHTS", 83, 1),
-];
-
-pub(in crate::fd) fn options(socket: &socket::Socket<'_>, what: &str) -> anyhow::Result<SkOptsEntry> {
-    let fd = socket.copy.as_fd();
-    let get = |name| -> anyhow::Result<u32> {
-        let value = sock::option(fd, libc::SOL_SOCKET, name).with_context(|| socket.subject.clone())?;
-        Ok(value.cast_unsigned())
-    };
-    let flag = |name| -> anyhow::Result<Option<bool>> { Ok(Some(get(name)? != 0)) };
-    for (name, option, default) in UNSUPPORTED {
-        if sock::option(fd, libc::SOL_SOCKET, option).is_ok_and(|value| value != default) {
-            return Err(socket.refuse(what, format!("option {name} is not supported yet")).into());
-        }
-    }
-    if sock::filter_length(fd).is_ok_and(|n| n > 0) {
-        return Err(socket.refuse(what, "a socket filter is not supported yet").into());
-    }
-    let (so_snd_tmo_sec, so_snd_tmo_usec) = sock::timeout(fd, libc::SO_SNDTIMEO)?;
-    let (so_rcv_tmo_sec, so_rcv_tmo_usec) = sock::timeout(fd, libc::SO_RCVTIMEO)?;
-    let mark = get(libc::SO_MARK)?;
-    Ok(SkOptsEntry {
-        so_sndbuf: get(libc::SO_SNDBUF)?,
-        so_rcvbuf: get(libc::SO_RCVBUF)?,
-        so_snd_tmo_sec,
-        so_snd_tmo_usec,
-        so_rcv_tmo_sec,
-        so_rcv_tmo_usec,
-        reuseaddr: flag(libc::SO_REUSEADDR)?,
-        so_priority: Some(get(libc::SO_PRIORITY)?),
-        so_rcvlowat: Some(get(libc::SO_RCVLOWAT)?),
-        so_mark: (mark != 0).then_some(mark),
-        // Only families that carry them have these (Linux 6.16).
-        so_passcred: flag(libc::SO_PASSCRED).ok().flatten(),
-        so_passsec: flag(libc::SO_PASSSEC).ok().flatten(),
-        so_dontroute: flag(libc::SO_DONTROUTE)?,
-        so_no_check: flag(libc::SO_NO_CHECK)?,
-        so_reuseport: flag(libc::SO_REUSEPORT)?,
-        so_broadcast: flag(libc::SO_BROADCAST)?,
-        so_keepalive: flag(libc::SO_KEEPALIVE)?,
-        so_oobinline: Some(get(libc::SO_OOBINLINE)?),
-        so_linger: sock::linger(fd)?,
-        so_buf_lock: Some(get(super::SO_BUF_LOCK)?),
-        ..SkOptsEntry::default()
-    })
 }
 
 /// Lets peeks begin at the front of the queue, and, if `walk`, each go on where the last has ended.

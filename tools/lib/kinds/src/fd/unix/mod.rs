@@ -29,7 +29,7 @@ use super::{Descriptor, FileTable, socket};
 use crate::Sink;
 
 pub(super) use complete::complete;
-pub(super) use restore::{options as restore_options, restore};
+pub(super) use restore::restore;
 
 /// `state`: connected, or a datagram socket with a default peer.
 const ESTABLISHED: u8 = 1;
@@ -37,8 +37,6 @@ const ESTABLISHED: u8 = 1;
 const CLOSE: u8 = 7;
 /// `state`: listening.
 const LISTEN: u8 = 10;
-/// Whether SO_SNDBUF and SO_RCVBUF were set by the user (Linux 5.17); not in the libc crate.
-const SO_BUF_LOCK: i32 = 72;
 /// `uflags`: the peer is outside the checkpoint.
 const EXTERNAL: u32 = 1;
 

@@ -23,7 +23,7 @@ use std::{
 use anyhow::{Context, bail};
 use ckpt_proto::{
     Image,
-    types::{FileEntry, SkOptsEntry, SkPacketEntry, SkShutdown, UnixSkEntry, external_socket::PolicyKind},
+    types::{FileEntry, SkPacketEntry, SkShutdown, UnixSkEntry, external_socket::PolicyKind},
 };
 use ckpt_sys::{
     FileId, Refused,
@@ -37,11 +37,12 @@ use nix::{
 };
 
 use super::{ESTABLISHED, EXTERNAL, LISTEN, kind_name, shown};
-use crate::fd::{Opening, dump::path};
+use crate::fd::{
+    Opening,
+    dump::path,
+    sockopt::{self, Class, When},
+};
 
-/// SO_SNDBUFFORCE: beyond net.core.wmem_max, with CAP_NET_ADMIN.
-const SO_SNDBUFFORCE: i32 = 32;
-const SO_RCVBUFFORCE: i32 = 33;
 /// What a byte in a queue costs at most, counting the kernel's own structures for small messages.
 const OVERHEAD: usize = 1024;
 
@@ -504,73 +505,14 @@ fn finish(usk: &UnixSkEntry, fd: &OwnedFd) -> anyhow::Result<()> {
             Err(errno) => return Err(errno).context("shutdown"),
         }
     }
-    options(fd.as_fd(), &usk.opts)?;
+    let class = Class::of(libc::AF_UNIX.unsigned_abs(), usk.r#type, 0);
+    let options = sockopt::Options::of(&usk.opts);
+    for when in [When::BeforeBind, When::Later, When::Last] {
+        sockopt::restore(fd.as_fd(), &what(usk), class, &options, when)?;
+    }
     if let Some(offset) = usk.ckpt_peek_off {
         let offset = i32::try_from(offset).context("SO_PEEK_OFF")?;
         sock::set_option(fd.as_fd(), libc::SOL_SOCKET, libc::SO_PEEK_OFF, offset)?;
-    }
-    Ok(())
-}
-
-/// Sets the options that differ from what a new socket has.
-pub(in crate::fd) fn options(fd: BorrowedFd<'_>, opts: &SkOptsEntry) -> anyhow::Result<()> {
-    let set = |name: i32, wanted: u32| -> anyhow::Result<()> {
-        let wanted = i32::try_from(wanted).with_context(|| format!("socket option {name}"))?;
-        if sock::option(fd, libc::SOL_SOCKET, name).is_ok_and(|now| now == wanted) {
-            return Ok(());
-        }
-        Ok(sock::set_option(fd, libc::SOL_SOCKET, name, wanted)?)
-    };
-    // The kernel doubles what is asked for.
-    let size = |name: i32, force: i32, wanted: u32| -> anyhow::Result<()> {
-        let wanted = i32::try_from(wanted).context("a socket buffer's size")?;
-        if sock::option(fd, libc::SOL_SOCKET, name)? == wanted {
-            return Ok(());
-        }
-        if sock::set_option(fd, libc::SOL_SOCKET, force, wanted / 2).is_err() {
-            sock::set_option(fd, libc::SOL_SOCKET, name, wanted / 2)?;
-        }
-        Ok(())
-    };
-    size(libc::SO_SNDBUF, SO_SNDBUFFORCE, opts.so_sndbuf)?;
-    size(libc::SO_RCVBUF, SO_RCVBUFFORCE, opts.so_rcvbuf)?;
-    if let Some(lock) = opts.so_buf_lock {
-        set(super::SO_BUF_LOCK, lock)?;
-    }
-    for (name, time) in [
-        (libc::SO_SNDTIMEO, (opts.so_snd_tmo_sec, opts.so_snd_tmo_usec)),
-        (libc::SO_RCVTIMEO, (opts.so_rcv_tmo_sec, opts.so_rcv_tmo_usec)),
-    ] {
-        if sock::timeout(fd, name)? != time {
-            sock::set_timeout(fd, name, time)?;
-        }
-    }
-    let flags = [
-        (libc::SO_REUSEADDR, opts.reuseaddr),
-        (libc::SO_PASSCRED, opts.so_passcred),
-        (libc::SO_PASSSEC, opts.so_passsec),
-        (libc::SO_DONTROUTE, opts.so_dontroute),
-        (libc::SO_NO_CHECK, opts.so_no_check),
-        (libc::SO_REUSEPORT, opts.so_reuseport),
-        (libc::SO_BROADCAST, opts.so_broadcast),
-        (libc::SO_KEEPALIVE, opts.so_keepalive),
-    ];
-    let numbers = [
-        (libc::SO_PRIORITY, opts.so_priority),
-        (libc::SO_RCVLOWAT, opts.so_rcvlowat),
-        (libc::SO_MARK, opts.so_mark),
-        (libc::SO_OOBINLINE, opts.so_oobinline),
-    ];
-    for (name, wanted) in flags.into_iter().map(|(n, f)| (n, f.map(u32::from))).chain(numbers) {
-        if let Some(wanted) = wanted {
-            set(name, wanted)?;
-        }
-    }
-    if let Some(seconds) = opts.so_linger {
-        sock::set_linger(fd, seconds)?;
-    }
-    if opts.so_bound_dev.is_some() || !opts.so_filter.is_empty() {
-        bail!("a socket filter or bound device is not supported yet");
     }
     Ok(())
 }
