@@ -1,5 +1,6 @@
 /* What a process is called and how it is treated: command line, environment, auxv, exe, working directory,
- * personality, scheduling, nice, umask, dumpable, subreaper, oom score, timer slack, huge pages off. */
+ * personality, scheduling, nice, disk priority, umask, dumpable, what core dumps hold, subreaper, oom score, timer
+ * slack, huge pages off. */
 #include "workload.h"
 #include <sched.h>
 #include <sys/personality.h>
@@ -11,7 +12,7 @@ enum { NF = sizeof files / sizeof *files, NL = sizeof links / sizeof *links };
 struct seen {
 	int length[NF];
 	char file[NF][8192], link[NL][1024];
-	int policy, nice, dumpable, subreaper, pdeathsig, thp, nnp;
+	int policy, nice, ioprio, dumpable, subreaper, pdeathsig, thp, nnp;
 	unsigned persona;
 	mode_t mask;
 	long slack;
@@ -32,6 +33,7 @@ static void look(struct seen *s)
 	}
 	s->policy = sched_getscheduler(0);
 	s->nice = getpriority(PRIO_PROCESS, 0);
+	s->ioprio = (int)syscall(SYS_ioprio_get, 1, 0);
 	s->dumpable = prctl(PR_GET_DUMPABLE);
 	prctl(PR_GET_CHILD_SUBREAPER, &s->subreaper);
 	prctl(PR_GET_PDEATHSIG, &s->pdeathsig);
@@ -56,6 +58,9 @@ int main(int argc, char **argv)
 	NEED(write(fd, "321", 3) == 3 && !close(fd));
 	struct sched_param p = { 0 };
 	NEED(!sched_setscheduler(0, SCHED_BATCH, &p) && !setpriority(PRIO_PROCESS, 0, 7));
+	NEED(!syscall(SYS_ioprio_set, 1, 0, 2 << 13 | 6));
+	fd = open("/proc/self/coredump_filter", O_WRONLY);
+	NEED(write(fd, "0x7f", 4) == 4 && !close(fd));
 	umask(0126);
 	NEED(!prctl(PR_SET_CHILD_SUBREAPER, 1) && !prctl(PR_SET_PDEATHSIG, SIGCONT) && !prctl(PR_SET_TIMERSLACK, 123456));
 	NEED(!prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0));
@@ -66,6 +71,8 @@ int main(int argc, char **argv)
 	BREAK("cmdline") argv[0][1] = '#';
 	BREAK("comm") prctl(PR_SET_NAME, "x");
 	BREAK("oom") { fd = open("/proc/self/oom_score_adj", O_WRONLY); NEED(write(fd, "322", 3) == 3); }
+	BREAK("corefilter") { fd = open("/proc/self/coredump_filter", O_WRONLY); NEED(write(fd, "0x33", 4) == 4); }
+	BREAK("ioprio") syscall(SYS_ioprio_set, 1, 0, 3 << 13);
 	BREAK("cwd") NEED(!chdir(".."));
 	BREAK("sched") sched_setscheduler(0, SCHED_OTHER, &p);
 	BREAK("nice") setpriority(PRIO_PROCESS, 0, 8);
@@ -82,6 +89,6 @@ int main(int argc, char **argv)
 			files[i], before.length[i], before.file[i], after.length[i], after.file[i]);
 	for (int i = 0; i < NL; i++) CHECK(!strcmp(before.link[i], after.link[i]), "%s: '%s' became '%s'", links[i], before.link[i], after.link[i]);
 #define SAME(field) CHECK(before.field == after.field, #field ": %ld became %ld", (long)before.field, (long)after.field)
-	SAME(policy); SAME(nice); SAME(dumpable); SAME(subreaper); SAME(pdeathsig); SAME(thp); SAME(nnp); SAME(persona); SAME(mask); SAME(slack);
+	SAME(policy); SAME(nice); SAME(ioprio); SAME(dumpable); SAME(subreaper); SAME(pdeathsig); SAME(thp); SAME(nnp); SAME(persona); SAME(mask); SAME(slack);
 	pass();
 }

@@ -89,6 +89,25 @@ where
     }
 }
 
+/// Which mappings a core dump would hold; none on kernels that write no core dumps.
+pub(super) fn coredump_filter(pid: Pid) -> anyhow::Result<Option<u32>> {
+    let path = format!("/proc/{pid}/coredump_filter");
+    match std::fs::read_to_string(&path) {
+        Ok(text) => Ok(Some(u32::from_str_radix(text.trim(), 16).context(path)?)),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(e).context(path),
+    }
+}
+
+/// Sets that from outside. It belongs to the address space, so any task of it will do.
+pub(super) fn restore_coredump_filter(pid: Pid, filter: u32) -> anyhow::Result<()> {
+    if coredump_filter(pid)?.is_none_or(|now| now == filter) {
+        return Ok(());
+    }
+    let path = format!("/proc/{pid}/coredump_filter");
+    std::fs::write(&path, format!("{filter:#x}")).context(path)
+}
+
 /// The rseq area, if the thread registered one.
 pub(super) fn rseq(tid: Tid) -> anyhow::Result<Option<RseqEntry>> {
     let config = ptrace::rseq(tid)?;

@@ -96,6 +96,7 @@ pub fn dump_leader(input: ThreadInput<'_>) -> anyhow::Result<CoreEntry> {
         child_subreaper: Some(child_subreaper),
         stop_signo: input.stopped_by.map(i32::cast_unsigned),
         membarrier_registration_mask: membarrier,
+        ckpt_coredump_filter: misc::coredump_filter(pid)?,
         ..Default::default()
     };
     Ok(CoreEntry {

@@ -130,12 +130,15 @@ pub fn dumpable_calls(mm: &MmEntry) -> Vec<Call> {
     mm::restore_dumpable(mm).into_iter().collect()
 }
 
-/// From outside: the OOM killer's adjustment. The login uid stays that of `ckpt-restore`: an audit trail
+/// From outside: what core dumps hold, the OOM killer's adjustment. The login uid stays that of `ckpt-restore`: an audit trail
 /// should lead to whoever started the restored task, and a process may set none but its own.
 ///
 /// # Errors
 /// [`ckpt_sys::Refused`] without the privilege to lower it.
 pub fn outside(pid: Pid, core: &CoreEntry) -> anyhow::Result<()> {
+    if let Some(filter) = core.tc.as_ref().and_then(|tc| tc.ckpt_coredump_filter) {
+        misc::restore_coredump_filter(pid, filter)?;
+    }
     let Some(wanted) = core.tc.as_ref().and_then(|tc| tc.oom_score_adj) else { return Ok(()) };
     let path = format!("/proc/{pid}/oom_score_adj");
     if misc::number_if_any(&path)? == Some(wanted) {

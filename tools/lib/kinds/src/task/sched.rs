@@ -1,4 +1,4 @@
-//! Scheduling of a thread: policy, nice value, real-time priority, processors, timer slack.
+//! Scheduling of a thread: policy, nice value, real-time priority, processors, timer slack, disk priority.
 //!
 //! The images of CRIU have fields for the first three; the others are fields of our own, and written
 //! only where they differ from what a task has by default.
@@ -25,11 +25,17 @@ const PR_SET_TIMERSLACK: i32 = 29;
 /// Nanoseconds that a task has unless it or an ancestor changed it.
 const DEFAULT_SLACK: u64 = 50_000;
 const CAP_SYS_NICE: u32 = 23;
+/// linux/ioprio.h
+const IOPRIO_WHO_PROCESS: u64 = 1;
+const IOPRIO_CLASS_SHIFT: u32 = 13;
+const IOPRIO_CLASS_RT: u32 = 1;
 /// Bytes of a mask of 65,536 processors.
 const MAX_MASK: usize = 8192;
 
 pub(super) fn ask(calls: &mut Vec<Call>) {
     calls.push(Call::new("prctl(PR_GET_TIMERSLACK)", libc::SYS_prctl, [PR_GET_TIMERSLACK.into()]));
+    let args = [Arg::Val(IOPRIO_WHO_PROCESS), Arg::Val(0)];
+    calls.push(Call::new("ioprio_get", libc::SYS_ioprio_get, args).may_fail());
 }
 
 fn is_real_time(policy: u32) -> bool {
@@ -51,6 +57,9 @@ pub(super) fn read(
     entry.sched_prio = is_real_time(policy).then_some(stat.rt_priority);
     let slack = answers.value()?;
     entry.ckpt_timerslack_ns = (slack != DEFAULT_SLACK).then_some(slack);
+    // Class 0: none was asked for, the nice value decides. Kernels without block devices have no such call.
+    let ioprio = answers.result()?.ok().and_then(|v| u32::try_from(v).ok());
+    entry.ckpt_ioprio = ioprio.filter(|v| v >> IOPRIO_CLASS_SHIFT != 0);
     let mask = sched::affinity(tid)?;
     entry.ckpt_cpu_mask = (Some(&mask) != online().as_ref()).then_some(mask);
     Ok(())
@@ -100,6 +109,8 @@ pub(super) fn check(entry: &ThreadCoreEntry) -> anyhow::Result<()> {
         format!("real-time policy {policy}")
     } else if nice < own().1 {
         format!("nice value {nice}")
+    } else if entry.ckpt_ioprio.is_some_and(|v| v >> IOPRIO_CLASS_SHIFT == IOPRIO_CLASS_RT) {
+        "real-time disk priority".to_owned()
     } else {
         return Ok(());
     };
@@ -128,6 +139,10 @@ pub(super) fn restore(entry: &ThreadCoreEntry) -> Vec<Call> {
     if let Some(slack) = entry.ckpt_timerslack_ns {
         let args = [PR_SET_TIMERSLACK.into(), Arg::Val(slack)];
         calls.push(Call::new("prctl(PR_SET_TIMERSLACK)", libc::SYS_prctl, args));
+    }
+    if let Some(ioprio) = entry.ckpt_ioprio {
+        let args = [Arg::Val(IOPRIO_WHO_PROCESS), Arg::Val(0), Arg::Val(ioprio.into())];
+        calls.push(Call::new(format!("ioprio_set({ioprio:#x})"), libc::SYS_ioprio_set, args));
     }
     if let Some(mask) = &entry.ckpt_cpu_mask {
         // The mask is of the machine where the task was; here those processors may not exist.
@@ -182,6 +197,7 @@ mod tests {
                 sched_policy: Some(3 | SCHED_RESET_ON_FORK),
                 ckpt_timerslack_ns: Some(77),
                 ckpt_cpu_mask: Some(vec![1]),
+                ckpt_ioprio: Some(2 << IOPRIO_CLASS_SHIFT | 6),
                 ..Default::default()
             };
             Own.run(&restore(&want)).unwrap();

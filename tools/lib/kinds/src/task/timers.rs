@@ -2,6 +2,7 @@
 //!
 //! Of POSIX timers, `/proc/PID/timers` lists ids, clocks and how they notify; times are known only to
 //! the task itself. Times left are stored, so a timer goes on where it was, however long the image lay.
+//! Overruns are stored for readers of the images; the kernel counts them anew, and no call sets the count.
 //! Timers are read before pending signals: one that expires in between is then stored as both
 //! running and pending, never as neither.
 //!
