@@ -51,6 +51,94 @@ fn shell_job_gets_the_terminal_of_its_restorer() {
     target.passes("the restored one");
 }
 
+/// An interactive shell in a terminal of its own.
+struct Shell {
+    keys: std::fs::File,
+    pid: i32,
+}
+
+impl Shell {
+    fn start(target: &std::path::Path, rows: u16, columns: u16) -> Self {
+        let size = nix::pty::Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
+        let pty = openpty(&size, None).expect("open a pty");
+        let tty = || std::fs::File::from(pty.slave.try_clone().expect("clone the terminal"));
+        let output = std::fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(target.join("shell"))
+            .expect("open the shell's output");
+        let mut command = Command::new("setsid");
+        command.args([
+            "--ctty",
+            "bash",
+            "-c",
+            workload::CLOSE_ALL,
+            "bash",
+            "bash",
+            "--norc",
+            "--noprofile",
+            "-i",
+        ]);
+        command.stdin(tty()).stdout(tty()).stderr(tty()).current_dir(target).env("PS1", "");
+        command.env(process::MARKER, target).env("HISTFILE", "");
+        // Its end is that of the test: process::end_all.
+        #[allow(clippy::zombie_processes)]
+        let child = command.spawn().expect("start a shell");
+        let mut screen = std::fs::File::from(pty.master.try_clone().expect("clone the master"));
+        // What nobody reads would stop the shell.
+        std::thread::spawn(move || std::io::copy(&mut screen, &mut &output));
+        Self { keys: pty.master.into(), pid: i32::try_from(child.id()).expect("a pid") }
+    }
+
+    fn press(&mut self, keys: &str) {
+        use std::io::Write;
+        self.keys.write_all(keys.as_bytes()).expect("press keys");
+    }
+}
+
+/// An editor is dumped in one window and goes on in another one, of another size: raw keys, its screen drawn again,
+/// Ctrl-Z and fg, and its exit status to the shell.
+#[test]
+fn editor_goes_on_in_another_window() {
+    process::become_subreaper();
+    let dir = TestDir::new("fullscreen");
+    let program = workload::compile("fullscreen");
+    let mut first = Shell::start(dir.path(), 24, 80);
+    let mut target = Target { pid: first.pid, dir };
+    first.press(&format!("{} log\r", program.display()));
+    target.wait_log("drawn 24x80");
+    first.press("a");
+    target.wait_log("key a");
+    let jobs = process::children(first.pid);
+    target.pid = *jobs.first().expect("a job of the shell");
+    target.dump_ok("img");
+    first.press("b");
+    target.wait_log("key b");
+    target.end();
+    target.note("restore");
+    let mut second = Shell::start(target.dir.path(), 30, 100);
+    second.press(&format!("{} img\r", ckpt_tests::tool("ckpt-restore").display()));
+    target.wait_log("drawn 30x100");
+    second.press("c");
+    target.wait_log("key c");
+    second.press("\x1a");
+    assert!(ckpt_tests::soon(|| process::state(target.pid) == Some('T')), "Ctrl-Z stops it");
+    second.press("echo shell again >>log\r");
+    target.wait_log("shell again");
+    second.press("fg\r");
+    target.wait_log("continued in the foreground");
+    second.press("d");
+    target.wait_log("key d");
+    second.press("q");
+    target.wait_log("key q");
+    second.press("echo status $? >>log\r");
+    target.wait_log("status 42");
+    second.press("stty -a >modes; echo done >>log\r");
+    target.wait_log("done");
+    let modes = std::fs::read_to_string(target.path("modes")).expect("read the modes");
+    assert!(modes.contains(" icanon") && modes.contains(" echo "), "{modes}");
+}
+
 /// A pipe whose other end is held by someone outside is refused, naming pid, fd and the pipe.
 #[test]
 fn pipe_to_the_outside_is_refused_by_name() {

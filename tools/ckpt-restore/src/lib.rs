@@ -21,6 +21,7 @@ use clap::{CommandFactory, Parser, ValueEnum};
 use nix::{
     libc,
     sys::resource::{Resource, getrlimit, setrlimit},
+    unistd::getpgid,
 };
 
 pub mod births;
@@ -217,7 +218,13 @@ fn restore(
         let pid = tree.root().pid;
         let path = args.pidfile.as_ref().filter(|_| pidfile);
         let pidfile = path.map(|path| PidFile::write(path, pid)).transpose()?;
+        let group_of = |pgid| {
+            let member = tree.processes.iter().find(|p| p.pgid == pgid)?;
+            getpgid(Some(member.pid.nix())).ok()
+        };
+        files.take_terminals(!args.detach, group_of)?;
         family.go()?;
+        files.redraw();
         if let Some(pidfile) = pidfile {
             pidfile.keep();
         }

@@ -1,19 +1,23 @@
 //! Signals of this process: held back while tasks are made, forwarded to the root afterwards.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::{
+    fs::File,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+};
 
 use anyhow::{Context, bail};
 use ckpt_proc::status;
-use ckpt_sys::{Pid, pidfd, ptrace};
+use ckpt_sys::{Pid, pidfd};
 use nix::{
     errno::Errno,
     libc,
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::{
-        signal::{SigSet, SigmaskHow, Signal, pthread_sigmask},
+        signal::{SigSet, SigmaskHow, Signal, kill, killpg, pthread_sigmask},
         signalfd::{SfdFlags, SignalFd, siginfo},
+        wait::{WaitPidFlag, WaitStatus, waitpid},
     },
-    unistd::{Pid as NixPid, getpgid},
+    unistd::{Pid as NixPid, getpgid, getpgrp, tcgetpgrp, tcsetpgrp},
 };
 
 const FORWARDED: [Signal; 4] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT];
@@ -37,6 +41,7 @@ impl Signals {
             .context("sigprocmask")?;
         let mut set: SigSet = FORWARDED.into_iter().collect();
         set.add(Signal::SIGCHLD);
+        set.add(Signal::SIGWINCH);
         let fd = SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC).context("signalfd")?;
         Ok(Self { old, fd })
     }
@@ -58,17 +63,43 @@ impl Signals {
         }
     }
 
-    /// Waits for the root's end and forwards signals to it; gives the exit status a shell would show.
+    /// Waits for the root's end and forwards signals to it; gives the exit status a shell would show. When the
+    /// terminal stops the root (Ctrl-Z), this process stops too, for it is what the shell waits for; the
+    /// foreground is the root's while it runs, and comes back in the end.
     ///
     /// # Errors
     /// The kernel's.
     pub fn wait_for(&mut self, root: Pid) -> anyhow::Result<u8> {
         let handle: OwnedFd = pidfd::open(root)?;
+        let group = getpgid(Some(root.nix())).ok();
+        let end = |status| {
+            hand_terminal(group, Some(getpgrp()));
+            Ok(u8::try_from(status).unwrap_or(255))
+        };
         loop {
-            match ptrace::wait(root.leader(), true)? {
-                Some(ptrace::Stop::Exited(code)) => return Ok(u8::try_from(code & 0xff).unwrap_or(1)),
-                Some(ptrace::Stop::Killed(signal)) => return Ok(u8::try_from(128 + signal).unwrap_or(255)),
-                _ => {}
+            match waitpid(root.nix(), Some(WaitPidFlag::WNOHANG | WaitPidFlag::WUNTRACED)) {
+                Ok(WaitStatus::Exited(_, code)) => return end(code & 0xff),
+                Ok(WaitStatus::Signaled(_, signal, _)) => return end(128 + signal as i32),
+                Ok(WaitStatus::Stopped(_, Signal::SIGTSTP | Signal::SIGTTIN | Signal::SIGTTOU)) => {
+                    hand_terminal(group, Some(getpgrp()));
+                    if group != Some(getpgrp()) {
+                        // What the terminal has sent to the root's group: the other stages of our pipeline.
+                        let _ = killpg(getpgrp(), Signal::SIGTSTP);
+                    }
+                    kill(NixPid::this(), Signal::SIGSTOP).context("stop")?;
+                    hand_terminal(Some(getpgrp()), group);
+                    match group.filter(|&group| group != getpgrp()) {
+                        // Nobody may be left in it.
+                        Some(group) => drop(killpg(group, Signal::SIGCONT)),
+                        None => match pidfd::send_signal(handle.as_fd(), libc::SIGCONT) {
+                            Err(error) if !error.vanished() => return Err(error.into()),
+                            _ => {}
+                        },
+                    }
+                    continue;
+                }
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(errno) => return Err(errno).with_context(|| format!("wait for pid {root}")),
             }
             let Some(info) = self.fd.read_signal().context("read a signal")? else { continue };
             pass_on(&info, root, handle.as_fd())?;
@@ -96,6 +127,18 @@ impl Signals {
             pass_on(&info, root, handle.as_fd())?;
         }
         Ok(false)
+    }
+}
+
+/// Makes `to` the foreground group of our terminal, if there is one and `from` is that now. All signals are
+/// blocked, so a background process may do it.
+fn hand_terminal(from: Option<NixPid>, to: Option<NixPid>) {
+    let (Some(from), Some(to)) = (from, to) else { return };
+    if from != to
+        && let Ok(terminal) = File::options().read(true).write(true).open("/dev/tty")
+        && tcgetpgrp(&terminal) == Ok(from)
+    {
+        let _ = tcsetpgrp(&terminal, to);
     }
 }
 

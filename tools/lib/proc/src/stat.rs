@@ -25,6 +25,8 @@ pub struct Stat {
     pub session: i32,
     /// Controlling terminal's device number (7), 0 for none.
     pub tty_nr: i32,
+    /// Foreground process group of that terminal (8), -1 for none.
+    pub tpgid: i32,
     /// `PF_*` bits (9).
     pub flags: u32,
     /// Nice value (19).
@@ -91,6 +93,7 @@ pub fn parse(text: &[u8]) -> Result<Stat, Malformed> {
         pgrp: number(field(5), "stat: pgrp")?,
         session: number(field(6), "stat: session")?,
         tty_nr: number(field(7), "stat: tty_nr")?,
+        tpgid: number(field(8), "stat: tpgid")?,
         flags: number(field(9), "stat: flags")?,
         nice: number(field(19), "stat: nice")?,
         num_threads: number(field(20), "stat: num_threads")?,

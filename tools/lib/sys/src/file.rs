@@ -254,10 +254,6 @@ pub struct Terminal {
     pub termios: libc::termios,
     /// Rows, columns, pixels.
     pub winsize: libc::winsize,
-    /// Session, 0 if it is not the controlling terminal of the caller's session.
-    pub sid: i32,
-    /// Foreground process group, 0 likewise.
-    pub pgrp: i32,
 }
 
 /// Reads the state of terminal `fd`.
@@ -275,13 +271,7 @@ pub fn terminal(fd: BorrowedFd<'_>) -> Result<Terminal, SysError> {
     if unsafe { libc::ioctl(fd.as_raw_fd(), libc::TIOCGWINSZ, &raw mut winsize) } < 0 {
         return Err(SysError::last("ioctl(TIOCGWINSZ)", on(fd)));
     }
-    let number = |request| {
-        let mut n = 0i32;
-        // SAFETY: TIOCGSID and TIOCGPGRP write one pid_t.
-        let ret = unsafe { libc::ioctl(fd.as_raw_fd(), request, &raw mut n) };
-        if ret < 0 { 0 } else { n }
-    };
-    Ok(Terminal { termios, winsize, sid: number(libc::TIOCGSID), pgrp: number(libc::TIOCGPGRP) })
+    Ok(Terminal { termios, winsize })
 }
 
 /// Shared anonymous memory of `size` bytes, as `mmap(MAP_SHARED | MAP_ANONYMOUS)` makes it, as an open file.

@@ -18,7 +18,7 @@ use ckpt_remote::Call;
 use ckpt_sys::{FileId, Pid, Refused, SocketId, file};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-use super::{KINDS, Support, epoll, fown, lock, memfd, reg};
+use super::{KINDS, Support, epoll, fown, lock, memfd, reg, tty};
 
 /// What the user wants at restore.
 #[derive(Debug, Clone)]
@@ -62,6 +62,7 @@ pub struct Opening<'a> {
     pub options: &'a RestoreOptions,
     pub(super) names: reg::Names,
     pub(super) memory: memfd::Restored,
+    pub(super) terminals: Vec<tty::Restored>,
     regs: BTreeMap<u32, RegFileEntry>,
     aliases: HashSet<u32>,
     /// Files that stand behind some task's descriptor.
@@ -179,6 +180,7 @@ impl Opening<'_> {
 pub struct OpenFiles {
     files: HashMap<u32, OwnedFd>,
     memory: memfd::Restored,
+    terminals: Vec<tty::Restored>,
     /// With the members that are still to be added.
     epolls: HashMap<u32, EventpollFileEntry>,
     /// Sets that some task has been given.
@@ -211,6 +213,7 @@ impl OpenFiles {
             aliases: aliases(&entries, &names),
             names,
             memory: memfd::Restored::default(),
+            terminals: Vec::new(),
             described,
             files: HashMap::new(),
             owners: HashMap::new(),
@@ -242,6 +245,7 @@ impl OpenFiles {
         Ok(Self {
             files: opening.files,
             memory: opening.memory,
+            terminals: opening.terminals,
             epolls: entries.iter().filter_map(|e| Some((e.id, e.epfd.clone()?))).collect(),
             epolls_met: HashSet::new(),
             owners,
@@ -279,6 +283,9 @@ impl OpenFiles {
             if let Some((flags, fown)) = self.owners.remove(&entry.id) {
                 calls.extend(fown::calls(entry.fd, flags, &fown));
             }
+            for terminal in self.terminals.iter().filter(|t| t.is(entry.id)) {
+                calls.extend(terminal.calls(entry.fd, pid.0));
+            }
         }
         for lock in self.locks.iter().filter(|l| l.pid == pid.0) {
             calls.push(lock::call(lock)?);
@@ -286,9 +293,28 @@ impl OpenFiles {
         Ok(calls)
     }
 
-    /// Removes what [`Self::open_all`] left in the file system (socket files), for a restore that
-    /// fails later on.
+    /// Sets up the terminals for those tasks that were in their foreground. `stays`: this process stays in the
+    /// foreground with them; `group_of`: the process group that the members of a recorded one are in now.
+    ///
+    /// # Errors
+    /// Those of tcsetattr(3) and tcsetpgrp(3).
+    pub fn take_terminals(
+        &mut self,
+        stays: bool,
+        group_of: impl Fn(i32) -> Option<nix::unistd::Pid>,
+    ) -> anyhow::Result<()> {
+        self.terminals.iter_mut().try_for_each(|terminal| terminal.take_over(stays, &group_of))
+    }
+
+    /// When all tasks run: has them draw again what they show on terminals.
+    pub fn redraw(&self) {
+        self.terminals.iter().for_each(tty::Restored::redraw);
+    }
+
+    /// Undoes what [`Self::open_all`] left in the file system (socket files) and
+    /// [`Self::take_terminals`], for a restore that fails later on.
     pub fn undo(&mut self) {
+        self.terminals.iter().for_each(tty::Restored::give_back);
         for name in self.created.drain(..) {
             let _ = fs::remove_file(&name);
         }
