@@ -167,6 +167,7 @@ catalogue! {
     BpfmapData, "BPFMAP_DATA", "bpfmap-data.img", 0x64324033, None, false, None;
     Apparmor, "APPARMOR", "apparmor.img", 0x59423047, None, false, None;
     Pidfd, "PIDFD", "pidfd.img", 0x54435556, Some("pidfd_entry"), false, None;
+    CkptPages, "CKPT_PAGES", "ckpt-pages-%u.img", 0, None, false, Raw;
     CkptManifest, "CKPT_MANIFEST", "ckpt-manifest.img", 0x434b_4d31, Some("manifest_entry"), false, None;
 }
 

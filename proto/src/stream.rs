@@ -10,7 +10,8 @@
 //! everybody: a producer that dies leaves no half checkpoint behind.
 //!
 //! The checksum in END covers every byte before it except the payloads of [`Image::Pages`] frames,
-//! which stages move without looking at them; those have a checksum each, in their header.
+//! which stages move without looking at them; those have a checksum each, in their header. Nor does it
+//! cover [`Image::CkptPages`] (compressed pages), whose blocks have theirs inside.
 
 use std::io::{self, Read, Write};
 
@@ -123,8 +124,15 @@ pub struct Reader<R> {
     pending: u64,
     hashed: bool,
     bulk: bool,
+    /// HELLO says that there may be compressed pages.
+    packed: bool,
     hash: Xxh3Default,
     ended: bool,
+}
+
+/// Whether contents of this kind move without being looked at.
+fn is_bulk(image: &str) -> bool {
+    image == Image::Pages.name() || image == Image::CkptPages.name()
 }
 
 impl<R> std::fmt::Debug for Reader<R> {
@@ -149,6 +157,7 @@ impl<R: Read> Reader<R> {
             pending: 0,
             hashed: true,
             bulk: false,
+            packed: false,
             hash: Xxh3Default::new(),
             ended: false,
         };
@@ -161,7 +170,10 @@ impl<R: Read> Reader<R> {
             return Err(StreamError::Version { found: magic[7] });
         }
         match reader.next_frame()? {
-            Some(Frame::Hello(hello)) => Ok((reader, hello)),
+            Some(Frame::Hello(hello)) => {
+                reader.packed = hello.packed();
+                Ok((reader, hello))
+            }
             _ => Err(reader.malformed("the first frame is not HELLO")),
         }
     }
@@ -240,11 +252,15 @@ impl<R: Read> Reader<R> {
                 Ok(Some(Frame::Entry { image, arg, len }))
             }
             FrameKind::Data => {
-                if self.bulk && image != Image::Pages.name() {
+                if self.bulk && !is_bulk(&image) {
                     return Err(self.malformed("DATA of another image than PAGES after BULK"));
                 }
+                // So that nobody takes them for plain ones who has not been told.
+                if image == Image::CkptPages.name() && !self.packed {
+                    return Err(self.malformed("compressed pages, of which HELLO says nothing"));
+                }
                 self.pending = len;
-                self.hashed = image != Image::Pages.name();
+                self.hashed = !is_bulk(&image);
                 Ok(Some(Frame::Data { image, arg, len, sum: header.payload_xxh3 }))
             }
             FrameKind::Bulk => {
@@ -303,12 +319,26 @@ impl<R: Read> Reader<R> {
         Ok(copied)
     }
 
+    /// Reads the next bytes of the current payload.
+    ///
+    /// # Errors
+    /// See [`StreamError`]; fewer bytes than the buffer's are left.
+    pub fn read_payload(&mut self, buffer: &mut [u8]) -> Result<(), StreamError> {
+        let n = buffer.len() as u64;
+        let Some(left) = self.pending.checked_sub(n) else {
+            return Err(self.malformed(format!("{} bytes of contents where {n} should be", self.pending)));
+        };
+        self.exact(buffer, "inside a record's contents")?;
+        self.pending = left;
+        Ok(())
+    }
+
     /// Bytes of the current payload that have not been read.
     pub fn pending(&self) -> u64 {
         self.pending
     }
 
-    /// The input itself, to move payload bytes of [`Image::Pages`] by other means; report them with
+    /// The input itself, to move payload bytes of [`Image::Pages`] or [`Image::CkptPages`] by other means; report them with
     /// [`Self::moved`]. `None` if the current payload is one that the checksum covers.
     pub fn bulk_input(&mut self) -> Option<&mut R> {
         (!self.hashed && self.pending > 0).then_some(&mut self.input)
@@ -396,8 +426,9 @@ impl<W: Write> Writer<W> {
         if bytes.is_empty() {
             return Ok(());
         }
-        if image == Image::Pages {
-            self.bulk_data(arg, bytes.len() as u64, Some(xxh3_64(bytes)))?;
+        if is_bulk(image.name()) {
+            let sum = (image == Image::Pages).then(|| xxh3_64(bytes));
+            self.bulk_named(image.name(), arg, bytes.len() as u64, sum)?;
             return self.out.write_all(bytes);
         }
         self.payload_frame(FrameKind::Data, image.name(), arg, bytes.len() as u64, bytes)
@@ -427,10 +458,18 @@ impl<W: Write> Writer<W> {
     /// # Errors
     /// The output's.
     pub fn bulk_data(&mut self, arg: u64, len: u64, sum: Option<u64>) -> io::Result<()> {
+        self.bulk_named(Image::Pages.name(), arg, len, sum)
+    }
+
+    /// Like [`Self::bulk_data`], of [`Image::Pages`] or [`Image::CkptPages`].
+    ///
+    /// # Errors
+    /// The output's.
+    pub fn bulk_named(&mut self, image: &str, arg: u64, len: u64, sum: Option<u64>) -> io::Result<()> {
         let header = Header {
             kind: FrameKind::Data.into(),
             payload_len: Some(len),
-            image: Some(Image::Pages.name().to_owned()),
+            image: Some(image.to_owned()),
             arg: Some(arg),
             payload_xxh3: sum,
             ..Header::default()
@@ -526,8 +565,8 @@ pub fn forward<R: Read, W: Write>(
             let message = reader.payload(u64::from(MAX_MESSAGE))?;
             writer.entry_named(image, *arg, &message).map_err(failed(offset))
         }
-        Frame::Data { image, arg, len, sum } if image == Image::Pages.name() => {
-            writer.bulk_data(*arg, *len, *sum).map_err(failed(offset))?;
+        Frame::Data { image, arg, len, sum } if is_bulk(image) => {
+            writer.bulk_named(image, *arg, *len, *sum).map_err(failed(offset))?;
             reader.copy_payload(writer.output()).map(drop)
         }
         Frame::Data { image, arg, len, .. } => {

@@ -5,6 +5,7 @@
 //! - `snapshots`: `ckpt-scan --snapshot`: the target runs on and notices nothing
 //! - `tcp`: connections, and the network lock
 //! - `invariants`: attacks: tools killed, disks full, pipes closed, images damaged
+//! - `images`: compressed pages, chains of increments, checksums
 //! - `wire`: CRIU's own images restored; ours compared with them field by field
 //! - `programs`: bash, python, redis, sqlite, nginx
 //! - `cli`: options, exit statuses, pipelines of other shapes
@@ -13,6 +14,7 @@
 
 mod cli;
 mod files;
+mod images;
 mod invariants;
 mod memory;
 mod programs;

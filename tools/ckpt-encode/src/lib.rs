@@ -13,7 +13,7 @@ use std::{
 };
 
 use anyhow::{Context, anyhow, bail};
-use ckpt_images::{DirWriter, ImageSet, Place, stage};
+use ckpt_images::{DirWriter, ImageError, ImageSet, Place, pack::PackedFile, stage};
 use ckpt_proto::{
     Image, Message, Payload, file,
     stream::Writer,
@@ -91,8 +91,15 @@ pub fn run(args: &Args, input: File, output: File) -> anyhow::Result<()> {
         }
     }
     writer.bulk().context("write the stream")?;
-    for (image, place) in document.pages()? {
-        stage::write_pages(&mut writer, image.arg, place, None, |_| {})?;
+    for (part, place) in document.pages()? {
+        if part.image == Image::CkptPages {
+            let blocks = PackedFile::open(place, &part.file())?;
+            blocks.for_each_block(|block, _| {
+                writer.data(part.image, part.arg, block).map_err(ImageError::output)
+            })?;
+        } else {
+            stage::write_pages(&mut writer, part.arg, place, None, |_| {})?;
+        }
     }
     writer.end().context("write the stream").map(drop)
 }
@@ -118,6 +125,10 @@ struct Document<'a> {
 }
 
 impl Part<'_> {
+    fn is_pages(&self) -> bool {
+        matches!(self.image, Image::Pages | Image::CkptPages)
+    }
+
     fn file(&self) -> String {
         self.image.file_name(self.arg)
     }
@@ -184,13 +195,14 @@ impl<'a> Document<'a> {
             let descriptor = ckpt_proto::message_descriptor("hello").context("no message hello")?;
             return Ok(Hello::decode(&message_from_json(&descriptor, hello, "hello")?[..])?);
         }
+        let packed = self.parts.iter().any(|part| part.image == Image::CkptPages).then_some(true);
         let mut arch = March::X8664.into();
         if let Some(core) = self.parts.iter().find(|part| part.image == Image::Core)
             && let Some(entry) = core.entries()?.first()
         {
             arch = CoreEntry::decode(&core.message(0, entry)?[..])?.mtype;
         }
-        Ok(Hello { page_size: 4096, arch: u32::try_from(arch)?, ..Hello::default() })
+        Ok(Hello { page_size: 4096, arch: u32::try_from(arch)?, packed, ..Hello::default() })
     }
 
     /// Raw contents that follow entry `index`; `None` if there are none.
@@ -234,7 +246,7 @@ impl<'a> Document<'a> {
     /// The pages images, and where their bytes are; without the empty ones.
     fn pages(&self) -> anyhow::Result<Vec<(Part<'a>, Place<'a>)>> {
         let mut pages = Vec::new();
-        for part in self.parts.iter().filter(|part| part.image == Image::Pages) {
+        for part in self.parts.iter().filter(|part| part.is_pages()) {
             let size = part.object.get("size").and_then(Value::as_u64);
             let size = size.ok_or_else(|| anyhow!("{}: \"size\" is no number", part.file()))?;
             if let Some(place) = self.place(part, 0, size)? {
@@ -248,7 +260,7 @@ impl<'a> Document<'a> {
     fn write_entries(&self, out: &mut impl Sink) -> anyhow::Result<()> {
         self.pages()?;
         for part in &self.parts {
-            if part.image == Image::Pages {
+            if part.is_pages() {
                 if part.object.get("size").and_then(Value::as_u64) == Some(0) {
                     out.data(part, &[])?;
                 }
@@ -279,6 +291,11 @@ impl<'a> Document<'a> {
         ckpt_cli::on_termination(move || cleanup.remove()).context("start a thread")?;
         self.write_entries(&mut dir)?;
         for (part, place) in self.pages()? {
+            if part.image == Image::CkptPages {
+                let blocks = PackedFile::open(place, &part.file())?;
+                blocks.for_each_block(|block, _| dir.data(part.image, part.arg, block))?;
+                continue;
+            }
             lseek(place.file, i64::try_from(place.offset)?, Whence::SeekSet).with_context(|| part.file())?;
             if dir.pages_from(part.arg, place.file, place.len, None)? < place.len {
                 bail!("{}: the file shrank while it was being read", part.file());
@@ -292,7 +309,7 @@ impl<'a> Document<'a> {
         let [part] = &self.parts[..] else {
             bail!(ckpt_cli::UsageError(format!("--image: the document holds {} images", self.parts.len())));
         };
-        if part.image == Image::Pages {
+        if part.is_pages() {
             bail!(ckpt_cli::UsageError("--image: JSON carries no pages".to_owned()));
         }
         let mut out = std::io::BufWriter::new(output);

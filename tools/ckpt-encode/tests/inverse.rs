@@ -86,7 +86,12 @@ fn golden_directories_whatever_the_limit() {
 #[test]
 fn a_stream_becomes_the_same_stream() {
     let stream = tempfile::tempfile().unwrap();
-    let args = ckpt_read::Args { dir: golden("family.criu"), common: Default::default() };
+    let args = ckpt_read::Args {
+        dir: golden("family.criu"),
+        decompress: false,
+        no_verify: false,
+        common: Default::default(),
+    };
     ckpt_read::run(&args, stream.try_clone().unwrap()).unwrap();
     let original = contents(&stream);
     let json =

@@ -8,6 +8,7 @@ use std::fs::File;
 
 use anyhow::{Context, bail};
 use ckpt_hold::Hold;
+use ckpt_images::recode::{self, Behind, Codec, Recode};
 use ckpt_kinds::mem::dump::Plan;
 use ckpt_proto::{
     Image, MAX_MESSAGE, Message,
@@ -29,6 +30,9 @@ Examples:
 Reads a stream on standard input, writes it with pages to standard output."
 )]
 pub struct Args {
+    /// Compress pages: zstd, zstd:LEVEL or lz4
+    #[arg(long, value_name = "HOW")]
+    pub compress: Option<Codec>,
     #[command(flatten)]
     #[allow(missing_docs)]
     pub common: ckpt_cli::Common,
@@ -44,7 +48,7 @@ pub fn command() -> clap::Command {
 ///
 /// # Errors
 /// A bad stream; a stream without a live tree behind it; what reading memory meets.
-pub fn run(_args: &Args, input: File, output: File) -> anyhow::Result<()> {
+pub fn run(args: &Args, input: File, output: File) -> anyhow::Result<()> {
     ckpt_cli::not_a_terminal(&input, "standard input")?;
     ckpt_cli::not_a_terminal(&output, "standard output")?;
     let (mut reader, mut hello) = Reader::open(input).context("standard input")?;
@@ -56,10 +60,15 @@ pub fn run(_args: &Args, input: File, output: File) -> anyhow::Result<()> {
     };
     let hold = Hold::take(&control, "mem")?;
     hello.lacks.retain(|l| l != "mem");
+    let (output, behind) = match args.compress {
+        Some(codec) => recode::behind(output, Recode::Pack(codec))?,
+        None => (output, Behind::default()),
+    };
     let mut writer = Writer::open(Output::new(output), hello).context("write the stream")?;
     match add_pages(&mut reader, &mut writer) {
         Ok(()) => {
             drop(writer.end().context("write the stream")?);
+            behind.finish()?;
             hold.release();
             Ok(())
         }

@@ -165,8 +165,12 @@ pub fn run(args: Args, input: File) -> anyhow::Result<u8> {
     let mut set = match args.dir.as_ref().or(args.images.as_ref()) {
         Some(dir) => {
             let set = ImageSet::from_chain(dir)?;
-            set.verify_pages()?;
-            set
+            if set.is_packed() {
+                set.unpacked()?
+            } else {
+                set.verify_pages()?;
+                set
+            }
         }
         None => {
             ckpt_cli::not_a_terminal(&input, "standard input")?;

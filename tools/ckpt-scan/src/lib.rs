@@ -17,6 +17,7 @@ use std::{
 
 use anyhow::{Context, bail};
 use ckpt_hold::{Holder, Outcome};
+use ckpt_images::recode::{self, Behind, Codec, Recode};
 use ckpt_kinds::{
     fd::{DumpOptions, External, FileTable},
     mem::dump::{Plan, ShmemPlan},
@@ -55,6 +56,9 @@ pub struct Args {
     /// Leave private memory to a ckpt-mem stage behind
     #[arg(long)]
     pub no_mem: bool,
+    /// Compress pages: zstd, zstd:LEVEL or lz4
+    #[arg(long, value_name = "HOW")]
+    pub compress: Option<Codec>,
     /// Kill the tree once the images are durable (a writer said COMMIT)
     #[arg(long, conflicts_with = "leave_stopped")]
     pub kill: bool,
@@ -116,6 +120,11 @@ pub fn run(args: &Args, output: File) -> anyhow::Result<()> {
         control: (!plain_file).then(|| holder.address().to_vec()),
         lacks: needs.iter().map(ToString::to_string).collect(),
         root_pid: Some(args.tree.0.unsigned_abs()),
+        packed: None,
+    };
+    let (output, behind) = match args.compress {
+        Some(codec) => recode::behind(output, Recode::Pack(codec))?,
+        None => (output, Behind::default()),
     };
     let mut writer = Writer::open(Output::new(output), hello).context("write the stream")?;
     let holder = (!plain_file).then_some(&holder);
@@ -138,6 +147,9 @@ pub fn run(args: &Args, output: File) -> anyhow::Result<()> {
     }
     // Closing the output lets programs that wait for its end (cat, zstd) finish.
     drop(writer.end().context("write the stream")?);
+    if let Err(error) = behind.finish() {
+        return give_up(frozen, None, error.into()).map_err(|e| blame(e, holder));
+    }
     settle(args, frozen, holder, &needs)
 }
 

@@ -6,12 +6,14 @@
 //!   {"pid": 7, "ppid": 0, "pgid": 7, "sid": 7, "threads": [7]}]},
 //! {"image": "PIPES_DATA", "arg": 0, "file": "pipes-data.img", "entries": [
 //!   {"pipe_id": 1, "bytes": 5, "payload": "hello"}]},
-//! {"image": "PAGES", "arg": 1, "file": "pages-1.img", "size": 8192}]}
+//! {"image": "PAGES", "arg": 1, "file": "pages-1.img", "size": 8192},
+//! {"image": "CKPT_PAGES", "arg": 2, "file": "ckpt-pages-2.img", "size": 310, "pages": 8192}]}
 //! ```
 //!
 //! `hello` is there for a stream only. `payload` holds the raw contents that follow an entry (queued
 //! bytes, contents of deleted files), as bytes are shown everywhere; `{"size": N}` stands for contents
-//! over the limit. Of pages there is only the size. Keys may be added in later releases; none is
+//! over the limit. Of pages there is only the size;
+//! of compressed ones also `pages`, the bytes that they unpack to. Keys may be added in later releases; none is
 //! removed, and none changes its meaning, without another number after `ckpt_show`.
 
 use std::{collections::BTreeMap, io::Write};
@@ -50,7 +52,7 @@ pub fn write(
     }
     write!(out, "\"images\": [")?;
     let mut first = true;
-    for (image, arg) in set.images().filter(|(image, _)| *image != Image::Pages) {
+    for (image, arg) in set.images().filter(|(image, _)| !matches!(image, Image::Pages | Image::CkptPages)) {
         write!(out, "{}", if first { "\n" } else { ",\n" })?;
         first = false;
         write_image(set, image, arg, limits, out).with_context(|| image.file_name(arg))?;
@@ -60,6 +62,19 @@ pub fn write(
         first = false;
         let file = Image::Pages.file_name(id);
         write!(out, "{}", json!({"image": Image::Pages.name(), "arg": id, "file": file, "size": size}))?;
+    }
+    for id in set.args(Image::CkptPages) {
+        write!(out, "{}", if first { "\n" } else { ",\n" })?;
+        first = false;
+        let image = Image::CkptPages;
+        let size = set.payload(image, id, 0).map_or(0, |place| place.len);
+        let pages = set.packed(id)?.map_or(0, |packed| packed.plain_len());
+        let file = image.file_name(id);
+        write!(
+            out,
+            "{}",
+            json!({"image": image.name(), "arg": id, "file": file, "size": size, "pages": pages})
+        )?;
     }
     writeln!(out, "]}}")?;
     Ok(())

@@ -7,12 +7,19 @@
 //! What makes a stream a restorable checkpoint is checked here, since here is the last chance while the
 //! target lives: nothing lacking, no socket left unread by `ckpt-sk`, all pages there that the
 //! pagemaps name.
+//!
+//! Pages that come compressed are kept so; --compress compresses those that come plain.
 
 use std::{collections::BTreeMap, fs::File, os::fd::AsFd, path::PathBuf};
 
 use anyhow::Context;
 use ckpt_hold::{Hold, HoldError};
-use ckpt_images::{DirWriter, ImageError, stage};
+use ckpt_images::{
+    DirWriter, ImageError,
+    pack::{self, Codec},
+    recode::{self, Recode},
+    stage,
+};
 use ckpt_proto::{
     Image, MAX_MESSAGE, Message,
     stream::{Frame, Reader},
@@ -31,6 +38,9 @@ pub struct Args {
     /// Directory to make
     #[arg(value_name = "DIR")]
     pub dir: PathBuf,
+    /// Compress pages: zstd, zstd:LEVEL or lz4
+    #[arg(long, value_name = "HOW")]
+    pub compress: Option<Codec>,
     #[command(flatten)]
     #[allow(missing_docs)]
     pub common: ckpt_cli::Common,
@@ -54,7 +64,10 @@ pub fn command() -> clap::Command {
 pub fn run(args: &Args, input: File) -> anyhow::Result<()> {
     ckpt_cli::not_a_terminal(&input, "standard input")?;
     stage::grow_pipe(input.as_fd());
-    let (mut reader, hello) = Reader::open(input)?;
+    let (mut reader, mut hello) = Reader::open(input)?;
+    if let Some(codec) = args.compress {
+        (reader, hello) = recode::before(reader, hello, Recode::Pack(codec))?;
+    }
     let hold = take_hold(&hello);
     match write(args, &mut reader, &hello) {
         Ok(()) => {
@@ -110,6 +123,12 @@ fn write(args: &Args, reader: &mut Reader<File>, hello: &Hello) -> anyhow::Resul
                 let image = known(&image)?;
                 if len == 0 {
                     dir.data(image, arg, &[])?;
+                } else if image == Image::CkptPages {
+                    let block = reader.payload((pack::HEADER + pack::MAX_PLAIN) as u64)?;
+                    let plain = pack::check_block(&block, arg)?;
+                    dir.data(image, arg, &block)?;
+                    audit.packed(arg, plain);
+                    progress.inc(plain);
                 } else if let Some(input) = reader.bulk_input() {
                     let moved = dir.pages_from(arg, input.as_fd(), len, sum)?;
                     reader.moved(moved);
@@ -177,6 +196,8 @@ fn contents(reader: &mut Reader<File>, dir: &mut DirWriter, image: Image, arg: u
 struct Audit {
     /// Pages id of each pagemap, and how many pages it says are there.
     pagemaps: BTreeMap<(Image, u64), (u64, u64)>,
+    /// Bytes of pages in compressed images.
+    packed: BTreeMap<u64, u64>,
 }
 
 impl Audit {
@@ -203,6 +224,11 @@ impl Audit {
         Ok(())
     }
 
+    fn packed(&mut self, id: u64, plain: u64) {
+        let sum = self.packed.entry(id).or_default();
+        *sum = sum.saturating_add(plain);
+    }
+
     fn end(&self, dir: &DirWriter, page_size: u64) -> Result<(), ImageError> {
         for image in [Image::Inventory, Image::Pstree] {
             if !dir.has(image, 0) {
@@ -215,7 +241,13 @@ impl Audit {
             *bytes = bytes.saturating_add(pages.saturating_mul(page_size));
         }
         for (id, bytes) in expected {
-            let there = dir.pages_len(id).unwrap_or(0);
+            let packed = self.packed.get(&id).copied();
+            let plain = dir.pages_len(id).filter(|&len| len > 0);
+            if let (Some(_), Some(plain)) = (packed, plain) {
+                let what = format!("{plain} bytes of plain pages beside compressed ones");
+                return Err(ImageError::Stream { file: Image::CkptPages.file_name(id), what });
+            }
+            let there = packed.or(plain).unwrap_or(0);
             if there != bytes {
                 let what = format!("{there} bytes of pages came, the pagemaps name {bytes}");
                 return Err(ImageError::Stream { file: Image::Pages.file_name(id), what });

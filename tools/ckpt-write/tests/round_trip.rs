@@ -36,11 +36,11 @@ fn files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
 }
 
 fn write_args(dir: &Path) -> ckpt_write::Args {
-    ckpt_write::Args { dir: dir.to_owned(), common: Default::default() }
+    ckpt_write::Args { dir: dir.to_owned(), compress: None, common: Default::default() }
 }
 
 fn read_args(dir: &Path) -> ckpt_read::Args {
-    ckpt_read::Args { dir: dir.to_owned(), common: Default::default() }
+    ckpt_read::Args { dir: dir.to_owned(), decompress: false, no_verify: false, common: Default::default() }
 }
 
 fn copy_through_a_pipe(from: &Path, to: &Path) {

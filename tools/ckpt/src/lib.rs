@@ -80,6 +80,9 @@ pub struct Dump {
     /// How long to try to stop a tree that resists, seconds
     #[arg(long, value_name = "SECONDS")]
     pub freeze_timeout: Option<OsString>,
+    /// Compress pages: zstd, zstd:LEVEL or lz4
+    #[arg(long, value_name = "HOW")]
+    pub compress: Option<OsString>,
     /// Say what is being done; twice for details
     #[arg(short, long, action = clap::ArgAction::Count)]
     pub verbose: u8,
@@ -240,6 +243,7 @@ impl Dump {
         });
         let write = stage("ckpt-write", |words| {
             words.verbose(self.verbose);
+            words.option("--compress", &self.compress);
             words.0.push(path(&self.dir));
         });
         Pipeline { stages: vec![scan, sk, write] }

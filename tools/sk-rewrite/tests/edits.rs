@@ -51,8 +51,11 @@ fn tcp() -> File {
 fn golden(name: &str) -> File {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../../tests/golden/{name}.criu"));
     let output = tempfile::tempfile().unwrap();
-    ckpt_read::run(&ckpt_read::Args { dir, common: Default::default() }, output.try_clone().unwrap())
-        .unwrap();
+    ckpt_read::run(
+        &ckpt_read::Args { dir, decompress: false, no_verify: false, common: Default::default() },
+        output.try_clone().unwrap(),
+    )
+    .unwrap();
     output
 }
 

@@ -37,7 +37,7 @@ use nix::{
     sys::stat::{Mode, fstat},
 };
 
-use crate::{ImageError, ImageSet, Place};
+use crate::{ImageError, ImageSet, Place, pack::PackedFile};
 
 /// Name of the link to the directory of the checkpoint before.
 pub const PARENT: &str = "parent";
@@ -92,6 +92,8 @@ pub(crate) struct Ancestor {
     pub(crate) file: usize,
     pub(crate) len: u64,
     pub(crate) sum: Option<u64>,
+    /// Whether it is a `ckpt-pages-N.img`.
+    pub(crate) packed: bool,
 }
 
 /// What following the links has found.
@@ -203,15 +205,32 @@ impl ImageSet {
         Ok(map.stored)
     }
 
-    /// A pages file that [`Self::page_runs`] names. `None` if it is missing, or still to come on a stream.
+    /// A pages file that [`Self::page_runs`] names. `None` if it is missing, still to come on a stream, or
+    /// compressed: then there is [`Self::packed_in`].
     #[must_use]
     pub fn pages_in(&self, file: PagesFile) -> Option<Place<'_>> {
         if file.level == 0 {
             return self.pages(file.id);
         }
-        let ancestor = self.chain.files.get(&file)?;
+        let ancestor = self.chain.files.get(&file).filter(|ancestor| !ancestor.packed)?;
         let file = self.files.get(ancestor.file)?;
         Some(Place { file: file.as_fd(), offset: 0, len: ancestor.len })
+    }
+
+    /// The same of compressed pages. `None` if there is no such file.
+    ///
+    /// # Errors
+    /// It is no sequence of blocks.
+    pub fn packed_in(&self, file: PagesFile) -> Result<Option<PackedFile>, ImageError> {
+        if file.level == 0 {
+            return self.packed(file.id);
+        }
+        let ancestor = self.chain.files.get(&file).filter(|ancestor| ancestor.packed);
+        let Some((ancestor, open)) = ancestor.and_then(|a| Some((a, self.files.get(a.file)?))) else {
+            return Ok(None);
+        };
+        let place = Place { file: open.as_fd(), offset: 0, len: ancestor.len };
+        PackedFile::open(place, &Image::CkptPages.file_name(file.id)).map(Some)
     }
 
     /// Whether some pages are in an earlier checkpoint's directory.
@@ -309,14 +328,28 @@ impl ImageSet {
         if self.chain.files.contains_key(&file) {
             return Ok(());
         }
-        let name = Image::Pages.file_name(file.id);
-        let (open, len) = Self::open_image(dir, path, &name)?;
-        if len != want {
-            let what = format!("{len} bytes, the pagemap lists {want}");
+        let plain = Image::Pages.file_name(file.id);
+        let (name, packed, (open, len)) = match Self::open_image(dir, path, &plain) {
+            Err(ImageError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
+                let name = Image::CkptPages.file_name(file.id);
+                let open = Self::open_image(dir, path, &name)?;
+                (name, true, open)
+            }
+            open => (plain, false, open?),
+        };
+        let holds = if packed {
+            let place = Place { file: open.as_fd(), offset: 0, len };
+            PackedFile::open(place, &path.join(&name).display().to_string())?.plain_len()
+        } else {
+            len
+        };
+        if holds != want {
+            let what = format!("{holds} bytes of pages, the pagemap lists {want}");
             return Err(ImageError::Stream { file: path.join(name).display().to_string(), what });
         }
         let index = self.keep(open);
-        self.chain.files.insert(file, Ancestor { file: index, len, sum: part.pages_sum(file.id) });
+        let sum = if packed { None } else { part.pages_sum(file.id) };
+        self.chain.files.insert(file, Ancestor { file: index, len, sum, packed });
         Ok(())
     }
 

@@ -111,6 +111,12 @@ impl ImageError {
         move |errno| Self::Io { path, call, source: errno.into() }
     }
 
+    /// The stream could not be written.
+    #[must_use]
+    pub fn output(source: io::Error) -> Self {
+        Self::Io { path: "stream".into(), call: "write", source }
+    }
+
     /// Whether the images are at fault rather than the machine.
     #[must_use]
     pub fn is_corruption(&self) -> bool {

@@ -10,6 +10,9 @@
 
 pub mod chain;
 mod error;
+pub mod pack;
+pub mod produce;
+pub mod recode;
 mod set;
 pub mod stage;
 pub mod sums;

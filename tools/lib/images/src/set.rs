@@ -27,6 +27,8 @@ use xxhash_rust::xxh3::Xxh3Default;
 use crate::{
     ImageError, Order, Place,
     chain::{Chain, PARENT, PagesFile},
+    pack::PackedFile,
+    recode::{self, Recode},
     sums::{damaged, hash_range},
 };
 
@@ -166,7 +168,7 @@ impl ImageSet {
     /// Reads one file; its checksum, unless it holds pages.
     fn read_file(&mut self, image: Image, arg: u64, input: File, size: u64) -> Result<u64, ImageError> {
         let name = image.file_name(arg);
-        if image == Image::Pages {
+        if is_pages(image) {
             let file = self.keep(input);
             self.contents(image, arg).payloads.push(Some(Part { file, offset: 0, len: size }));
             return Ok(0);
@@ -248,7 +250,7 @@ impl ImageSet {
             if *size != entry.size {
                 return Err(bad(name, format!("the file has {size} bytes, it should have {}", entry.size)));
             }
-            if *image != Image::Pages && entry.xxh3.is_some_and(|expected| expected != *sum) {
+            if !is_pages(*image) && entry.xxh3.is_some_and(|expected| expected != *sum) {
                 return Err(bad(name, "the contents have changed".to_owned()));
             }
         }
@@ -294,12 +296,15 @@ impl ImageSet {
     }
 
     /// Reads a stream up to BULK or its end. Raw contents that come before BULK, pages included, go to
-    /// temporary files without a name.
+    /// temporary files without a name. Compressed pages are unpacked on the way.
     ///
     /// # Errors
     /// See [`ImageError`].
     pub fn from_stream(input: File) -> Result<Self, ImageError> {
-        let (mut reader, hello) = Reader::open(input)?;
+        let (mut reader, mut hello) = Reader::open(input)?;
+        if hello.packed() {
+            (reader, hello) = recode::before(reader, hello, Recode::Unpack)?;
+        }
         let mut set = Self { hello: Some(hello), ..Self::default() };
         let mut orders: BTreeMap<(Image, u64), Order> = BTreeMap::new();
         let mut spool = Spool::default();
@@ -487,6 +492,26 @@ impl ImageSet {
         self.payload(Image::Pages, id, 0)
     }
 
+    /// Whether there are compressed pages in this directory, or in one of the chain that it needs.
+    #[must_use]
+    pub fn is_packed(&self) -> bool {
+        !self.args(Image::CkptPages).is_empty() || self.chain.files.values().any(|file| file.packed)
+    }
+
+    /// The compressed pages of `ckpt-pages-ID.img`; `None` if there is no such file.
+    ///
+    /// # Errors
+    /// It is no sequence of blocks, or there is a `pages-ID.img` too.
+    pub fn packed(&self, id: u64) -> Result<Option<PackedFile>, ImageError> {
+        let Some(place) = self.payload(Image::CkptPages, id, 0) else { return Ok(None) };
+        let file = Image::CkptPages.file_name(id);
+        if self.pages(id).is_some() {
+            let what = format!("there is {} too", Image::Pages.file_name(id));
+            return Err(ImageError::Stream { file, what });
+        }
+        PackedFile::open(place, &file).map(Some)
+    }
+
     /// The rest of the stream: DATA of PAGES (arg = pages id), then END. `None` for a directory, and
     /// for a stream without BULK, whose pages are all here.
     pub fn take_bulk(&mut self) -> Option<Reader<File>> {
@@ -504,6 +529,11 @@ impl ImageSet {
     pub fn has_parent(&self) -> bool {
         self.parent
     }
+}
+
+/// Whether an image holds pages, plain or compressed: opening a set does not read them.
+fn is_pages(image: Image) -> bool {
+    matches!(image, Image::Pages | Image::CkptPages)
 }
 
 fn decode<M: Message + Default>(image: Image, arg: u64, index: usize, entry: &[u8]) -> Result<M, ImageError> {

@@ -1,6 +1,11 @@
 //! What the stages of a pipeline have in common: handing on what is not theirs.
 
-use std::{fs::File, io, os::fd::AsFd};
+use std::{
+    collections::{BTreeMap, btree_map::Entry},
+    fs::File,
+    io,
+    os::fd::AsFd,
+};
 
 use ckpt_proto::{
     Image,
@@ -15,7 +20,7 @@ use nix::{
 };
 use xxhash_rust::xxh3::Xxh3Default;
 
-use crate::{ImageError, ImageSet, PageRun, Place, sums::hash_range};
+use crate::{ImageError, ImageSet, PageRun, PagesFile, Place, pack::PackedFile, sums::hash_range};
 
 /// Hands `frame`, the last one that `reader` returned, and its contents on to `writer` unchanged.
 /// Pages move inside the kernel (splice(2)), everything else through a small buffer.
@@ -29,9 +34,11 @@ pub fn forward(
     writer: &mut Writer<File>,
 ) -> Result<(), ImageError> {
     match frame {
-        Frame::Data { arg, len, sum, .. } if reader.bulk_input().is_some() => {
+        Frame::Data { image, arg, len, sum } if reader.bulk_input().is_some() => {
             let offset = reader.offset();
-            writer.bulk_data(*arg, *len, *sum).map_err(|source| StreamError::Io { offset, source })?;
+            writer
+                .bulk_named(image, *arg, *len, *sum)
+                .map_err(|source| StreamError::Io { offset, source })?;
             forward_pages(reader, writer)
         }
         _ => Ok(stream::forward(reader, frame, writer)?),
@@ -51,8 +58,11 @@ pub fn forward_pages(reader: &mut Reader<File>, writer: &mut Writer<File>) -> Re
     if moved < len { Err(reader.ended_in_bulk().into()) } else { Ok(()) }
 }
 
+/// Bytes of pages in a record.
+const RECORD: u64 = 4 << 20;
+
 /// Writes a pages file to a stream, in records with a checksum each. `expected` is the checksum of
-/// the whole; `progress` is told of each record's bytes.
+/// the whole; `progress` is told of each record's bytes. A thread reads ahead for the checksums.
 ///
 /// # Errors
 /// The file's, the output's, or the file is not what it should be: then pages have been written that must
@@ -64,50 +74,87 @@ pub fn write_pages(
     expected: Option<u64>,
     mut progress: impl FnMut(u64),
 ) -> Result<(), ImageError> {
-    let mut whole = Xxh3Default::new();
-    write_records(out, id, place, &mut whole, &mut progress)?;
-    if expected.is_some_and(|sum| sum != whole.digest()) {
-        return Err(ImageError::Manifest {
-            file: Image::Pages.file_name(id),
-            what: "the contents have changed".to_owned(),
-        });
-    }
-    Ok(())
+    let name = || Image::Pages.file_name(id);
+    // Not far ahead, so that what was read for the checksum is still in the processor's cache.
+    let (sums, ahead) = std::sync::mpsc::sync_channel::<io::Result<u64>>(1);
+    std::thread::scope(move |scope| {
+        // Dropped with this block: then the thread, which the scope waits for, does not go on.
+        let ahead = ahead;
+        let hasher =
+            std::thread::Builder::new().name("checksums".to_owned()).spawn_scoped(scope, move || {
+                let mut whole = Xxh3Default::new();
+                let mut done = 0;
+                while done < place.len {
+                    let len = (place.len - done).min(RECORD);
+                    let mut record = Xxh3Default::new();
+                    let read =
+                        hash_range(place.file, place.offset + done, len, &mut [&mut record, &mut whole]);
+                    let failed = read.is_err();
+                    if sums.send(read.map(|()| record.digest())).is_err() || failed {
+                        break;
+                    }
+                    done += len;
+                }
+                whole.digest()
+            });
+        let hasher = hasher.map_err(ImageError::io(name(), "start a thread"))?;
+        let sum = |_: Place<'_>| match ahead.recv() {
+            Ok(sum) => sum.map(Some).map_err(ImageError::io(name(), "read")),
+            Err(_) => Err(ImageError::io(name(), "read")(io::Error::other("the thread has ended"))),
+        };
+        write_records(out, id, place, sum, &mut progress)?;
+        let whole = hasher.join().ok();
+        if expected.is_some_and(|sum| Some(sum) != whole) {
+            return Err(ImageError::Manifest { file: name(), what: "the contents have changed".to_owned() });
+        }
+        Ok(())
+    })
 }
 
-/// A stretch of a pages file, spliced in records with a checksum each; all of it goes into `whole`.
+/// Like [`write_pages`], without checksums.
+///
+/// # Errors
+/// The file's, the output's.
+pub fn write_pages_unchecked(
+    out: &mut Writer<File>,
+    id: u64,
+    place: Place<'_>,
+    mut progress: impl FnMut(u64),
+) -> Result<(), ImageError> {
+    write_records(out, id, place, |_| Ok(None), &mut progress)
+}
+
+/// A stretch of a pages file, spliced in records. `sum` gives the checksum of each, by its place.
 fn write_records(
     out: &mut Writer<File>,
     id: u64,
     place: Place<'_>,
-    whole: &mut Xxh3Default,
+    mut sum: impl FnMut(Place<'_>) -> Result<Option<u64>, ImageError>,
     progress: &mut impl FnMut(u64),
 ) -> Result<(), ImageError> {
-    const RECORD: u64 = 64 << 20;
     let name = || Image::Pages.file_name(id);
     let bad = |what: &str| ImageError::Stream { file: name(), what: what.to_owned() };
     let start = i64::try_from(place.offset).map_err(|_| bad("the offset is out of range"))?;
     lseek(place.file, start, Whence::SeekSet).map_err(ImageError::errno(name(), "lseek"))?;
-    let mut left = place.len;
-    while left > 0 {
-        let len = left.min(RECORD);
-        let mut record = Xxh3Default::new();
-        hash_range(place.file, place.offset + place.len - left, len, &mut [&mut record, whole])
-            .map_err(ImageError::io(name(), "read"))?;
-        out.bulk_data(id, len, Some(record.digest())).map_err(ImageError::io("stream", "write"))?;
+    let mut done = 0;
+    while done < place.len {
+        let len = (place.len - done).min(RECORD);
+        let record = Place { offset: place.offset + done, len, ..place };
+        out.bulk_data(id, len, sum(record)?).map_err(ImageError::output)?;
         let moved = transfer(place.file, out.output().as_fd(), len)
             .map_err(|source| ImageError::Transfer { file: name(), source })?;
         if moved < len {
             return Err(bad("the file shrank while it was being read"));
         }
-        left -= len;
+        done += len;
         progress(len);
     }
     Ok(())
 }
 
 /// Writes the pages of an incremental checkpoint to a stream, from the files that have them, as contents
-/// of `pages-ID.img`. Long runs are spliced; short ones, of which a chain has many, are gathered.
+/// of `pages-ID.img`. Long runs are spliced; short ones, of which a chain has many, are gathered, and so is what is
+/// compressed.
 ///
 /// # Errors
 /// The files', the output's.
@@ -119,29 +166,52 @@ pub fn write_runs(
     mut progress: impl FnMut(u64),
 ) -> Result<(), ImageError> {
     const SHORT: u64 = 1 << 18;
-    const GATHER: usize = 1 << 20;
+    const GATHER: u64 = 1 << 20;
     let mut gathered: Vec<u8> = Vec::new();
+    let mut packed: BTreeMap<PagesFile, PackedFile> = BTreeMap::new();
     let flush = |out: &mut Writer<File>, gathered: &mut Vec<u8>| {
         let written = if gathered.is_empty() { Ok(()) } else { out.data(Image::Pages, id, gathered) };
         gathered.clear();
-        written.map_err(ImageError::io("stream", "write"))
+        written.map_err(ImageError::output)
     };
     for run in runs {
         let name = || Image::Pages.file_name(run.file.id);
-        let whole = set.pages_in(run.file).ok_or_else(|| ImageError::Missing { file: name() })?;
-        let place = Place { offset: whole.offset + run.offset, len: run.len, ..whole };
-        if run.len >= SHORT {
+        let whole = set.pages_in(run.file);
+        if let Some(whole) = whole.filter(|_| run.len >= SHORT) {
             flush(out, &mut gathered)?;
-            write_records(out, id, place, &mut Xxh3Default::new(), &mut progress)?;
+            let sum = |record: Place<'_>| {
+                let mut hash = Xxh3Default::new();
+                hash_range(record.file, record.offset, record.len, &mut [&mut hash])
+                    .map_err(ImageError::io(name(), "read"))?;
+                Ok(Some(hash.digest()))
+            };
+            let place = Place { offset: whole.offset + run.offset, len: run.len, ..whole };
+            write_records(out, id, place, sum, &mut progress)?;
             continue;
         }
-        let at = gathered.len();
-        let len = usize::try_from(run.len).unwrap_or(0);
-        gathered.resize(at + len, 0);
-        read_place(place, &mut gathered[at..]).map_err(ImageError::io(name(), "pread"))?;
-        progress(run.len);
-        if gathered.len() >= GATHER {
-            flush(out, &mut gathered)?;
+        let mut done = 0;
+        while done < run.len {
+            let at = gathered.len();
+            let len = (run.len - done).min(GATHER);
+            gathered.resize(at + usize::try_from(len).unwrap_or(0), 0);
+            let (bytes, offset) = (&mut gathered[at..], run.offset + done);
+            if let Some(whole) = whole {
+                let place = Place { offset: whole.offset + offset, len, ..whole };
+                read_place(place, bytes).map_err(ImageError::io(name(), "pread"))?;
+            } else {
+                let file = match packed.entry(run.file) {
+                    Entry::Occupied(file) => file.into_mut(),
+                    Entry::Vacant(file) => file.insert(
+                        set.packed_in(run.file)?.ok_or_else(|| ImageError::Missing { file: name() })?,
+                    ),
+                };
+                file.read_exact_at(bytes, offset)?;
+            }
+            progress(len);
+            done += len;
+            if gathered.len() as u64 >= GATHER {
+                flush(out, &mut gathered)?;
+            }
         }
     }
     flush(out, &mut gathered)

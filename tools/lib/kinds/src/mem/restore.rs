@@ -322,10 +322,10 @@ impl AddressSpace {
         Ok(calls)
     }
 
-    /// Protection while pages are filled in.
+    /// Protection while pages are filled in, and read again for their checksums.
     fn first_prot(&self, vma: &VmaEntry) -> u32 {
-        let write = libc::PROT_WRITE.unsigned_abs();
-        if vma.prot & write == 0 && self.has_pages(vma) { vma.prot | write } else { vma.prot }
+        let both = (libc::PROT_READ | libc::PROT_WRITE).unsigned_abs();
+        if vma.prot & both != both && self.has_pages(vma) { vma.prot | both } else { vma.prot }
     }
 
     fn has_pages(&self, vma: &VmaEntry) -> bool {

@@ -1,0 +1,119 @@
+//! What becomes of images outside the kernel: compressed pages, checksums.
+
+use std::{
+    fs::{self, OpenOptions},
+    os::unix::fs::{FileExt, MetadataExt},
+    path::{Path, PathBuf},
+};
+
+use ckpt_tests::{Pipeline, Target};
+
+fn words<'a>(line: &'a str, path: &'a Path) -> impl Iterator<Item = std::ffi::OsString> + 'a {
+    line.split(' ').map(Into::into).chain([path.into()])
+}
+
+/// All images of one kind in a directory.
+fn images(dir: &Path, prefix: &str) -> Vec<PathBuf> {
+    let files = fs::read_dir(dir).expect("list images").flatten().map(|f| f.path());
+    files.filter(|p| p.file_name().is_some_and(|n| n.to_string_lossy().starts_with(prefix))).collect()
+}
+
+fn size(files: &[PathBuf]) -> u64 {
+    files.iter().map(|f| f.metadata().expect("stat an image").len()).sum()
+}
+
+/// Dumps through `stages` before ckpt-write, restores by `restore`.
+fn trip(dump: &[&str], restore: &[&str]) {
+    let target = Target::start("memory_private");
+    let before = target.at_rest();
+    let img = target.path("img");
+    let pid = target.pid.to_string();
+    let mut pipeline = Pipeline::new(target.dir.path());
+    for (index, stage) in dump.iter().enumerate() {
+        let stage = stage.replace("PID", &pid);
+        pipeline =
+            if index + 1 == dump.len() { pipeline.stage(words(&stage, &img)) } else { pipeline.line(&stage) };
+    }
+    let _ = pipeline.run().ok("dump");
+    assert!(images(&img, "pages-").is_empty(), "plain pages");
+    let packed = images(&img, "ckpt-pages-");
+    assert!(!packed.is_empty());
+    target.unchanged(&before);
+    target.end();
+    let mut pipeline = Pipeline::new(target.dir.path());
+    for (index, stage) in restore.iter().enumerate() {
+        pipeline = if index == 0 { pipeline.stage(words(stage, &img)) } else { pipeline.line(stage) };
+    }
+    let _ = pipeline.run().ok("restore");
+    target.looks_like(&before);
+    target.passes("the restored one");
+    target.end();
+}
+
+#[test]
+fn pages_compressed_by_the_scanner_are_restored_from_a_directory() {
+    trip(&["ckpt-scan --compress zstd:3 -t PID", "ckpt-sk", "ckpt-write"], &["ckpt-restore --detach"]);
+}
+
+#[test]
+fn pages_compressed_by_a_memory_stage_are_restored_from_a_stream() {
+    trip(
+        &["ckpt-scan --no-mem -t PID", "ckpt-mem --compress lz4", "ckpt-sk", "ckpt-write"],
+        &["ckpt-read", "ckpt-restore --detach"],
+    );
+}
+
+#[test]
+fn pages_compressed_by_the_writer_are_restored_from_a_plain_stream() {
+    trip(
+        &["ckpt-scan -t PID", "ckpt-sk", "ckpt-write --compress zstd"],
+        &["ckpt-read --decompress", "ckpt-restore --detach"],
+    );
+}
+
+#[test]
+fn compressing_and_decompressing_gives_the_same_files() {
+    let target = Target::start("memory_private");
+    let plain = target.dump_ok("plain");
+    let (packed, again) = (target.path("packed"), target.path("again"));
+    let run = |read: &str, from: &Path, write: &str, to: &Path| {
+        Pipeline::new(target.dir.path()).stage(words(read, from)).stage(words(write, to)).run().ok(write)
+    };
+    let _ = run("ckpt-read", &plain, "ckpt-write --compress zstd", &packed);
+    let _ = run("ckpt-read --decompress", &packed, "ckpt-write", &again);
+    assert!(size(&images(&packed, "ckpt-pages-")) < size(&images(&plain, "pages-")));
+    for file in fs::read_dir(&plain).expect("list images").flatten() {
+        let other = again.join(file.file_name());
+        assert!(fs::read(file.path()).ok() == fs::read(&other).ok(), "{} differs", other.display());
+    }
+    // Compressed ones are written as they are, not again.
+    let copy = target.path("copy");
+    let _ = run("ckpt-read", &packed, "ckpt-write --compress lz4", &copy);
+    for file in images(&packed, "ckpt-pages-") {
+        let other = copy.join(file.file_name().expect("a name"));
+        assert!(fs::read(file).ok() == fs::read(other).ok());
+    }
+}
+
+#[test]
+fn damaged_compressed_pages_are_not_restored() {
+    let target = Target::start("memory_private");
+    let img = target.path("img");
+    let pid = target.pid.to_string();
+    let _ = Pipeline::new(target.dir.path())
+        .stage(["ckpt-scan", "-t", &pid])
+        .stage(["ckpt-sk"])
+        .stage(words("ckpt-write --compress lz4", &img))
+        .run()
+        .ok("dump");
+    let file =
+        images(&img, "ckpt-pages-").into_iter().max_by_key(|f| size(std::slice::from_ref(f))).expect("pages");
+    let open = OpenOptions::new().read(true).write(true).open(&file).expect("open");
+    let at = open.metadata().expect("stat").size() / 2;
+    let mut byte = [0];
+    open.read_exact_at(&mut byte, at).expect("read");
+    open.write_all_at(&[byte[0] ^ 4], at).expect("write");
+    target.end();
+    let _ = target.restore("img").fails("ckpt-restore", 4, &["compressed pages"]);
+    assert!(ckpt_tests::process::marked(target.dir.path()).is_empty(), "somebody was left");
+}
