@@ -20,7 +20,10 @@ use ckpt_hold::{Holder, Outcome};
 use ckpt_images::recode::{self, Behind, Codec, Recode};
 use ckpt_kinds::{
     fd::{DumpOptions, External, FileTable},
-    mem::dump::{Plan, ShmemPlan},
+    mem::{
+        dump::{Plan, ShmemPlan},
+        early::Early,
+    },
     sink::emit,
     task,
 };
@@ -107,6 +110,7 @@ pub fn run(args: &Args, output: File) -> anyhow::Result<()> {
         return Err(ckpt_cli::UsageError(text.to_owned()).into());
     }
     let holder = Holder::bind()?;
+    let mut early = if args.snapshot { Early::read(args.tree) } else { Early::default() };
     let mut frozen =
         Frozen::freeze(args.tree, Duration::from_secs(args.freeze_timeout)).map_err(as_refusal)?;
     ckpt_cli::note!(1, "froze {} processes", frozen.processes.len());
@@ -128,21 +132,21 @@ pub fn run(args: &Args, output: File) -> anyhow::Result<()> {
     };
     let mut writer = Writer::open(Output::new(output), hello).context("write the stream")?;
     let holder = (!plain_file).then_some(&holder);
-    let mut plans = match dump(args, &mut frozen, &mut writer) {
-        Ok(plans) => plans,
+    let memory = match dump(args, &mut frozen, &mut early, &mut writer) {
+        Ok(memory) => memory,
         Err(error) => return give_up(frozen, Some(writer), error).map_err(|e| blame(e, holder)),
     };
     let mut frozen = Some(frozen);
-    let mut copy = || {
-        let mut progress = ckpt_cli::Progress::new("pages", Some(plans.iter().map(|p| p.plan.bytes()).sum()));
-        if args.snapshot {
-            let patience = Duration::from_secs(args.attach_timeout);
-            let behind = snapshot::Behind { holder, needs: &needs, patience };
-            return snapshot::copy(&mut frozen, &mut plans, behind, &mut writer, &mut progress);
-        }
-        plans.iter().try_for_each(|p| p.plan.copy(&mut writer, |n| progress.inc(n)))
+    let copied = if args.snapshot {
+        let patience = Duration::from_secs(args.attach_timeout);
+        let behind = snapshot::Behind { holder, needs: &needs, patience };
+        snapshot::copy(&mut frozen, &memory, &early, behind, &mut writer)
+    } else if args.no_mem {
+        memory.copy_shared(&mut writer)
+    } else {
+        memory.copy(&mut writer)
     };
-    if let Err(error) = copy() {
+    if let Err(error) = copied {
         return give_up(frozen, Some(writer), error).map_err(|e| blame(e, holder));
     }
     // Closing the output lets programs that wait for its end (cat, zstd) finish.
@@ -153,11 +157,47 @@ pub fn run(args: &Args, output: File) -> anyhow::Result<()> {
     settle(args, frozen, holder, &needs)
 }
 
-/// A process whose pages are to be stored.
-struct Planned {
+/// Memory whose contents are to be stored.
+struct Memory {
+    /// Segments, whose pagemaps are written already.
+    shared: Vec<(ShmemPlan, File)>,
+    private: Vec<Private>,
+}
+
+/// Of one process.
+struct Private {
     process: Process,
     vmas: Vec<VmaEntry>,
-    plan: Plan,
+    pages_id: u32,
+}
+
+impl Memory {
+    fn copy_shared(&self, writer: &mut Writer<Output>) -> anyhow::Result<()> {
+        self.shared.iter().try_for_each(|(plan, own)| plan.copy(own.as_fd(), writer))
+    }
+
+    /// Finds and writes all pages of a frozen tree.
+    fn copy(&self, writer: &mut Writer<Output>) -> anyhow::Result<()> {
+        let plans = self.private.iter().map(Private::plan).collect::<anyhow::Result<Vec<_>>>()?;
+        for plan in &plans {
+            plan.emit(writer)?;
+        }
+        writer.bulk().context("write the stream")?;
+        self.copy_shared(writer)?;
+        let mut progress = ckpt_cli::Progress::new("pages", Some(plans.iter().map(Plan::bytes).sum()));
+        plans.iter().try_for_each(|plan| plan.copy(writer, |n| progress.inc(n)))
+    }
+}
+
+impl Private {
+    fn what(&self) -> String {
+        format!("pid {} ({})", self.process.pid, self.process.comm())
+    }
+
+    /// What to store, found by looking at the process itself.
+    fn plan(&self) -> anyhow::Result<Plan> {
+        Plan::new(self.process.pid, &self.vmas, self.pages_id).with_context(|| self.what())
+    }
 }
 
 /// A refusal as such, so that it is told from a failure.
@@ -270,8 +310,13 @@ fn succeeded(tree: Pid, outcome: Outcome) -> anyhow::Result<()> {
     }
 }
 
-/// Writes everything but private pages; these are planned.
-fn dump(args: &Args, frozen: &mut Frozen, writer: &mut Writer<Output>) -> anyhow::Result<Vec<Planned>> {
+/// Writes everything but the contents of memory; tells whose there are.
+fn dump(
+    args: &Args,
+    frozen: &mut Frozen,
+    early: &mut Early,
+    writer: &mut Writer<Output>,
+) -> anyhow::Result<Memory> {
     let processes = frozen.processes.clone();
     let live: Vec<Pid> = processes.iter().filter(|p| !p.zombie).map(|p| p.pid).collect();
     for process in processes.iter().filter(|p| !p.zombie) {
@@ -295,8 +340,8 @@ fn dump(args: &Args, frozen: &mut Frozen, writer: &mut Writer<Output>) -> anyhow
             emit(writer, Image::Core, number(process.pid.0), &core)?;
             continue;
         }
-        let vmas =
-            process::dump(frozen, process, ids.of(process.pid), &mut files, writer).with_context(what)?;
+        let vmas = process::dump(frozen, process, ids.of(process.pid), early, &mut files, writer)
+            .with_context(what)?;
         memory.push((process, vmas));
     }
     let segments = files.shmem_segments()?;
@@ -307,27 +352,18 @@ fn dump(args: &Args, frozen: &mut Frozen, writer: &mut Writer<Output>) -> anyhow
         pages_id += 1;
         pages_id
     };
-    let mut shmem = Vec::new();
+    let mut shared = Vec::new();
     for segment in &segments {
         let own = reopen(segment.fd.as_fd())?;
         let plan = ShmemPlan::new(u64::from(segment.shmid), own.as_fd(), segment.size, next_id())?;
         plan.emit(writer)?;
-        shmem.push((plan, own));
+        shared.push((plan, own));
     }
-    let mut plans = Vec::new();
-    if !args.no_mem {
-        for (process, vmas) in memory {
-            let what = || format!("pid {} ({})", process.pid, process.comm());
-            let plan = Plan::new(process.pid, &vmas, next_id()).with_context(what)?;
-            plan.emit(writer)?;
-            plans.push(Planned { process: process.clone(), vmas, plan });
-        }
-        writer.bulk().context("write the stream")?;
-    }
-    for (plan, own) in &shmem {
-        plan.copy(own.as_fd(), writer)?;
-    }
-    Ok(plans)
+    let private = memory
+        .into_iter()
+        .map(|(process, vmas)| Private { process: process.clone(), vmas, pages_id: next_id() })
+        .collect();
+    Ok(Memory { shared, private })
 }
 
 /// The same file with a file position of its own: the descriptor at hand shares one with the target.

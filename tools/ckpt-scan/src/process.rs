@@ -6,7 +6,7 @@ use anyhow::Context;
 use ckpt_kinds::{
     Sink,
     fd::FileTable,
-    mem,
+    mem::{self, early::Early},
     sink::emit,
     task::{self, ThreadInput},
 };
@@ -28,6 +28,7 @@ pub fn dump(
     frozen: &mut Frozen,
     process: &Process,
     ids: TaskKobjIdsEntry,
+    early: &mut Early,
     files: &mut FileTable,
     sink: &mut dyn Sink,
 ) -> anyhow::Result<Vec<VmaEntry>> {
@@ -36,7 +37,7 @@ pub fn dump(
     emit(sink, Image::Ids, arg, &ids)?;
 
     let exe_file_id = files.add_path(pid, &link(pid, "exe"), libc_rdonly(), sink)?;
-    let vmas = mem::dump::dump_vmas(pid, &process.comm(), files, sink)?;
+    let vmas = mem::dump::dump_vmas(pid, &process.comm(), &early.mappings(pid)?, files, sink)?;
     let mut mm = None;
     for thread in &process.threads {
         let what = || format!("tid {}", thread.tid);

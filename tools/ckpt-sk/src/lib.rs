@@ -134,6 +134,10 @@ pub fn run(args: &Args, input: File, output: File) -> anyhow::Result<()> {
     }
 }
 
+fn is_pagemap(image: &str) -> bool {
+    image == Image::Pagemap.name() || image == Image::ShmemPagemap.name()
+}
+
 struct Stage<'a> {
     args: &'a Args,
     hold: Option<Hold>,
@@ -158,7 +162,12 @@ impl Stage<'_> {
                     self.note_ids(*arg, &message);
                     writer.entry_named(image, *arg, &message).context("write the stream")?;
                 }
+                // All descriptors have passed by: pagemaps come behind them (ckpt-stream(5)).
                 Frame::Bulk => {
+                    self.complete(writer)?;
+                    stage::forward(reader, &frame, writer)?;
+                }
+                Frame::Entry { image, .. } if is_pagemap(image) => {
                     self.complete(writer)?;
                     stage::forward(reader, &frame, writer)?;
                 }

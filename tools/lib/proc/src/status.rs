@@ -79,6 +79,8 @@ pub struct Status {
     pub seccomp_filters: Option<u32>,
     /// Features that the thread turned on with arch_prctl(2): `shstk`, `wrss` (Linux 6.6, x86).
     pub thread_features: Vec<String>,
+    /// Memory that is locked, KiB; 0 for what has no memory.
+    pub locked_kib: u64,
     /// Whether it is a kernel thread (Linux 6.8).
     pub kthread: Option<bool>,
 }
@@ -135,6 +137,7 @@ pub fn parse(text: &[u8]) -> Result<Status, Malformed> {
         seccomp: value(b"Seccomp").map_or(Ok(0), |v| v.parse().map_err(|_| Malformed("status: Seccomp")))?,
         seccomp_filters: value(b"Seccomp_filters").and_then(|v| v.parse().ok()),
         thread_features: list(b"x86_Thread_features").map(str::to_owned).collect(),
+        locked_kib: list(b"VmLck").next().and_then(|v| v.parse().ok()).unwrap_or(0),
         kthread: value(b"Kthread").map(|v| v == "1"),
     })
 }
@@ -147,7 +150,7 @@ mod tests {
         b"Name:\tredis \\n\\\\ser\xff)\nUmask:\t0022\nState:\tS (sleeping)\nTgid:\t4711\nNgid:\t0\n\
 Pid:\t4712\nPPid:\t1\nTracerPid:\t99\nUid:\t1000\t1001\t1002\t1003\nGid:\t5\t6\t7\t4294967294\nFDSize:\t64\n\
 Groups:\t4 24 1000 \nNStgid:\t4711\t3\nNSpid:\t4712\t4\nNSpgid:\t4711\t3\nNSsid:\t4711\t3\nKthread:\t0\n\
-VmPeak:\t    2700 kB\nThreads:\t2\nSigQ:\t2/96365\nSigPnd:\t0000000000000200\nShdPnd:\t8000000000000000\n\
+VmPeak:\t    2700 kB\nVmLck:\t      64 kB\nThreads:\t2\nSigQ:\t2/96365\nSigPnd:\t0000000000000200\nShdPnd:\t8000000000000000\n\
 SigBlk:\tfffffffe7ffbfeff\nSigIgn:\t0000000000001000\nSigCgt:\t0000000180004a02\nCapInh:\t0000000000000400\n\
 CapPrm:\t000001fffeffffff\nCapEff:\t0000000000000000\nCapBnd:\t000001fffeffffff\nCapAmb:\t0000000000000400\n\
 NoNewPrivs:\t1\nSeccomp:\t2\nSeccomp_filters:\t3\nSpeculation_Store_Bypass:\tvulnerable\n\
@@ -162,6 +165,7 @@ Cpus_allowed:\t3\nx86_Thread_features:\tshstk wrss \nx86_Thread_features_locked:
         assert_eq!((s.ns_pids, s.threads), (vec![4712, 4], 2));
         assert_eq!((s.pending, s.shared_pending, s.blocked), (0x200, 1 << 63, 0xffff_fffe_7ffb_feff));
         assert_eq!((s.caps.ambient, s.caps.permitted, s.caps.effective), (0x400, 0x01ff_feff_ffff, 0));
+        assert_eq!(s.locked_kib, 64);
         assert_eq!((s.no_new_privs, s.seccomp, s.seccomp_filters), (true, 2, Some(3)));
         assert_eq!(
             (s.thread_features, s.kthread),

@@ -9,7 +9,7 @@
 //! used again: a stage that splices the pages on refers to it for an unknown time.
 
 use std::{
-    fs::{self, File},
+    fs::File,
     io::Write,
     os::{
         fd::{AsFd, BorrowedFd},
@@ -19,7 +19,7 @@ use std::{
 };
 
 use anyhow::Context;
-use ckpt_proc::maps::{self, Mapping};
+use ckpt_proc::maps::Mapping;
 use ckpt_proto::{
     Image,
     stream::Writer,
@@ -67,21 +67,19 @@ const REFUSED: &[(&[u8; 2], &str)] = &[
     (b"sl", "sealed memory (mseal)"),
 ];
 
-/// Reads the mappings of `pid`, registers what they map in `files`, and gives them as image entries.
+/// Registers what the mappings of `pid` map in `files`, and gives them as image entries.
 ///
 /// # Errors
 /// [`Refused`] for a mapping that can't be restored, naming its addresses.
 pub fn dump_vmas(
     pid: Pid,
     comm: &str,
+    mappings: &[Mapping],
     files: &mut FileTable,
     sink: &mut dyn Sink,
 ) -> anyhow::Result<Vec<VmaEntry>> {
-    let path = format!("/proc/{pid}/smaps");
-    let text = fs::read(&path).with_context(|| path.clone())?;
-    let mappings = maps::parse(&text).with_context(|| path.clone())?;
     let mut entries: Vec<VmaEntry> = Vec::with_capacity(mappings.len());
-    for mapping in &mappings {
+    for mapping in mappings {
         let entry = dump_vma(pid, comm, mapping, files, sink)?;
         match entries.last_mut() {
             // The kernel shows the vvar area in parts, the images know it as one.
@@ -227,9 +225,17 @@ impl Plan {
     /// # Errors
     /// PAGEMAP_SCAN is missing or not permitted.
     pub fn new(pid: Pid, vmas: &[VmaEntry], pages_id: u32) -> anyhow::Result<Self> {
-        let path = format!("/proc/{pid}/pagemap");
+        Self::of_copy(pid, pid, vmas, pages_id)
+    }
+
+    /// The same by `source`, a process with the same memory, from which the pages will be read too.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn of_copy(pid: Pid, source: Pid, vmas: &[VmaEntry], pages_id: u32) -> anyhow::Result<Self> {
+        let path = format!("/proc/{source}/pagemap");
         let pagemap = File::open(&path).with_context(|| path.clone())?;
-        let mut plan = Self { pid, source: pid, pages_id, runs: Vec::new() };
+        let mut plan = Self { pid, source, pages_id, runs: Vec::new() };
         let mut ranges: Vec<PageRange> = Vec::new();
         for vma in vmas {
             let Some(select) = selection(vma.status) else { continue };
@@ -274,16 +280,9 @@ impl Plan {
         self.runs.iter().map(|r| r.end - r.start).sum()
     }
 
-    /// Has the pages read from `copy`, a process with the same memory.
-    pub fn read_from(&mut self, copy: Pid) {
-        self.source = copy;
-    }
-
-    /// The parts of `[start, end)` that are to be stored, each as start and end.
-    pub fn runs_in(&self, start: u64, end: u64) -> impl Iterator<Item = (u64, u64)> {
-        let first = self.runs.partition_point(|run| run.end <= start);
-        let inside = self.runs[first..].iter().take_while(move |run| run.start < end);
-        inside.map(move |run| (run.start.max(start), run.end.min(end)))
+    /// What is to be stored: start and end of each run, in order.
+    pub fn runs(&self) -> impl Iterator<Item = (u64, u64)> {
+        self.runs.iter().map(|run| (run.start, run.end))
     }
 
     /// Emits the pagemap.
@@ -291,8 +290,24 @@ impl Plan {
     /// # Errors
     /// The sink's.
     pub fn emit(&self, sink: &mut dyn Sink) -> anyhow::Result<()> {
+        Self::emit_head(self.pid, self.pages_id, sink)?;
+        self.emit_runs(sink)
+    }
+
+    /// Emits the head of the pagemap of `pid`, whose pages are to be found in `pages_id`.
+    ///
+    /// # Errors
+    /// The sink's.
+    pub fn emit_head(pid: Pid, pages_id: u32, sink: &mut dyn Sink) -> anyhow::Result<()> {
+        emit(sink, Image::Pagemap, u64::from(pid.0.unsigned_abs()), &PagemapHead { pages_id })
+    }
+
+    /// Emits what comes after the head.
+    ///
+    /// # Errors
+    /// The sink's.
+    pub fn emit_runs(&self, sink: &mut dyn Sink) -> anyhow::Result<()> {
         let arg = u64::from(self.pid.0.unsigned_abs());
-        emit(sink, Image::Pagemap, arg, &PagemapHead { pages_id: self.pages_id })?;
         let mut merged: Vec<Run> = Vec::new();
         for run in &self.runs {
             match merged.last_mut() {

@@ -12,6 +12,7 @@
 //! | vvar, vsyscall | none: the kernel's |
 
 pub mod dump;
+pub mod early;
 pub mod restore;
 pub mod snapshot;
 

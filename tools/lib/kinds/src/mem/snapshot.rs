@@ -14,17 +14,17 @@ use ckpt_sys::Pid;
 
 use super::dump::{CHUNK, Plan};
 
-/// Makes `twin` hold all pages of `plan`, which was made for `original` by its mappings `vmas`.
+/// Makes `twin` hold all pages of `original`, which has the mappings `vmas`.
 ///
 /// # Errors
 /// The twin's memory can't be mapped or written, or the original's can't be read.
-pub fn complete(twin: &mut Twin, original: Pid, vmas: &[VmaEntry], plan: &Plan) -> anyhow::Result<()> {
+pub fn complete(twin: &mut Twin, original: Pid, vmas: &[VmaEntry]) -> anyhow::Result<()> {
     const MISSING: u64 = 1 << libc::MADV_DONTFORK;
     const EMPTY: u64 = 1 << libc::MADV_WIPEONFORK;
     let mut files = None;
     for vma in vmas.iter().filter(|vma| vma.madv.unwrap_or(0) & (MISSING | EMPTY) != 0) {
-        let mut runs = plan.runs_in(vma.start, vma.end).peekable();
-        if runs.peek().is_none() {
+        let plan = Plan::new(original, std::slice::from_ref(vma), 0)?;
+        if plan.bytes() == 0 {
             continue;
         }
         if vma.madv.unwrap_or(0) & MISSING != 0 {
@@ -35,7 +35,7 @@ pub fn complete(twin: &mut Twin, original: Pid, vmas: &[VmaEntry], plan: &Plan) 
             None => files.insert((memory_of(original, false)?, memory_of(twin.pid(), true)?)),
         };
         let mut buffer = vec![0; CHUNK];
-        for (start, end) in runs {
+        for (start, end) in plan.runs() {
             let mut at = start;
             while at < end {
                 let n = usize::try_from(end - at).unwrap_or(CHUNK).min(CHUNK);
