@@ -50,6 +50,20 @@ pub fn warm_up(dir: &Path, bytes: u64) {
     fs::remove_file(&path).expect("remove the warm-up file");
 }
 
+/// What `memory_hog` has noted in its file: the longest time for which it did not get to run, and how long its last
+/// fork took, zero if it has not forked since [`forget`].
+pub fn felt(gap: &Path) -> (Duration, Duration) {
+    let bytes = fs::read(gap).expect("read what the target notes");
+    let word = |at: usize| u64::from_ne_bytes(bytes[at..at + 8].try_into().expect("eight bytes"));
+    (Duration::from_micros(word(0)), Duration::from_micros(word(8)))
+}
+
+/// Has it note anew.
+pub fn forget(gap: &Path) {
+    let file = fs::OpenOptions::new().write(true).open(gap);
+    file.and_then(|mut f| f.write_all(&[0; 16])).expect("reset what the target notes");
+}
+
 /// Peak memory (VmHWM, KiB) of tools by name.
 pub type Peaks = BTreeMap<String, u64>;
 

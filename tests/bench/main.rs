@@ -11,6 +11,7 @@
 mod harness;
 mod pages;
 mod scaling;
+mod snapshot;
 
 use std::process::ExitCode;
 
@@ -23,6 +24,7 @@ struct Bench {
 
 const BENCHES: &[Bench] = &[
     Bench { name: "pages", size: ("MiB", 1024), run: pages::run },
+    Bench { name: "snapshot", size: ("MiB", 1024), run: snapshot::run },
     Bench { name: "scaling", size: ("MiB", 4096), run: scaling::run },
 ];
 

@@ -9,7 +9,6 @@
 
 use std::{
     fs,
-    io::Write,
     path::PathBuf,
     process::{Command, Stdio},
     time::{Duration, Instant},
@@ -25,22 +24,13 @@ pub fn run(mib: u64) {
 
     let gap = dir.join("gap");
     let target = Target::start_with("memory_hog", &["-", &mib.to_string(), gap.to_str().expect("a path")]);
-    let felt = || u64::from_ne_bytes(fs::read(&gap).expect("read the gap").try_into().expect("eight bytes"));
-    let forget = || {
-        fs::OpenOptions::new()
-            .write(true)
-            .open(&gap)
-            .and_then(|mut f| f.write_all(&0_u64.to_ne_bytes()))
-            .expect("reset the gap")
-    };
-
     let (mut cps, mut totals, mut freezes, mut restores) = (vec![], vec![], vec![], vec![]);
     let mut peaks = Peaks::new();
     let mut bytes = 0;
     for round in 0..=ROUNDS {
-        forget();
+        harness::forget(&gap);
         let trip = round_trip(&target, &dir, &mut peaks);
-        let freeze = Duration::from_micros(felt());
+        let freeze = harness::felt(&gap).0;
         bytes = trip.bytes;
         // The first round warms caches up that the files did not.
         if round > 0 {
