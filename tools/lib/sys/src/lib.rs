@@ -14,6 +14,7 @@ pub mod file;
 pub mod gift;
 pub mod ids;
 pub mod kcmp;
+mod lent;
 pub mod memory;
 pub mod pidfd;
 pub mod prctl;

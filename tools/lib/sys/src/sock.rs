@@ -3,14 +3,9 @@
 
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
-use nix::{
-    errno::Errno,
-    sys::{
-        signal::{SigSet, SigmaskHow},
-        wait::waitpid,
-    },
-};
+use nix::errno::Errno;
 
+pub use crate::lent::LentOption;
 use crate::{SocketId, SysError};
 
 fn on(fd: BorrowedFd<'_>) -> String {
@@ -180,76 +175,6 @@ pub fn set_timeout(fd: BorrowedFd<'_>, name: i32, (sec, usec): (u64, u64)) -> Re
     let ret =
         unsafe { libc::setsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, name, (&raw const value).cast(), len) };
     if ret < 0 { Err(SysError::last("setsockopt", format!("{} option {name}", on(fd)))) } else { Ok(()) }
-}
-
-/// An option of somebody else's socket that is changed for a while.
-///
-/// It is put back when this is dropped, and also if this process is killed: a child process, made before
-/// the change, waits for the end of a pipe of which this process alone has the other end. The child
-/// also has our other descriptors; whoever waits for one of them to be closed (the holder of a
-/// frozen tree) learns of our death only when the option is as it was.
-#[derive(Debug)]
-pub struct LentOption<'a> {
-    fd: BorrowedFd<'a>,
-    name: i32,
-    before: i32,
-    guardian: libc::pid_t,
-    alive: Option<OwnedFd>,
-}
-
-impl<'a> LentOption<'a> {
-    /// Sets an int option of level `SOL_SOCKET`.
-    ///
-    /// # Errors
-    /// Those of getsockopt(2), setsockopt(2), pipe(2) and fork(2); then nothing is changed.
-    pub fn set(fd: BorrowedFd<'a>, name: i32, value: i32) -> Result<Self, SysError> {
-        let before = option(fd, libc::SOL_SOCKET, name)?;
-        let (ours, theirs) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)
-            .map_err(|errno| SysError::new("pipe2", "a new pipe", errno))?;
-        let guardian = guard(fd, name, before, &ours, &theirs)?;
-        let lent = Self { fd, name, before, guardian, alive: Some(theirs) };
-        set_option(fd, libc::SOL_SOCKET, name, value)?;
-        Ok(lent)
-    }
-}
-
-impl Drop for LentOption<'_> {
-    fn drop(&mut self) {
-        drop(self.alive.take());
-        while waitpid(nix::unistd::Pid::from_raw(self.guardian), None) == Err(Errno::EINTR) {}
-        // Nothing is left to do unless somebody has killed the child.
-        if option(self.fd, libc::SOL_SOCKET, self.name).is_ok_and(|now| now != self.before) {
-            let _ = set_option(self.fd, libc::SOL_SOCKET, self.name, self.before);
-        }
-    }
-}
-
-/// Forks the child that sets option `name` of `fd` to `value` once nobody has the other end of `ours` open.
-fn guard(
-    fd: BorrowedFd<'_>,
-    name: i32,
-    value: i32,
-    ours: &OwnedFd,
-    theirs: &OwnedFd,
-) -> Result<libc::pid_t, SysError> {
-    // No signal but SIGKILL ends the child; the mask is set before there is one.
-    let before = SigSet::all()
-        .thread_swap_mask(SigmaskHow::SIG_SETMASK)
-        .map_err(|errno| SysError::new("sigprocmask", "this thread", errno))?;
-    // SAFETY: the child makes system calls only, so locks that other threads hold are in nobody's way.
-    let child = unsafe { libc::fork() };
-    if child == 0 {
-        // Out of the process group, which may be killed as a whole.
-        let _ = nix::unistd::setsid();
-        let _ = nix::unistd::close(theirs.as_raw_fd());
-        while nix::unistd::read(ours, &mut [0]) == Err(Errno::EINTR) {}
-        let _ = set_option(fd, libc::SOL_SOCKET, name, value);
-        // SAFETY: no pointers.
-        unsafe { libc::_exit(0) }
-    }
-    let result = if child < 0 { Err(SysError::last("fork", "this process")) } else { Ok(child) };
-    let _ = before.thread_set_mask();
-    result
 }
 
 /// Length of the socket's classic BPF filter in instructions, 0 if there is none.
@@ -538,51 +463,6 @@ mod tests {
         let with = [ControlMessage::ScmRights(&fds)];
         sendmsg::<()>(c.as_raw_fd(), &[IoSlice::new(b"x")], &with, MsgFlags::empty(), None).unwrap();
         assert_eq!(peek(d.as_fd(), &mut buffer).unwrap().unwrap().rights, 2);
-    }
-
-    #[test]
-    fn lent_option_is_put_back() {
-        let (a, b) = pair(SockType::Datagram);
-        let offset = || option(b.as_fd(), libc::SOL_SOCKET, libc::SO_PEEK_OFF).unwrap();
-        let before = offset();
-        for message in [b"one", b"two"] {
-            nix::unistd::write(&a, message).unwrap();
-        }
-        let lent = LentOption::set(b.as_fd(), libc::SO_PEEK_OFF, 0).unwrap();
-        let mut buffer = [0; 16];
-        for message in [b"one", b"two"] {
-            let peeked = peek(b.as_fd(), &mut buffer).unwrap().unwrap();
-            assert_eq!(&buffer[..peeked.len], message);
-        }
-        assert_eq!(offset(), 6);
-        drop(lent);
-        assert_eq!(offset(), before);
-    }
-
-    #[test]
-    fn lent_option_is_put_back_by_the_dead() {
-        let (_a, b) = pair(SockType::Datagram);
-        let offset = || option(b.as_fd(), libc::SOL_SOCKET, libc::SO_PEEK_OFF).unwrap();
-        let before = offset();
-        let (told, tell) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).unwrap();
-        // SAFETY: the child makes system calls only, and ends without running anything of ours.
-        let child = unsafe { libc::fork() };
-        if child == 0 {
-            let lent = LentOption::set(b.as_fd(), libc::SO_PEEK_OFF, 77);
-            let _ = nix::unistd::write(&tell, &[u8::from(lent.is_ok())]);
-            // SAFETY: no arguments.
-            unsafe { libc::pause() };
-        }
-        let mut ok = [0];
-        nix::unistd::read(&told, &mut ok).unwrap();
-        assert_eq!((ok, offset()), ([1], 77));
-        drop(tell);
-        let child = nix::unistd::Pid::from_raw(child);
-        nix::sys::signal::kill(child, nix::sys::signal::SIGKILL).unwrap();
-        nix::sys::wait::waitpid(child, None).unwrap();
-        // The guardian has the pipe too, and closes it when it is done.
-        assert_eq!(nix::unistd::read(&told, &mut ok).unwrap(), 0);
-        assert_eq!(offset(), before);
     }
 
     #[test]
