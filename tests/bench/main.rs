@@ -10,8 +10,10 @@
 
 mod harness;
 mod pages;
+mod rewrite;
 mod scaling;
 mod snapshot;
+mod sockets;
 
 use std::process::ExitCode;
 
@@ -24,8 +26,12 @@ struct Bench {
 
 const BENCHES: &[Bench] = &[
     Bench { name: "pages", size: ("MiB", 1024), run: pages::run },
+    Bench { name: "rewrite", size: ("MiB", 1024), run: rewrite::run },
+    Bench { name: "sockets", size: ("socketpairs", 10_000), run: sockets::run },
     Bench { name: "snapshot", size: ("MiB", 1024), run: snapshot::run },
     Bench { name: "scaling", size: ("MiB", 4096), run: scaling::run },
+    Bench { name: "rewrite", size: ("MiB", 1024), run: rewrite::run },
+    Bench { name: "sockets", size: ("socketpairs", 10_000), run: sockets::run },
 ];
 
 fn main() -> ExitCode {

@@ -11,6 +11,7 @@ use ckpt_tests::{Pipeline, Target, process, soon};
 
 crate::survives! {
     socketpairs_keep_queues_and_options: "socketpairs";
+    a_crowd_of_socketpairs: "socket_crowd";
 }
 
 #[test]

@@ -41,6 +41,7 @@ int main(int argc, char **argv)
 	NEED(m != MAP_FAILED && (!madvise(m, n, MADV_NOHUGEPAGE) || errno == EINVAL));
 	uint64_t x = 88172645463325252ull, sum = 0;
 	for (size_t i = 0; i < n / 8; i++) { x ^= x << 13; x ^= x >> 7; x ^= x << 17; m[i] = x; sum += x; }
+	for (int i = argc > 5 ? atoi(argv[5]) : 0, pair[2]; i > 0; i--) NEED(!socketpair(AF_UNIX, SOCK_STREAM, 0, pair) && send(pair[0], "queued", 6, 0) == 6);
 	if (argc > 4) {
 		int fd = open(argv[4], O_RDWR | O_CREAT, 0600);
 		pthread_t t;

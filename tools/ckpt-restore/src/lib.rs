@@ -18,11 +18,7 @@ use ckpt_kinds::fd::{OpenFiles, RestoreOptions};
 use ckpt_remote::build::Area;
 use ckpt_sys::{Pid, Refused, SocketId};
 use clap::{CommandFactory, Parser, ValueEnum};
-use nix::{
-    libc,
-    sys::resource::{Resource, getrlimit, setrlimit},
-    unistd::getpgid,
-};
+use nix::{libc, unistd::getpgid};
 
 pub mod births;
 pub mod make;
@@ -205,7 +201,8 @@ fn restore(
     signals: &Signals,
     pidfile: bool,
 ) -> anyhow::Result<Pid> {
-    raise_file_limit();
+    // The tasks' descriptors are open here all at once, besides our own.
+    let _ = ckpt_sys::file::raise_limit(0);
     let options = RestoreOptions {
         inherit: args.inherit_fd.iter().map(|i| (i.fd, i.resource.clone())).collect(),
         external_unix: args.external.iter().map(|e| (e.id, path_bytes(&e.path))).collect(),
@@ -291,13 +288,6 @@ fn nodes(tree: &Tree) -> std::collections::BTreeMap<i32, Node> {
         subreaper: p.core().tc.as_ref().is_some_and(|tc| tc.child_subreaper()),
     };
     tree.processes.iter().map(|p| (p.pid.0, node(p))).collect()
-}
-
-/// The tasks' descriptors are open here all at once, besides our own.
-fn raise_file_limit() {
-    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
-        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
-    }
 }
 
 fn path_bytes(path: &std::path::Path) -> Vec<u8> {

@@ -192,6 +192,8 @@ impl Stage<'_> {
         if self.hold.is_none() && !self.stubs.is_empty() {
             bail!("no frozen tree is behind the stream any more: run ckpt-sk in one pipeline with ckpt-scan");
         }
+        // A copy of each socket is open here.
+        let _ = ckpt_sys::file::raise_limit(self.stubs.len() as u64 + 1024);
         let options = SkOptions {
             external: self.args.external.clone(),
             queued: match self.args.queued {

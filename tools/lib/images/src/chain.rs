@@ -261,7 +261,8 @@ impl ImageSet {
         if wanted.is_empty() {
             return Ok(());
         }
-        raise_file_limit();
+        // A long chain is as many open files.
+        let _ = ckpt_sys::file::raise_limit(0);
         let mut id = self.parent_id();
         let mut seen = vec![identity(&dir, path)?];
         let (mut dir, mut path) = (dir, path.to_owned());
@@ -421,14 +422,6 @@ fn identity(dir: &Dir, path: &Path) -> Result<(u64, u64), ImageError> {
 
 fn hex(id: &[u8]) -> String {
     id.iter().take(16).map(|byte| format!("{byte:02x}")).collect()
-}
-
-/// A long chain is as many open files.
-fn raise_file_limit() {
-    use nix::sys::resource::{Resource, getrlimit, setrlimit};
-    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
-        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
-    }
 }
 
 #[cfg(test)]

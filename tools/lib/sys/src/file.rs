@@ -109,6 +109,18 @@ pub fn open(path: &Path, flags: u32, mode: u32) -> Result<OwnedFd, SysError> {
     owned(ret, "open", name)
 }
 
+/// Lets this process have as many files open as it may, and `wanted` even if that takes CAP_SYS_RESOURCE, which
+/// it may not have. Gives the limit as it is now.
+#[must_use]
+pub fn raise_limit(wanted: u64) -> u64 {
+    use nix::sys::resource::{Resource::RLIMIT_NOFILE, getrlimit, setrlimit};
+    let Ok((soft, hard)) = getrlimit(RLIMIT_NOFILE) else { return 0 };
+    if wanted > hard && setrlimit(RLIMIT_NOFILE, wanted, wanted).is_ok() {
+        return wanted;
+    }
+    if setrlimit(RLIMIT_NOFILE, hard, hard).is_ok() { hard } else { soft }
+}
+
 /// A duplicate of `fd` numbered `least` or higher, close-on-exec.
 ///
 /// # Errors

@@ -16,7 +16,6 @@ use ckpt_proto::{
 };
 use ckpt_remote::Call;
 use ckpt_sys::{FileId, Pid, Refused, SocketId, file};
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use super::{KINDS, Support, epoll, fown, lock, memfd, reg, tty};
 
@@ -380,17 +379,11 @@ fn aliases(entries: &[FileEntry], names: &reg::Names) -> HashSet<u32> {
 fn base(highest: u32, files: usize) -> anyhow::Result<i32> {
     const FAR: u64 = 100_000;
     const SPARE: u64 = 1024;
-    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).context("getrlimit")?;
     let lowest = u64::from(highest) + 1;
     let needed = files as u64 + SPARE;
     // Tasks get the limits that their images tell, so raising ours is nobody's business.
     let wanted = FAR.max(lowest) + needed;
-    let limit = if wanted > soft && wanted <= hard {
-        setrlimit(Resource::RLIMIT_NOFILE, wanted, hard).context("setrlimit")?;
-        wanted
-    } else {
-        soft
-    };
+    let limit = file::raise_limit(wanted);
     let base = if wanted <= limit { FAR.max(lowest) } else { lowest };
     i32::try_from(base).context("descriptor numbers in the images are too high")
 }
