@@ -12,6 +12,7 @@ use ckpt_tests::{Pipeline, Target, TestDir, installed, process, skip, tool};
 const TOOLS: &[&str] = &[
     "ckpt-scan",
     "ckpt-mem",
+    "ckpt-track",
     "ckpt-sk",
     "ckpt-write",
     "ckpt-read",

@@ -4,6 +4,7 @@
 //! - `memory`, `signals`, `tasks`, `files`, `sockets`, `tree`: one trip per kernel resource
 //! - `snapshots`: `ckpt-scan --snapshot`: the target runs on and notices nothing
 //! - `tcp`: connections, and the network lock
+//! - `increments`: tracking, and checkpoints that continue others
 //! - `invariants`: attacks: tools killed, disks full, pipes closed, images damaged
 //! - `images`: compressed pages, chains of increments, checksums
 //! - `wire`: CRIU's own images restored; ours compared with them field by field
@@ -15,6 +16,7 @@
 mod cli;
 mod files;
 mod images;
+mod increments;
 mod invariants;
 mod memory;
 mod programs;

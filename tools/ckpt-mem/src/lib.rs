@@ -106,7 +106,7 @@ fn add_pages(reader: &mut Reader<File>, writer: &mut Writer<Output>) -> anyhow::
     for (pid, vmas) in &spaces {
         pages_id += 1;
         let pid = Pid(i32::try_from(*pid).with_context(|| format!("pid {pid}"))?);
-        let plan = Plan::new(pid, vmas, pages_id).with_context(|| format!("pid {pid}"))?;
+        let plan = Plan::new(pid, vmas, pages_id, None).with_context(|| format!("pid {pid}"))?;
         plan.emit(writer as &mut dyn ckpt_kinds::Sink)?;
         plans.push(plan);
     }

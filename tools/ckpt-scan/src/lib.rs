@@ -8,10 +8,13 @@
 mod ids;
 mod process;
 mod snapshot;
+mod tracking;
 
 use std::{
     fs::File,
+    ops::Range,
     os::fd::{AsFd, BorrowedFd},
+    path::PathBuf,
     time::Duration,
 };
 
@@ -38,6 +41,8 @@ use ckpt_remote::{FreezeError, Frozen, Process, Release};
 use ckpt_sys::{Pid, Refused, transfer::Output};
 use clap::{CommandFactory, Parser};
 
+use crate::tracking::Tracking;
+
 /// Freeze a process tree and write it as a checkpoint stream
 #[derive(Debug, Parser)]
 #[command(
@@ -48,6 +53,7 @@ Examples:
   ckpt-scan -t 4711 | ckpt-sk | ckpt-write /var/ckpt/1
   ckpt-scan -t 4711 --kill | ckpt-sk --external 48213 | ckpt-write /var/ckpt/last
   ckpt-scan -t 4711 --snapshot | ckpt-sk | ckpt-write /var/ckpt/2
+  ckpt-scan -t 4711 --track ckpt-track-4711 --parent 1 | ckpt-sk | ckpt-write --parent 1 2
   ckpt-scan -t 4711 --no-mem | ckpt-mem | zstd > state.zst
 
 The tree runs on when the last stage is done with it. See ckpt(7) for the pipeline."
@@ -71,6 +77,12 @@ pub struct Args {
     /// Let the tree run on as soon as its memory has been forked, and read pages from the copy
     #[arg(long, conflicts_with_all = ["kill", "leave_stopped", "no_mem"])]
     pub snapshot: bool,
+    /// Track writes with the ckpt-track at ADDRESS, so that the next checkpoint can be an increment
+    #[arg(long, value_name = "ADDRESS", conflicts_with_all = ["no_mem", "kill", "leave_stopped", "snapshot"])]
+    pub track: Option<String>,
+    /// Store only what has been written since the checkpoint in DIR
+    #[arg(long, value_name = "DIR", requires = "track")]
+    pub parent: Option<PathBuf>,
     /// A resource whose other end is outside the tree: pipe:[ID]
     #[arg(long, value_name = "RESOURCE")]
     pub external: Vec<External>,
@@ -111,6 +123,7 @@ pub fn run(args: &Args, output: File) -> anyhow::Result<()> {
     }
     let holder = Holder::bind()?;
     let mut early = if args.snapshot { Early::read(args.tree) } else { Early::default() };
+    let mut tracking = Tracking::begin(args.track.as_deref(), args.parent.as_ref())?;
     let mut frozen =
         Frozen::freeze(args.tree, Duration::from_secs(args.freeze_timeout)).map_err(as_refusal)?;
     ckpt_cli::note!(1, "froze {} processes", frozen.processes.len());
@@ -132,7 +145,7 @@ pub fn run(args: &Args, output: File) -> anyhow::Result<()> {
     };
     let mut writer = Writer::open(Output::new(output), hello).context("write the stream")?;
     let holder = (!plain_file).then_some(&holder);
-    let memory = match dump(args, &mut frozen, &mut early, &mut writer) {
+    let memory = match dump(args, &mut frozen, &mut early, &mut tracking, &mut writer) {
         Ok(memory) => memory,
         Err(error) => return give_up(frozen, Some(writer), error).map_err(|e| blame(e, holder)),
     };
@@ -140,11 +153,11 @@ pub fn run(args: &Args, output: File) -> anyhow::Result<()> {
     let copied = if args.snapshot {
         let patience = Duration::from_secs(args.attach_timeout);
         let behind = snapshot::Behind { holder, needs: &needs, patience };
-        snapshot::copy(&mut frozen, &memory, &early, behind, &mut writer)
+        snapshot::copy(&mut frozen, &memory, &early, &tracking, behind, &mut writer)
     } else if args.no_mem {
         memory.copy_shared(&mut writer)
     } else {
-        memory.copy(&mut writer)
+        memory.copy(&tracking, &mut writer)
     };
     if let Err(error) = copied {
         return give_up(frozen, Some(writer), error).map_err(|e| blame(e, holder));
@@ -154,7 +167,7 @@ pub fn run(args: &Args, output: File) -> anyhow::Result<()> {
     if let Err(error) = behind.finish() {
         return give_up(frozen, None, error.into()).map_err(|e| blame(e, holder));
     }
-    settle(args, frozen, holder, &needs)
+    settle(args, frozen, holder, &needs, tracking)
 }
 
 /// Memory whose contents are to be stored.
@@ -168,6 +181,8 @@ struct Memory {
 struct Private {
     process: Process,
     vmas: Vec<VmaEntry>,
+    /// Those that our tracking watched already.
+    watched: Vec<Range<u64>>,
     pages_id: u32,
 }
 
@@ -177,8 +192,8 @@ impl Memory {
     }
 
     /// Finds and writes all pages of a frozen tree.
-    fn copy(&self, writer: &mut Writer<Output>) -> anyhow::Result<()> {
-        let plans = self.private.iter().map(Private::plan).collect::<anyhow::Result<Vec<_>>>()?;
+    fn copy(&self, tracking: &Tracking, writer: &mut Writer<Output>) -> anyhow::Result<()> {
+        let plans = self.private.iter().map(|p| p.plan(tracking)).collect::<anyhow::Result<Vec<_>>>()?;
         for plan in &plans {
             plan.emit(writer)?;
         }
@@ -195,8 +210,10 @@ impl Private {
     }
 
     /// What to store, found by looking at the process itself.
-    fn plan(&self) -> anyhow::Result<Plan> {
-        Plan::new(self.process.pid, &self.vmas, self.pages_id).with_context(|| self.what())
+    fn plan(&self, tracking: &Tracking) -> anyhow::Result<Plan> {
+        let pid = self.process.pid;
+        Plan::new(pid, &self.vmas, self.pages_id, tracking.of(pid, &self.watched))
+            .with_context(|| self.what())
     }
 }
 
@@ -270,9 +287,20 @@ fn settle(
     frozen: Option<Frozen>,
     holder: Option<&Holder>,
     needs: &[&str],
+    tracking: Tracking,
 ) -> anyhow::Result<()> {
     let patience = Duration::from_secs(args.attach_timeout);
-    let outcome = holder.map_or(Outcome::Released, |holder| holder.wait(needs, args.kill, patience));
+    let mut frozen = frozen;
+    if let (Some(holder), false) = (holder, args.kill || args.leave_stopped) {
+        // Everything has been read from the tree: it need not wait for the disk.
+        if holder.passed(needs, patience) == Outcome::Released
+            && let Some(frozen) = frozen.take()
+        {
+            free(frozen, Release::Run);
+        }
+    }
+    let outcome =
+        holder.map_or(Outcome::Released, |holder| holder.wait(needs, args.kill || tracking.on(), patience));
     let release = match (&outcome, args.kill, args.leave_stopped) {
         (Outcome::Committed, true, _) => Release::Kill,
         (Outcome::Committed | Outcome::Released, false, true) => Release::Stop,
@@ -285,7 +313,16 @@ fn settle(
         Outcome::Released if args.kill => {
             bail!("pid {}: not killed: no writer has said that the images are durable", args.tree)
         }
-        outcome => succeeded(args.tree, outcome),
+        Outcome::NobodyCame { missing } if tracking.on() && missing == ["write"] => {
+            tracking.end(false);
+            Ok(())
+        }
+        outcome => {
+            let durable = outcome == Outcome::Committed;
+            succeeded(args.tree, outcome)?;
+            tracking.end(durable);
+            Ok(())
+        }
     }
 }
 
@@ -315,6 +352,7 @@ fn dump(
     args: &Args,
     frozen: &mut Frozen,
     early: &mut Early,
+    tracking: &mut Tracking,
     writer: &mut Writer<Output>,
 ) -> anyhow::Result<Memory> {
     let processes = frozen.processes.clone();
@@ -323,7 +361,7 @@ fn dump(
         task::check(process.pid).with_context(|| format!("pid {} ({})", process.pid, process.comm()))?;
     }
     let ids = ids::assign(&processes)?;
-    emit(writer, Image::Inventory, 0, &inventory(&ids)?)?;
+    emit(writer, Image::Inventory, 0, &inventory(&ids, tracking)?)?;
     emit(writer, Image::Timens, 0, &clocks()?)?;
     emit(writer, Image::Seccomp, 0, &SeccompEntry::default())?;
     for process in &processes {
@@ -340,9 +378,12 @@ fn dump(
             emit(writer, Image::Core, number(process.pid.0), &core)?;
             continue;
         }
-        let vmas = process::dump(frozen, process, ids.of(process.pid), early, &mut files, writer)
+        tracking.watch(frozen, process);
+        let mut watched = Vec::new();
+        let ours = tracking.of(process.pid, &[]).is_some().then_some(&mut watched);
+        let vmas = process::dump(frozen, process, ids.of(process.pid), early, &mut files, ours, writer)
             .with_context(what)?;
-        memory.push((process, vmas));
+        memory.push((process, vmas, watched));
     }
     let segments = files.shmem_segments()?;
     files.finish(writer)?;
@@ -361,7 +402,12 @@ fn dump(
     }
     let private = memory
         .into_iter()
-        .map(|(process, vmas)| Private { process: process.clone(), vmas, pages_id: next_id() })
+        .map(|(process, vmas, watched)| Private {
+            process: process.clone(),
+            vmas,
+            watched,
+            pages_id: next_id(),
+        })
         .collect();
     Ok(Memory { shared, private })
 }
@@ -394,7 +440,7 @@ fn pstree(process: &ckpt_remote::Process, root: Pid) -> anyhow::Result<PstreeEnt
     })
 }
 
-fn inventory(ids: &ids::Ids) -> anyhow::Result<InventoryEntry> {
+fn inventory(ids: &ids::Ids, tracking: &Tracking) -> anyhow::Result<InventoryEntry> {
     let kernel = nix::sys::utsname::uname().context("uname")?;
     Ok(InventoryEntry {
         img_version: 2,
@@ -406,6 +452,8 @@ fn inventory(ids: &ids::Ids) -> anyhow::Result<InventoryEntry> {
         network_lock_method: Some(0),
         ckpt_format: Some(1),
         ckpt_kernel: Some(kernel.release().to_string_lossy().into_owned()),
+        ckpt_id: Some(tracking.id.to_vec()),
+        ckpt_parent_id: tracking.parent.map(|id| id.to_vec()),
         ..InventoryEntry::default()
     })
 }

@@ -1,6 +1,6 @@
 //! One process of the tree.
 
-use std::{fs, path::PathBuf};
+use std::{fs, ops::Range, path::PathBuf};
 
 use anyhow::Context;
 use ckpt_kinds::{
@@ -20,7 +20,8 @@ use ckpt_sys::{Pid, Refused};
 
 use crate::number;
 
-/// Emits everything of `process` but its pages; gives its mappings.
+/// Emits everything of `process` but its pages; gives its mappings. Those that our tracking watches are
+/// listed in `watched`.
 ///
 /// # Errors
 /// A refusal, or the kernel's.
@@ -30,6 +31,7 @@ pub fn dump(
     ids: TaskKobjIdsEntry,
     early: &mut Early,
     files: &mut FileTable,
+    watched: Option<&mut Vec<Range<u64>>>,
     sink: &mut dyn Sink,
 ) -> anyhow::Result<Vec<VmaEntry>> {
     let pid = process.pid;
@@ -37,7 +39,7 @@ pub fn dump(
     emit(sink, Image::Ids, arg, &ids)?;
 
     let exe_file_id = files.add_path(pid, &link(pid, "exe"), libc_rdonly(), sink)?;
-    let vmas = mem::dump::dump_vmas(pid, &process.comm(), &early.mappings(pid)?, files, sink)?;
+    let vmas = mem::dump::dump_vmas(pid, &process.comm(), &early.mappings(pid)?, files, sink, watched)?;
     let mut mm = None;
     for thread in &process.threads {
         let what = || format!("tid {}", thread.tid);

@@ -18,7 +18,7 @@ use ckpt_proto::stream::Writer;
 use ckpt_remote::{Frozen, NoTwin, Release, RemoteError, Twin};
 use ckpt_sys::{Pid, transfer::Output};
 
-use crate::{Memory, Private, free, succeeded};
+use crate::{Memory, Private, free, succeeded, tracking::Tracking};
 
 /// The stages behind us.
 pub struct Behind<'a> {
@@ -38,6 +38,7 @@ pub fn copy(
     frozen: &mut Option<Frozen>,
     memory: &Memory,
     early: &Early,
+    tracking: &Tracking,
     behind: Behind<'_>,
     writer: &mut Writer<Output>,
 ) -> anyhow::Result<()> {
@@ -51,7 +52,7 @@ pub fn copy(
     };
     memory.copy_shared(writer)?;
     for p in memory.private.iter().filter(|p| !twins.contains_key(&p.process.pid)) {
-        let plan = p.plan()?;
+        let plan = p.plan(tracking)?;
         plan.emit_runs(writer)?;
         plan.copy(writer, |_| ())?;
     }

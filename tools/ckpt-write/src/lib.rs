@@ -15,7 +15,7 @@ use std::{collections::BTreeMap, fs::File, os::fd::AsFd, path::PathBuf};
 use anyhow::Context;
 use ckpt_hold::{Hold, HoldError};
 use ckpt_images::{
-    DirWriter, ImageError,
+    DirWriter, ImageError, ImageSet, chain,
     pack::{self, Codec},
     recode::{self, Recode},
     stage,
@@ -23,7 +23,7 @@ use ckpt_images::{
 use ckpt_proto::{
     Image, MAX_MESSAGE, Message,
     stream::{Frame, Reader},
-    types::{FileEntry, Hello, PagemapEntry, PagemapHead},
+    types::{FileEntry, Hello, InventoryEntry, PagemapEntry, PagemapHead},
 };
 use ckpt_sys::Refused;
 use clap::{CommandFactory, Parser};
@@ -41,6 +41,9 @@ pub struct Args {
     /// Compress pages: zstd, zstd:LEVEL or lz4
     #[arg(long, value_name = "HOW")]
     pub compress: Option<Codec>,
+    /// Directory of the checkpoint that the stream is an increment of
+    #[arg(long, value_name = "DIR")]
+    pub parent: Option<PathBuf>,
     #[command(flatten)]
     #[allow(missing_docs)]
     pub common: ckpt_cli::Common,
@@ -117,6 +120,9 @@ fn write(args: &Args, reader: &mut Reader<File>, hello: &Hello) -> anyhow::Resul
                 let image = known(&image)?;
                 let message = reader.payload(u64::from(MAX_MESSAGE))?;
                 dir.entry(image, arg, &message)?;
+                if image == Image::Inventory {
+                    audit.increment = link_parent(args, &dir, &message)?;
+                }
                 audit.entry(image, arg, &message)?;
             }
             Frame::Data { image, arg, len, sum } => {
@@ -146,6 +152,24 @@ fn write(args: &Args, reader: &mut Reader<File>, hello: &Hello) -> anyhow::Resul
     dir.finish()?;
     ckpt_cli::note!(1, "{} is complete", args.dir.display());
     Ok(())
+}
+
+/// Makes the link to the parent that an increment names; whether it is one.
+fn link_parent(args: &Args, dir: &DirWriter, inventory: &[u8]) -> anyhow::Result<bool> {
+    let Some(id) = InventoryEntry::decode(inventory)?.ckpt_parent_id else { return Ok(false) };
+    let Some(parent) = &args.parent else {
+        let why = "it is an increment, and useless without the checkpoint before";
+        return Err(Refused::new("stream", why)
+            .advise("name that one's directory: ckpt-write --parent DIR")
+            .into());
+    };
+    let found = ImageSet::id_of_dir(parent).with_context(|| parent.display().to_string())?;
+    if found.as_ref() != Some(&id) {
+        let why = "is not the checkpoint that this stream is an increment of";
+        return Err(Refused::new(parent.display().to_string(), why).into());
+    }
+    dir.link_parent(parent)?;
+    Ok(true)
 }
 
 /// Refuses a stream that some stage should have completed.
@@ -194,6 +218,8 @@ fn contents(reader: &mut Reader<File>, dir: &mut DirWriter, image: Image, arg: u
 /// Does it all add up?
 #[derive(Debug, Default)]
 struct Audit {
+    /// Some pages may be in the parent.
+    increment: bool,
     /// Pages id of each pagemap, and how many pages it says are there.
     pagemaps: BTreeMap<(Image, u64), (u64, u64)>,
     /// Bytes of pages in compressed images.
@@ -217,7 +243,15 @@ impl Audit {
                     let id = u64::from(PagemapHead::decode(message)?.pages_id);
                     self.pagemaps.insert((image, arg), (id, 0));
                 }
-                Some((_, pages)) => *pages = pages.saturating_add(present(&PagemapEntry::decode(message)?)),
+                Some((_, pages)) => {
+                    let entry = PagemapEntry::decode(message)?;
+                    let (here, in_parent) = split(&entry);
+                    if in_parent && !self.increment {
+                        let what = format!("pages at {:#x} are in a parent that nobody names", entry.vaddr);
+                        return Err(ImageError::Stream { file: image.file_name(arg), what }.into());
+                    }
+                    *pages = pages.saturating_add(here);
+                }
             },
             _ => {}
         }
@@ -257,9 +291,10 @@ impl Audit {
     }
 }
 
-/// How many pages of this run lie in the pages image.
-fn present(run: &PagemapEntry) -> u64 {
+/// How many pages of this run lie in the pages image, and whether others are in a parent.
+fn split(run: &PagemapEntry) -> (u64, bool) {
+    const PARENT: u32 = 1;
     const PRESENT: u32 = 4;
-    let here = run.flags.map_or(!run.in_parent.unwrap_or(false), |flags| flags & PRESENT != 0);
-    if here { run.nr_pages.unwrap_or(u64::from(run.compat_nr_pages)) } else { 0 }
+    let flags = chain::flags_of(run);
+    if flags & PRESENT != 0 { (chain::pages_of(run), false) } else { (0, flags & PARENT != 0) }
 }

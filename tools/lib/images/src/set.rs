@@ -88,6 +88,21 @@ impl ImageSet {
         Ok(set)
     }
 
+    /// The id of the checkpoint in the directory at `path`: nothing else of it is read.
+    ///
+    /// # Errors
+    /// There is no checkpoint.
+    pub fn id_of_dir(path: &Path) -> Result<Option<Vec<u8>>, ImageError> {
+        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        let mut dir = Dir::open(path, flags, Mode::empty())
+            .map_err(ImageError::errno(path, "open the image directory"))?;
+        let set = Self::read_dir(&mut dir, path, &|image, _| image == Image::Inventory)?;
+        if set.images.is_empty() {
+            return Err(ImageError::Missing { file: path.join("inventory.img").display().to_string() });
+        }
+        Ok(set.id())
+    }
+
     fn open_dir(path: &Path) -> Result<(Self, Dir), ImageError> {
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
         let mut dir = Dir::open(path, flags, Mode::empty())

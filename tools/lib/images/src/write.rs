@@ -19,10 +19,10 @@ use std::{
         fd::{AsFd, BorrowedFd},
         unix::{
             ffi::OsStrExt,
-            fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
+            fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, symlink},
         },
     },
-    path::{Path, PathBuf},
+    path::{Component, Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
 };
 
@@ -34,7 +34,7 @@ use nix::{
 };
 use xxhash_rust::xxh3::Xxh3Default;
 
-use crate::{ImageError, Order, sums::Summer};
+use crate::{ImageError, Order, chain::PARENT, sums::Summer};
 
 /// Files kept open at a time; more are closed and opened again.
 const MAX_OPEN: usize = 64;
@@ -221,6 +221,22 @@ impl DirWriter {
     #[must_use]
     pub fn pages_len(&self, id: u64) -> Option<u64> {
         self.outputs.get(&(Image::Pages, id)).map(|output| output.size)
+    }
+
+    /// Makes the link to the directory of the checkpoint that this one is an increment of, relative, so that
+    /// both can be moved together.
+    ///
+    /// # Errors
+    /// There is no such directory, or there is a link already.
+    pub fn link_parent(&self, dir: &Path) -> Result<(), ImageError> {
+        let real = |path: &Path| path.canonicalize().map_err(ImageError::io(path, "realpath"));
+        let (from, to) = (real(&self.parent)?, real(dir)?);
+        let common = from.components().zip(to.components()).take_while(|(a, b)| a == b).count();
+        // One step up leads from the directory itself to its parent.
+        let up = std::iter::repeat_n(Component::ParentDir, from.components().count() - common + 1);
+        let link: PathBuf = up.chain(to.components().skip(common)).collect();
+        let path = self.staging.join(PARENT);
+        symlink(link, &path).map_err(ImageError::io(path, "symlink"))
     }
 
     /// Whether there is such an image.

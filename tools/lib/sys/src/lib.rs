@@ -27,6 +27,7 @@ pub mod selfcall;
 pub mod sock;
 pub mod spawn;
 pub mod transfer;
+pub mod uffd;
 pub mod xstate;
 
 pub use error::{Refused, SysError};

@@ -132,6 +132,35 @@ pub fn pagemap_scan(
     scan: Scan,
     ranges: &mut Vec<PageRange>,
 ) -> Result<(), SysError> {
+    pagemap_walk(pagemap, start, end, scan, 0, ranges)
+}
+
+/// The same, and protects each page that is reported, in one step with looking at it: a page is
+/// [`Page::WRITTEN`] from the next write on. Everything in the range must be under tracking
+/// ([`crate::uffd::register`]).
+///
+/// # Errors
+/// EPERM if something is not, or access is not permitted.
+pub fn pagemap_protect(
+    pagemap: BorrowedFd<'_>,
+    start: RemoteAddr,
+    end: RemoteAddr,
+    scan: Scan,
+    ranges: &mut Vec<PageRange>,
+) -> Result<(), SysError> {
+    const PM_SCAN_WP_MATCHING: u64 = 1;
+    const PM_SCAN_CHECK_WPASYNC: u64 = 2;
+    pagemap_walk(pagemap, start, end, scan, PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC, ranges)
+}
+
+fn pagemap_walk(
+    pagemap: BorrowedFd<'_>,
+    start: RemoteAddr,
+    end: RemoteAddr,
+    scan: Scan,
+    flags: u64,
+    ranges: &mut Vec<PageRange>,
+) -> Result<(), SysError> {
     // _IOWR('f', 16, struct pm_scan_arg)
     const PAGEMAP_SCAN: libc::c_ulong = 0xc060_6610;
     let mut vec = vec![PageRange::default(); 1024];
@@ -139,7 +168,7 @@ pub fn pagemap_scan(
     while from < end.0 {
         let mut arg = PmScanArg {
             size: size_of::<PmScanArg>() as u64,
-            flags: 0,
+            flags,
             start: from,
             end: end.0,
             walk_end: 0,

@@ -177,6 +177,29 @@ pub fn set_timeout(fd: BorrowedFd<'_>, name: i32, (sec, usec): (u64, u64)) -> Re
     if ret < 0 { Err(SysError::last("setsockopt", format!("{} option {name}", on(fd)))) } else { Ok(()) }
 }
 
+/// Receives one message and the descriptors that came with it, at most four; 0 bytes at the end.
+///
+/// # Errors
+/// See recvmsg(2).
+pub fn receive_with_rights(fd: BorrowedFd<'_>, buffer: &mut [u8]) -> Result<(usize, Vec<OwnedFd>), SysError> {
+    use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
+    let failed = |errno| SysError::new("recvmsg", String::new(), errno);
+    let mut control = nix::cmsg_space!([i32; 4]);
+    let mut slices = [std::io::IoSliceMut::new(buffer)];
+    let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+    let message = recvmsg::<()>(fd.as_raw_fd(), &mut slices, Some(&mut control), flags).map_err(failed)?;
+    let mut fds = Vec::new();
+    for part in message.cmsgs().map_err(failed)? {
+        if let ControlMessageOwned::ScmRights(numbers) = part {
+            for number in numbers {
+                // SAFETY: recvmsg(2) has just made this descriptor for us, and nobody else knows its number.
+                fds.push(unsafe { OwnedFd::from_raw_fd(number) });
+            }
+        }
+    }
+    Ok((message.bytes, fds))
+}
+
 /// Length of the socket's classic BPF filter in instructions, 0 if there is none.
 ///
 /// # Errors

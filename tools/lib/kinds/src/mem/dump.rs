@@ -11,6 +11,7 @@
 use std::{
     fs::File,
     io::Write,
+    ops::Range,
     os::{
         fd::{AsFd, BorrowedFd},
         unix::fs::FileExt,
@@ -28,12 +29,15 @@ use ckpt_proto::{
 use ckpt_sys::{
     Pid, Refused, RemoteAddr,
     gift::{self, Gift},
-    memory::{self, Page, PageRange, Scan},
+    memory::{self, Page, PageRange},
 };
 use nix::unistd::{Whence, lseek64};
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::{page, status};
+use super::{
+    page, status,
+    track::{Found, Tracked, private_pages},
+};
 use crate::{
     fd::FileTable,
     sink::{Sink, emit},
@@ -68,6 +72,7 @@ const REFUSED: &[(&[u8; 2], &str)] = &[
 ];
 
 /// Registers what the mappings of `pid` map in `files`, and gives them as image entries.
+/// Those that a userfaultfd tracks are listed in `watched`, if it is known to be ours.
 ///
 /// # Errors
 /// [`Refused`] for a mapping that can't be restored, naming its addresses.
@@ -77,10 +82,18 @@ pub fn dump_vmas(
     mappings: &[Mapping],
     files: &mut FileTable,
     sink: &mut dyn Sink,
+    mut watched: Option<&mut Vec<Range<u64>>>,
 ) -> anyhow::Result<Vec<VmaEntry>> {
     let mut entries: Vec<VmaEntry> = Vec::with_capacity(mappings.len());
     for mapping in mappings {
-        let entry = dump_vma(pid, comm, mapping, files, sink)?;
+        let ours = match &mut watched {
+            Some(list) if mapping.has(b"uw") => {
+                list.push(mapping.start..mapping.end);
+                true
+            }
+            _ => false,
+        };
+        let entry = dump_vma(pid, comm, mapping, ours, files, sink)?;
         match entries.last_mut() {
             // The kernel shows the vvar area in parts, the images know it as one.
             Some(last)
@@ -100,6 +113,7 @@ fn dump_vma(
     pid: Pid,
     comm: &str,
     m: &Mapping,
+    tracked: bool,
     files: &mut FileTable,
     sink: &mut dyn Sink,
 ) -> anyhow::Result<VmaEntry> {
@@ -122,8 +136,13 @@ fn dump_vma(
         madv: None,
         fdflags: None,
     };
-    if let Some((_, what)) = REFUSED.iter().find(|(flag, _)| m.has(flag)) {
-        return Err(refuse(&format!("{what} can't be checkpointed")).into());
+    if let Some((flag, what)) = REFUSED.iter().find(|(flag, _)| m.has(flag) && !(tracked && *flag == b"uw")) {
+        let refused = refuse(&format!("{what} can't be checkpointed"));
+        return Err(match *flag {
+            b"uw" => refused.advise("if a ckpt-track is at work, say ckpt-scan --track ADDRESS"),
+            _ => refused,
+        }
+        .into());
     }
     let advice =
         ADVICE.iter().filter(|(flag, _)| m.has(flag)).fold(0, |bits, (_, advice)| bits | 1_u64 << advice);
@@ -217,55 +236,83 @@ struct Run {
     end: u64,
     lazy: bool,
     readable: bool,
+    /// Nothing is to be stored: the pages are in the parent.
+    in_parent: bool,
+}
+
+impl Run {
+    /// Whether `next` goes on where this ends, and is treated alike.
+    fn joins(&self, next: &Self) -> bool {
+        self.end == next.start
+            && (self.lazy, self.readable, self.in_parent) == (next.lazy, next.readable, next.in_parent)
+    }
+
+    fn bytes(&self) -> u64 {
+        self.end - self.start
+    }
 }
 
 impl Plan {
-    /// Finds the pages of `pid` that are to be stored, by its mappings.
+    /// Finds the pages of `pid` that are to be stored, by its mappings. Of a process that is `tracked`,
+    /// those that have not been written since the parent checkpoint are only noted, and all are protected
+    /// for the next.
     ///
     /// # Errors
     /// PAGEMAP_SCAN is missing or not permitted.
-    pub fn new(pid: Pid, vmas: &[VmaEntry], pages_id: u32) -> anyhow::Result<Self> {
-        Self::of_copy(pid, pid, vmas, pages_id)
+    pub fn new(
+        pid: Pid,
+        vmas: &[VmaEntry],
+        pages_id: u32,
+        tracked: Option<Tracked<'_>>,
+    ) -> anyhow::Result<Self> {
+        Self::find(pid, pid, vmas, pages_id, tracked)
     }
 
-    /// The same by `source`, a process with the same memory, from which the pages will be read too.
+    /// Finds them by `source`, a process with the same memory, from which the pages will be read too.
     ///
     /// # Errors
     /// As [`Self::new`].
     pub fn of_copy(pid: Pid, source: Pid, vmas: &[VmaEntry], pages_id: u32) -> anyhow::Result<Self> {
+        Self::find(pid, source, vmas, pages_id, None)
+    }
+
+    fn find(
+        pid: Pid,
+        source: Pid,
+        vmas: &[VmaEntry],
+        pages_id: u32,
+        tracked: Option<Tracked<'_>>,
+    ) -> anyhow::Result<Self> {
         let path = format!("/proc/{source}/pagemap");
         let pagemap = File::open(&path).with_context(|| path.clone())?;
         let mut plan = Self { pid, source, pages_id, runs: Vec::new() };
         let mut ranges: Vec<PageRange> = Vec::new();
         for vma in vmas {
             let Some(select) = selection(vma.status) else { continue };
-            ranges.clear();
-            match select {
-                Select::All => ranges.push(PageRange { start: vma.start, end: vma.end, categories: 0 }),
-                Select::Anonymous => {
-                    let scan = Scan {
-                        inverted: Page::FILE | Page::PFNZERO,
-                        all: Page::FILE | Page::PFNZERO,
-                        any: Page::PRESENT | Page::SWAPPED,
-                        report: Page::empty(),
-                    };
+            let found = match (select, &tracked) {
+                (Select::All, _) => vec![Found { start: vma.start, end: vma.end, in_parent: false }],
+                (Select::Anonymous, Some(tracked)) => tracked.look(pid, &pagemap, vma)?,
+                (Select::Anonymous, None) => {
+                    ranges.clear();
                     memory::pagemap_scan(
                         pagemap.as_fd(),
                         RemoteAddr(vma.start),
                         RemoteAddr(vma.end),
-                        scan,
+                        private_pages(Page::empty()),
                         &mut ranges,
                     )
                     .with_context(|| path.clone())?;
+                    let found = |r: &PageRange| Found { start: r.start, end: r.end, in_parent: false };
+                    ranges.iter().map(found).collect()
                 }
-            }
+            };
             let lazy = vma.status & status::ANON_PRIVATE != 0 && vma.status & status::VDSO == 0;
             let readable = vma.prot & libc::PROT_READ.unsigned_abs() != 0;
-            for range in &ranges {
-                let run = Run { start: range.start, end: range.end, lazy, readable };
+            for Found { start, end, in_parent } in found {
+                let run = Run { start, end, lazy, readable, in_parent };
                 match plan.runs.last_mut() {
-                    Some(last) if last.end == run.start && last.lazy == lazy && last.readable == readable => {
-                        last.end = run.end;
+                    Some(last) if last.joins(&run) => {
+                        last.end = end;
                     }
                     _ => plan.runs.push(run),
                 }
@@ -274,15 +321,26 @@ impl Plan {
         Ok(plan)
     }
 
+    /// The runs whose pages are stored.
+    fn stored(&self) -> impl Iterator<Item = &Run> {
+        self.runs.iter().filter(|run| !run.in_parent)
+    }
+
+    /// How many bytes are in the parent.
+    #[must_use]
+    pub fn bytes_in_parent(&self) -> u64 {
+        self.runs.iter().filter(|run| run.in_parent).map(Run::bytes).sum()
+    }
+
     /// How many bytes that is.
     #[must_use]
     pub fn bytes(&self) -> u64 {
-        self.runs.iter().map(|r| r.end - r.start).sum()
+        self.stored().map(Run::bytes).sum()
     }
 
     /// What is to be stored: start and end of each run, in order.
     pub fn runs(&self) -> impl Iterator<Item = (u64, u64)> {
-        self.runs.iter().map(|run| (run.start, run.end))
+        self.stored().map(|run| (run.start, run.end))
     }
 
     /// Emits the pagemap.
@@ -311,12 +369,22 @@ impl Plan {
         let mut merged: Vec<Run> = Vec::new();
         for run in &self.runs {
             match merged.last_mut() {
-                Some(last) if last.end == run.start && last.lazy == run.lazy => last.end = run.end,
+                Some(last)
+                    if last.end == run.start
+                        && last.in_parent == run.in_parent
+                        && (last.lazy == run.lazy || run.in_parent) =>
+                {
+                    last.end = run.end;
+                }
                 _ => merged.push(*run),
             }
         }
         for run in merged {
-            let flags = page::PRESENT | if run.lazy { page::LAZY } else { 0 };
+            let flags = match (run.in_parent, run.lazy) {
+                (true, _) => page::PARENT,
+                (false, true) => page::PRESENT | page::LAZY,
+                (false, false) => page::PRESENT,
+            };
             emit(sink, Image::Pagemap, arg, &pagemap_entry(run.start, (run.end - run.start) / PAGE, flags))?;
         }
         Ok(())
@@ -334,7 +402,7 @@ impl Plan {
         let mut chunk = Chunk::for_output(out.output().as_fd(), self.bytes())?;
         let mut filled = 0;
         let mut mem = Unreadable { path: format!("/proc/{}/mem", self.source), file: None };
-        for run in &self.runs {
+        for run in self.stored() {
             let mut at = run.start;
             while at < run.end {
                 let buffer = chunk.bytes();

@@ -15,6 +15,7 @@ pub mod dump;
 pub mod early;
 pub mod restore;
 pub mod snapshot;
+pub mod track;
 
 /// `vma_entry.status`: what a mapping is.
 pub mod status {

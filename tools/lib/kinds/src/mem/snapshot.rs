@@ -23,7 +23,7 @@ pub fn complete(twin: &mut Twin, original: Pid, vmas: &[VmaEntry]) -> anyhow::Re
     const EMPTY: u64 = 1 << libc::MADV_WIPEONFORK;
     let mut files = None;
     for vma in vmas.iter().filter(|vma| vma.madv.unwrap_or(0) & (MISSING | EMPTY) != 0) {
-        let plan = Plan::new(original, std::slice::from_ref(vma), 0)?;
+        let plan = Plan::new(original, std::slice::from_ref(vma), 0, None)?;
         if plan.bytes() == 0 {
             continue;
         }

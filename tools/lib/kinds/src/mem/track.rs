@@ -1,0 +1,114 @@
+//! Which pages have been written since the checkpoint before.
+//!
+//! Private mappings are watched by a userfaultfd of their process ([`ckpt_sys::uffd`]). One call of
+//! PAGEMAP_SCAN looks at a mapping's pages and protects them again: a page that is not
+//! [`Page::WRITTEN`] the next time is as it was. That a page *is in the parent* takes more:
+//!
+//! - Its mapping was watched before this checkpoint: a new mapping, one that mremap(2) moved, all of a
+//!   forked child, all of a program after exec(2) is not (the kernel drops the watch), and is stored
+//!   in full. So is one made by munmap and mmap at the same addresses: the watch is asked of the
+//!   mapping (VmFlags `uw`), not remembered by address.
+//! - It is watched by *our* userfaultfd: registering it again says so, or EBUSY.
+//! - It is present. In a private mapping of a file, a page that was dropped (MADV_DONTNEED) leaves a marker that
+//!   PAGEMAP_SCAN reports as swapped out and not written, while its contents are the file's again.
+//!   Anonymous memory leaves none, so swapped-out pages are told from dropped ones there.
+//! - The last protection belongs to the parent, and that is durable: `ckpt-tracking` sees to it.
+//!
+//! Everything else errs to the safe side. A mapping that grew has pages without protection, which count as
+//! written; huge pages are protected whole and split by the first write; khugepaged leaves
+//! protected pages alone; read(2) into memory and ptrace(2) are writes like others. Kernels
+//! before 6.13 or so leave protection on pages that mremap moved, where later writes would go
+//! unseen: what is found protected in a mapping that was not watched is protected anew by UFFDIO_WRITEPROTECT.
+//!
+//! Not seen is what a device writes by itself into pages pinned before; io_uring and AIO are refused at dump
+//! anyway.
+
+use std::{
+    fs::File,
+    ops::Range,
+    os::fd::{AsFd, BorrowedFd},
+};
+
+use anyhow::Context;
+use ckpt_proto::types::VmaEntry;
+use ckpt_sys::{
+    Pid, Refused, RemoteAddr,
+    memory::{self, Page, PageRange, Scan},
+    uffd,
+};
+use nix::errno::Errno;
+
+use super::status;
+
+/// How the writes of a process are tracked.
+#[derive(Debug, Clone, Copy)]
+pub struct Tracked<'a> {
+    /// Its userfaultfd.
+    pub uffd: BorrowedFd<'a>,
+    /// Mappings that were watched when the process was frozen, in order of address.
+    pub watched: &'a [Range<u64>],
+    /// The last protection belongs to the parent of this checkpoint.
+    pub increment: bool,
+}
+
+/// Pages of a mapping.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Found {
+    pub(crate) start: u64,
+    pub(crate) end: u64,
+    /// They are as they were in the parent.
+    pub(crate) in_parent: bool,
+}
+
+/// Private pages: written at some time, neither the file's nor the shared zero page.
+pub(crate) fn private_pages(report: Page) -> Scan {
+    Scan {
+        inverted: Page::FILE | Page::PFNZERO,
+        all: Page::FILE | Page::PFNZERO,
+        any: Page::PRESENT | Page::SWAPPED,
+        report,
+    }
+}
+
+impl Tracked<'_> {
+    fn was_watched(&self, vma: &VmaEntry) -> bool {
+        let at = self.watched.partition_point(|range| range.end <= vma.start);
+        self.watched.get(at).is_some_and(|range| range.start <= vma.start && range.end >= vma.end)
+    }
+
+    /// Finds the private pages of `vma` and protects them for the next time.
+    ///
+    /// # Errors
+    /// [`Refused`] if another userfaultfd watches the mapping; the kernel's.
+    pub(crate) fn look(&self, pid: Pid, pagemap: &File, vma: &VmaEntry) -> anyhow::Result<Vec<Found>> {
+        let (start, end) = (RemoteAddr(vma.start), RemoteAddr(vma.end));
+        let what = || format!("pid {pid} memory {:#x}-{:#x}", vma.start, vma.end);
+        match uffd::register(self.uffd, start, end) {
+            Ok(()) => {}
+            Err(error) if error.errno == Errno::EBUSY => {
+                let why = "is tracked by somebody else (another ckpt-track, or the program itself)";
+                return Err(Refused::new(what(), why).advise("one tracker per tree: end the other").into());
+            }
+            Err(error) => return Err(error).with_context(what),
+        }
+        let before = self.was_watched(vma);
+        let mut pages: Vec<PageRange> = Vec::new();
+        let scan = private_pages(Page::WRITTEN | Page::PRESENT);
+        memory::pagemap_protect(pagemap.as_fd(), start, end, scan, &mut pages).with_context(what)?;
+        let of_file = vma.status & status::FILE_PRIVATE != 0;
+        let mut found: Vec<Found> = Vec::with_capacity(pages.len());
+        for page in &pages {
+            let is = Page::from_bits_retain(page.categories);
+            if !before && !is.contains(Page::WRITTEN) {
+                uffd::protect(self.uffd, RemoteAddr(page.start), RemoteAddr(page.end)).with_context(what)?;
+            }
+            let known = self.increment && before && !is.contains(Page::WRITTEN);
+            let in_parent = known && (is.contains(Page::PRESENT) || !of_file);
+            match found.last_mut() {
+                Some(last) if last.end == page.start && last.in_parent == in_parent => last.end = page.end,
+                _ => found.push(Found { start: page.start, end: page.end, in_parent }),
+            }
+        }
+        Ok(found)
+    }
+}
