@@ -110,9 +110,56 @@ pub enum Frame {
         /// Of pages: XXH3-64 of the payload, if the producer gave it. It is checked by those who keep or
         /// use the pages, not by those who move them.
         sum: Option<u64>,
+        /// Of pages: which are known to be all zero, see [`zero_ranges`].
+        zeros: Vec<u32>,
     },
     /// From here on only DATA of PAGES.
     Bulk,
+}
+
+/// Bytes of a page, as far as pages of zeros are told.
+const ZERO_PAGE: u64 = 4096;
+
+/// What a record's header says of its pages: checksum, and which of them are all zero.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Facts {
+    /// XXH3-64 of the contents.
+    pub sum: Option<u64>,
+    /// See [`zero_ranges`].
+    pub zeros: Vec<u32>,
+}
+
+impl Facts {
+    /// Looks at the contents of a record.
+    #[must_use]
+    pub fn of(bytes: &[u8]) -> Self {
+        Self { sum: Some(xxh3_64(bytes)), zeros: zero_pages(bytes) }
+    }
+}
+
+/// Which pages of `bytes` are all zero: pairs of a page's number and how many follow.
+#[must_use]
+pub fn zero_pages(bytes: &[u8]) -> Vec<u32> {
+    let mut zeros: Vec<u32> = Vec::new();
+    let (pages, _) = bytes.as_chunks::<{ ZERO_PAGE as usize }>();
+    for (number, page) in (0_u32..).zip(pages) {
+        // Most pages differ in their first bytes.
+        let (words, _) = page.as_chunks::<64>();
+        if !words.iter().all(|word| *word == [0; 64]) {
+            continue;
+        }
+        match zeros.as_mut_slice() {
+            [.., first, count] if *first + *count == number => *count += 1,
+            _ => zeros.extend([number, 1]),
+        }
+    }
+    zeros
+}
+
+/// Pages of zeros as offsets and lengths in bytes, from the pairs in a record's header.
+pub fn zero_ranges(zeros: &[u32]) -> impl Iterator<Item = (u64, u64)> {
+    let (pairs, _) = zeros.as_chunks::<2>();
+    pairs.iter().map(|&[first, count]| (u64::from(first) * ZERO_PAGE, u64::from(count) * ZERO_PAGE))
 }
 
 /// Reads a stream.
@@ -128,6 +175,7 @@ pub struct Reader<R> {
     packed: bool,
     hash: Xxh3Default,
     ended: bool,
+    ignore_sums: bool,
 }
 
 /// Whether contents of this kind move without being looked at.
@@ -160,6 +208,7 @@ impl<R: Read> Reader<R> {
             packed: false,
             hash: Xxh3Default::new(),
             ended: false,
+            ignore_sums: false,
         };
         let mut magic = [0; 8];
         reader.exact(&mut magic, "at its start")?;
@@ -176,6 +225,11 @@ impl<R: Read> Reader<R> {
             }
             _ => Err(reader.malformed("the first frame is not HELLO")),
         }
+    }
+
+    /// From here on records of pages are given without their checksums.
+    pub fn ignore_sums(&mut self) {
+        self.ignore_sums = true;
     }
 
     /// Where in the stream the reader is, bytes from its start.
@@ -261,7 +315,15 @@ impl<R: Read> Reader<R> {
                 }
                 self.pending = len;
                 self.hashed = !is_bulk(&image);
-                Ok(Some(Frame::Data { image, arg, len, sum: header.payload_xxh3 }))
+                let zeros = header.zeros;
+                let (pairs, odd) = zeros.as_chunks::<2>();
+                let pages = len / ZERO_PAGE;
+                let ends = pairs.iter().map(|&[first, count]| u64::from(first) + u64::from(count));
+                if !odd.is_empty() || ends.max().is_some_and(|end| end > pages) {
+                    return Err(self.malformed("zero pages that are not in the record"));
+                }
+                let sum = header.payload_xxh3.filter(|_| !self.ignore_sums);
+                Ok(Some(Frame::Data { image, arg, len, sum, zeros }))
             }
             FrameKind::Bulk => {
                 self.bulk = true;
@@ -427,8 +489,8 @@ impl<W: Write> Writer<W> {
             return Ok(());
         }
         if is_bulk(image.name()) {
-            let sum = (image == Image::Pages).then(|| xxh3_64(bytes));
-            self.bulk_named(image.name(), arg, bytes.len() as u64, sum)?;
+            let facts = if image == Image::Pages { Facts::of(bytes) } else { Facts::default() };
+            self.bulk_named(image.name(), arg, bytes.len() as u64, facts)?;
             return self.out.write_all(bytes);
         }
         self.payload_frame(FrameKind::Data, image.name(), arg, bytes.len() as u64, bytes)
@@ -452,26 +514,27 @@ impl<W: Write> Writer<W> {
         self.header(header, bytes)
     }
 
-    /// Announces `len` bytes of pages, whose XXH3-64 is `sum` if that is known; the caller then moves
-    /// them to [`Self::output`].
+    /// Announces `len` bytes of pages, of which `facts` are known; the caller then moves them to
+    /// [`Self::output`].
     ///
     /// # Errors
     /// The output's.
-    pub fn bulk_data(&mut self, arg: u64, len: u64, sum: Option<u64>) -> io::Result<()> {
-        self.bulk_named(Image::Pages.name(), arg, len, sum)
+    pub fn bulk_data(&mut self, arg: u64, len: u64, facts: Facts) -> io::Result<()> {
+        self.bulk_named(Image::Pages.name(), arg, len, facts)
     }
 
     /// Like [`Self::bulk_data`], of [`Image::Pages`] or [`Image::CkptPages`].
     ///
     /// # Errors
     /// The output's.
-    pub fn bulk_named(&mut self, image: &str, arg: u64, len: u64, sum: Option<u64>) -> io::Result<()> {
+    pub fn bulk_named(&mut self, image: &str, arg: u64, len: u64, facts: Facts) -> io::Result<()> {
         let header = Header {
             kind: FrameKind::Data.into(),
             payload_len: Some(len),
             image: Some(image.to_owned()),
             arg: Some(arg),
-            payload_xxh3: sum,
+            payload_xxh3: facts.sum,
+            zeros: facts.zeros,
             ..Header::default()
         };
         self.header(header, &[])
@@ -565,8 +628,9 @@ pub fn forward<R: Read, W: Write>(
             let message = reader.payload(u64::from(MAX_MESSAGE))?;
             writer.entry_named(image, *arg, &message).map_err(failed(offset))
         }
-        Frame::Data { image, arg, len, sum } if is_bulk(image) => {
-            writer.bulk_named(image, *arg, *len, *sum).map_err(failed(offset))?;
+        Frame::Data { image, arg, len, sum, zeros } if is_bulk(image) => {
+            let facts = Facts { sum: *sum, zeros: zeros.clone() };
+            writer.bulk_named(image, *arg, *len, facts).map_err(failed(offset))?;
             reader.copy_payload(writer.output()).map(drop)
         }
         Frame::Data { image, arg, len, .. } => {

@@ -13,10 +13,14 @@ use std::{
 };
 
 use anyhow::{Context, anyhow, bail};
-use ckpt_images::{DirWriter, ImageError, ImageSet, Place, pack::PackedFile, stage};
+use ckpt_images::{
+    DirWriter, ImageError, ImageSet, Place,
+    pack::PackedFile,
+    stage::{self, Check},
+};
 use ckpt_proto::{
     Image, Message, Payload, file,
-    stream::Writer,
+    stream::{Facts, Writer},
     types::{CoreEntry, Hello, core_entry::March},
 };
 use ckpt_show::json::{bytes_from_json, message_from_json};
@@ -98,7 +102,7 @@ pub fn run(args: &Args, input: File, output: File) -> anyhow::Result<()> {
                 writer.data(part.image, part.arg, block).map_err(ImageError::output)
             })?;
         } else {
-            stage::write_pages(&mut writer, part.arg, place, None, |_| {})?;
+            stage::write_pages(&mut writer, part.arg, place, Check::Read(&[]), |_| {})?;
         }
     }
     writer.end().context("write the stream").map(drop)
@@ -297,7 +301,7 @@ impl<'a> Document<'a> {
                 continue;
             }
             lseek(place.file, i64::try_from(place.offset)?, Whence::SeekSet).with_context(|| part.file())?;
-            if dir.pages_from(part.arg, place.file, place.len, None)? < place.len {
+            if dir.pages_from(part.arg, place.file, place.len, &Facts::default())? < place.len {
                 bail!("{}: the file shrank while it was being read", part.file());
             }
         }

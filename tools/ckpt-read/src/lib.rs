@@ -23,7 +23,7 @@ pub struct Args {
     /// Unpack compressed pages
     #[arg(long)]
     pub decompress: bool,
-    /// Do not compare pages with their checksums, and give none to the stream
+    /// Do not compare pages with their checksums; these go along for the reader to check
     #[arg(long)]
     pub no_verify: bool,
     #[command(flatten)]

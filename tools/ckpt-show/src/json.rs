@@ -255,7 +255,7 @@ mod tests {
                 message_from_json(&descriptor, &serde_json::from_str(json).unwrap(), "m").unwrap_err();
             assert!(error.to_string().contains(part), "{error}");
         }
-        let whole = ManifestEntry { name: "x".into(), size: 1, xxh3: Some(u64::MAX) };
+        let whole = ManifestEntry { name: "x".into(), size: 1, xxh3: Some(u64::MAX), pieces: Vec::new() };
         round_trip("manifest_entry", &whole.encode_to_vec());
     }
 }

@@ -22,7 +22,7 @@ use ckpt_images::{
 };
 use ckpt_proto::{
     Image, MAX_MESSAGE, Message,
-    stream::{Frame, Reader},
+    stream::{Facts, Frame, Reader},
     types::{FileEntry, Hello, InventoryEntry, PagemapEntry, PagemapHead},
 };
 use ckpt_sys::Refused;
@@ -72,7 +72,7 @@ pub fn run(args: &Args, input: File) -> anyhow::Result<()> {
         (reader, hello) = recode::before(reader, hello, Recode::Pack(codec))?;
     }
     let hold = take_hold(&hello);
-    match write(args, &mut reader, &hello) {
+    match write(args, &mut reader, &hello, hold.is_some()) {
         Ok(()) => {
             if let Some(Err(error)) = hold.map(Hold::commit) {
                 let error = ckpt_cli::describe(&error.into());
@@ -106,11 +106,16 @@ fn take_hold(hello: &Hello) -> Option<Hold> {
     }
 }
 
-fn write(args: &Args, reader: &mut Reader<File>, hello: &Hello) -> anyhow::Result<()> {
+/// `live`: whether the tree is still held. Then the stream comes through pipes from a process on this machine that has just
+/// computed the checksums.
+fn write(args: &Args, reader: &mut Reader<File>, hello: &Hello, live: bool) -> anyhow::Result<()> {
     complete(hello)?;
     let mut dir = DirWriter::create(&args.dir)?;
     let cleanup = dir.cleanup();
     ckpt_cli::on_termination(move || cleanup.remove()).context("start a thread")?;
+    if live {
+        dir.trust_checksums();
+    }
     let mut audit = Audit::default();
     let mut progress = ckpt_cli::Progress::new("writing", None);
     while let Some(frame) = reader.next_frame()? {
@@ -125,7 +130,7 @@ fn write(args: &Args, reader: &mut Reader<File>, hello: &Hello) -> anyhow::Resul
                 }
                 audit.entry(image, arg, &message)?;
             }
-            Frame::Data { image, arg, len, sum } => {
+            Frame::Data { image, arg, len, sum, zeros } => {
                 let image = known(&image)?;
                 if len == 0 {
                     dir.data(image, arg, &[])?;
@@ -136,7 +141,7 @@ fn write(args: &Args, reader: &mut Reader<File>, hello: &Hello) -> anyhow::Resul
                     audit.packed(arg, plain);
                     progress.inc(plain);
                 } else if let Some(input) = reader.bulk_input() {
-                    let moved = dir.pages_from(arg, input.as_fd(), len, sum)?;
+                    let moved = dir.pages_from(arg, input.as_fd(), len, &Facts { sum, zeros })?;
                     reader.moved(moved);
                     if moved < len {
                         return Err(reader.ended_in_bulk().into());

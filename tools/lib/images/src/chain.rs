@@ -37,7 +37,7 @@ use nix::{
     sys::stat::{Mode, fstat},
 };
 
-use crate::{ImageError, ImageSet, Place, pack::PackedFile};
+use crate::{ImageError, ImageSet, Place, pack::PackedFile, sums::Piece};
 
 /// Name of the link to the directory of the checkpoint before.
 pub const PARENT: &str = "parent";
@@ -86,12 +86,12 @@ impl PageRun {
 }
 
 /// A pages file of an ancestor.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(crate) struct Ancestor {
     /// Index among the set's open files.
     pub(crate) file: usize,
     pub(crate) len: u64,
-    pub(crate) sum: Option<u64>,
+    pub(crate) pieces: Vec<Piece>,
     /// Whether it is a `ckpt-pages-N.img`.
     pub(crate) packed: bool,
 }
@@ -233,6 +233,24 @@ impl ImageSet {
         PackedFile::open(place, &Image::CkptPages.file_name(file.id)).map(Some)
     }
 
+    /// The pieces of an ancestor's pages file that pages are needed of.
+    pub(crate) fn needed(&self, file: PagesFile, ancestor: &Ancestor) -> Vec<Piece> {
+        let mut used: Vec<Range<u64>> = self
+            .chain
+            .runs
+            .values()
+            .flatten()
+            .filter(|run| run.file == file)
+            .map(|run| run.offset..run.offset + run.len)
+            .collect();
+        used.sort_by_key(|range| range.start);
+        let is_used = |piece: &&Piece| {
+            let i = used.partition_point(|range| range.end <= piece.offset);
+            used.get(i).is_some_and(|range| range.start < piece.offset.saturating_add(piece.len))
+        };
+        ancestor.pieces.iter().filter(is_used).copied().collect()
+    }
+
     /// Whether some pages are in an earlier checkpoint's directory.
     #[must_use]
     pub fn is_increment(&self) -> bool {
@@ -349,8 +367,8 @@ impl ImageSet {
             return Err(ImageError::Stream { file: path.join(name).display().to_string(), what });
         }
         let index = self.keep(open);
-        let sum = if packed { None } else { part.pages_sum(file.id) };
-        self.chain.files.insert(file, Ancestor { file: index, len, sum, packed });
+        let pieces = part.pieces(file.id);
+        self.chain.files.insert(file, Ancestor { file: index, len, pieces, packed });
         Ok(())
     }
 
@@ -433,6 +451,7 @@ mod tests {
 
     use ckpt_proto::{
         Message,
+        stream::Facts,
         types::{PagemapHead, PstreeEntry},
     };
 
@@ -470,7 +489,7 @@ mod tests {
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(&vec![fill; usize::try_from(bytes).unwrap()]).unwrap();
         file.rewind().unwrap();
-        writer.pages_from(1, file.as_fd(), bytes, None).unwrap();
+        writer.pages_from(1, file.as_fd(), bytes, &Facts::default()).unwrap();
         writer.finish().unwrap();
         if let Some(parent) = parent {
             symlink(format!("../{parent}"), dir.join(name).join(PARENT)).unwrap();

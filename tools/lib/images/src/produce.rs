@@ -8,7 +8,7 @@
 //! An increment becomes a full checkpoint: its pages come from whichever directory of the chain has
 //! them (see [`crate::chain`]), and come plain.
 
-use std::{collections::BTreeMap, fs::File, io, os::fd::AsFd};
+use std::{collections::BTreeMap, fs::File, os::fd::AsFd};
 
 use ckpt_proto::{
     Image, Message, Payload,
@@ -20,7 +20,11 @@ use nix::{
     unistd::{SysconfVar, pipe2, sysconf},
 };
 
-use crate::{ImageError, ImageSet, PageRun, Place, recode, stage};
+use crate::{
+    ImageError, ImageSet, PageRun, Place, recode,
+    stage::{self, Check},
+    sums::Verification,
+};
 
 /// Where pages come from.
 #[derive(Debug)]
@@ -90,8 +94,8 @@ pub fn bytes(set: &ImageSet) -> Result<u64, ImageError> {
     Ok(sum)
 }
 
-/// Writes everything in the set but END. `verify`: whether pages are compared with the manifest and
-/// get checksums; `progress` is told of bytes of pages.
+/// Writes everything in the set but END. `verify`: whether pages are read and compared with the
+/// manifest; else its checksums go with them as they are; `progress` is told of bytes of pages.
 ///
 /// # Errors
 /// The images', the output's. Then the stream must not get an end record.
@@ -102,19 +106,14 @@ pub fn write(
     progress: &mut dyn FnMut(u64),
 ) -> Result<(), ImageError> {
     let sources = Sources::of(set)?;
-    // Pages of an increment are gathered from several files, whose checksums cover the whole of each: a
-    // thread looks at them meanwhile.
-    std::thread::scope(|scope| {
-        let verified = (verify && !sources.gathered.is_empty()).then(|| scope.spawn(|| set.verify_pages()));
-        write_from(set, &sources, out, verify, progress)?;
-        match verified.map(std::thread::ScopedJoinHandle::join) {
-            None => Ok(()),
-            Some(Ok(result)) => result,
-            Some(Err(_)) => {
-                Err(ImageError::io("checksums", "thread")(io::Error::other("the thread has panicked")))
-            }
-        }
-    })
+    // Pages of an increment are gathered from pieces of files whose checksums cover the whole piece: a
+    // thread looks at those meanwhile.
+    let verification = match verify && !sources.gathered.is_empty() {
+        true => Some(set.verification()?),
+        false => None,
+    };
+    write_from(set, &sources, out, verify, progress)?;
+    verification.map_or(Ok(()), Verification::finish)
 }
 
 fn write_from(
@@ -137,11 +136,9 @@ fn write_from(
     out.bulk().map_err(ImageError::output)?;
     for id in full {
         let Some(place) = set.pages(id) else { continue };
-        if verify {
-            stage::write_pages(out, id, place, set.pages_sum(id), &mut *progress)?;
-        } else {
-            stage::write_pages_unchecked(out, id, place, &mut *progress)?;
-        }
+        let pieces = set.pieces(id);
+        let check = if verify { Check::Read(&pieces) } else { Check::Trust(&pieces) };
+        stage::write_pages(out, id, place, check, &mut *progress)?;
     }
     for &id in &sources.packed {
         let Some(packed) = set.packed(id)? else { continue };

@@ -21,11 +21,11 @@ use std::{
 
 use ckpt_proto::{
     Image,
-    stream::{Frame, Reader, StreamError, Writer},
+    stream::{Facts, Frame, Reader, StreamError, Writer},
     types::Hello,
 };
 use nix::{fcntl::OFlag, sys::signal::SigSet, unistd::pipe2};
-use xxhash_rust::xxh3::{Xxh3Default, xxh3_64};
+use xxhash_rust::xxh3::Xxh3Default;
 
 pub use crate::pack::Codec;
 use crate::{
@@ -163,7 +163,7 @@ impl Packing {
     fn copy(&mut self, reader: &mut Reader<File>, writer: &mut Writer<File>) -> Result<(), ImageError> {
         while let Some(frame) = reader.next_frame()? {
             match &frame {
-                Frame::Data { image, arg, len, sum } if *len > 0 && image == Image::Pages.name() => {
+                Frame::Data { image, arg, len, sum, .. } if *len > 0 && image == Image::Pages.name() => {
                     if self.id != *arg {
                         self.flush(writer)?;
                         self.id = *arg;
@@ -234,12 +234,12 @@ fn put(writer: &mut Writer<File>, (id, block): &(u64, Vec<u8>)) -> Result<(), Im
 }
 
 fn unpack_all(reader: &mut Reader<File>, writer: &mut Writer<File>) -> Result<(), ImageError> {
-    type Unpacked = (u64, Result<(Vec<u8>, u64), String>);
+    type Unpacked = (u64, Result<(Vec<u8>, Facts), String>);
     let put = |writer: &mut Writer<File>, (id, plain): Unpacked| {
-        let (plain, sum) =
+        let (plain, facts) =
             plain.map_err(|what| ImageError::Stream { file: Image::CkptPages.file_name(id), what })?;
         writer
-            .bulk_data(id, plain.len() as u64, Some(sum))
+            .bulk_data(id, plain.len() as u64, facts)
             .and_then(|()| writer.output().write_all(&plain))
             .map_err(ImageError::output)
     };
@@ -271,12 +271,12 @@ fn unpack_all(reader: &mut Reader<File>, writer: &mut Writer<File>) -> Result<()
     Ok(())
 }
 
-/// The pages in one block, and their checksum.
-fn unpack(block: &[u8]) -> Result<(Vec<u8>, u64), String> {
+/// The pages in one block, and what is to be said of them.
+fn unpack(block: &[u8]) -> Result<(Vec<u8>, Facts), String> {
     let (header, stored) = pack::split(block).map_err(|e| e.to_string())?;
     let plain = header.unpack(stored).map_err(|e| e.to_string())?;
-    let sum = xxh3_64(&plain);
-    Ok((plain, sum))
+    let facts = Facts::of(&plain);
+    Ok((plain, facts))
 }
 
 type Job = Box<dyn FnOnce() + Send>;
@@ -390,7 +390,7 @@ mod tests {
     #[test]
     fn damage_is_told_as_such() {
         let input = stream(|w| {
-            w.bulk_data(1, 4096, Some(1))?;
+            w.bulk_data(1, 4096, Facts { sum: Some(1), zeros: Vec::new() })?;
             w.output().write_all(&[1; 4096])
         });
         assert!(recoded(input, Recode::Pack(Codec::Lz4)).unwrap_err().is_corruption());

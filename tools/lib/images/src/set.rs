@@ -29,7 +29,7 @@ use crate::{
     chain::{Chain, PARENT, PagesFile},
     pack::PackedFile,
     recode::{self, Recode},
-    sums::{damaged, hash_range},
+    sums::{self, Piece, Verification, damaged, hash_range},
 };
 
 /// Most memory that the messages of one set take, bytes. A task has about 20 bytes of `pagemap` per
@@ -265,6 +265,10 @@ impl ImageSet {
             if *size != entry.size {
                 return Err(bad(name, format!("the file has {size} bytes, it should have {}", entry.size)));
             }
+            let pieces = entry.pieces.iter().fold(0, |sum: u64, piece| sum.saturating_add(piece.len));
+            if !entry.pieces.is_empty() && pieces != entry.size {
+                return Err(bad(name, format!("its pieces have {pieces} of {} bytes", entry.size)));
+            }
             if !is_pages(*image) && entry.xxh3.is_some_and(|expected| expected != *sum) {
                 return Err(bad(name, "the contents have changed".to_owned()));
             }
@@ -277,37 +281,43 @@ impl ImageSet {
         Ok(())
     }
 
-    /// The checksum that the manifest has for `pages-ID.img`.
+    /// The pieces of `pages-ID.img` and their checksums, as far as the manifest has any.
     #[must_use]
-    pub fn pages_sum(&self, id: u64) -> Option<u64> {
+    pub fn pieces(&self, id: u64) -> Vec<Piece> {
         let name = Image::Pages.file_name(id);
-        let entries = self.all::<ManifestEntry>(Image::CkptManifest, 0).ok()?;
-        entries.into_iter().find(|entry| entry.name == name)?.xxh3
+        let entries = self.all::<ManifestEntry>(Image::CkptManifest, 0).unwrap_or_default();
+        entries.iter().find(|entry| entry.name == name).map(sums::pieces).unwrap_or_default()
     }
 
     /// Reads all pages that are at hand and compares them with the checksums in the manifest, if there is
-    /// one. Opening a set does not do this: it takes as long as copying the pages.
+    /// one; in directories further back in a chain, those pieces that pages are needed of. Opening a set does
+    /// not do this: it takes as long as copying the pages. Compressed pages are left out, since whoever reads
+    /// them checks them anyway.
     ///
     /// # Errors
     /// They differ, or can't be read.
     pub fn verify_pages(&self) -> Result<(), ImageError> {
-        let own =
-            self.args(Image::Pages).into_iter().map(|id| (PagesFile { level: 0, id }, self.pages_sum(id)));
-        let inherited = self.chain.files.iter().map(|(&file, ancestor)| (file, ancestor.sum));
-        for (file, expected) in own.chain(inherited) {
-            let (Some(expected), Some(place)) = (expected, self.pages_in(file)) else { continue };
+        self.verification()?.finish()
+    }
+
+    /// Starts what [`Self::verify_pages`] does on a thread.
+    ///
+    /// # Errors
+    /// There can't be one more thread.
+    pub fn verification(&self) -> Result<Verification, ImageError> {
+        let own = self.args(Image::Pages).into_iter().map(|id| (PagesFile { level: 0, id }, self.pieces(id)));
+        let inherited = self.chain.files.iter().map(|(&file, ancestor)| (file, self.needed(file, ancestor)));
+        let mut files = Vec::new();
+        for (file, mut pieces) in own.chain(inherited) {
+            let Some(place) = self.pages_in(file) else { continue };
             let name = format!("{}{}", "parent/".repeat(file.level), Image::Pages.file_name(file.id));
-            let mut hash = Xxh3Default::new();
-            hash_range(place.file, place.offset, place.len, &mut [&mut hash])
-                .map_err(ImageError::io(&name, "read"))?;
-            if hash.digest() != expected {
-                return Err(ImageError::Manifest {
-                    file: name,
-                    what: "the contents have changed".to_owned(),
-                });
+            let open = place.file.try_clone_to_owned().map_err(ImageError::io(&name, "dup"))?;
+            for piece in &mut pieces {
+                piece.offset = piece.offset.saturating_add(place.offset);
             }
+            files.push((File::from(open), name, pieces));
         }
-        Ok(())
+        Verification::start(files)
     }
 
     /// Reads a stream up to BULK or its end. Raw contents that come before BULK, pages included, go to

@@ -9,7 +9,7 @@ use std::{
 
 use ckpt_proto::{
     Image,
-    stream::{self, Frame, Reader, StreamError, Writer},
+    stream::{self, Facts, Frame, Reader, StreamError, Writer},
 };
 pub use ckpt_sys::transfer::grow_pipe;
 use ckpt_sys::transfer::transfer;
@@ -18,9 +18,12 @@ use nix::{
     sys::uio::pread,
     unistd::{Whence, lseek},
 };
-use xxhash_rust::xxh3::Xxh3Default;
 
-use crate::{ImageError, ImageSet, PageRun, PagesFile, Place, pack::PackedFile, sums::hash_range};
+use crate::{
+    ImageError, ImageSet, PageRun, PagesFile, Place,
+    pack::PackedFile,
+    sums::{Piece, changed},
+};
 
 /// Hands `frame`, the last one that `reader` returned, and its contents on to `writer` unchanged.
 /// Pages move inside the kernel (splice(2)), everything else through a small buffer.
@@ -34,10 +37,11 @@ pub fn forward(
     writer: &mut Writer<File>,
 ) -> Result<(), ImageError> {
     match frame {
-        Frame::Data { image, arg, len, sum } if reader.bulk_input().is_some() => {
+        Frame::Data { image, arg, len, sum, zeros } if reader.bulk_input().is_some() => {
             let offset = reader.offset();
+            let facts = Facts { sum: *sum, zeros: zeros.clone() };
             writer
-                .bulk_named(image, *arg, *len, *sum)
+                .bulk_named(image, *arg, *len, facts)
                 .map_err(|source| StreamError::Io { offset, source })?;
             forward_pages(reader, writer)
         }
@@ -61,93 +65,105 @@ pub fn forward_pages(reader: &mut Reader<File>, writer: &mut Writer<File>) -> Re
 /// Bytes of pages in a record.
 const RECORD: u64 = 4 << 20;
 
-/// Writes a pages file to a stream, in records with a checksum each. `expected` is the checksum of
-/// the whole; `progress` is told of each record's bytes. A thread reads ahead for the checksums.
+/// How the pages of a file are told from damaged ones.
+#[derive(Debug, Clone, Copy)]
+pub enum Check<'a> {
+    /// They are read, compared with these checksums (none, if nobody knows any), and get some in the stream.
+    Read(&'a [Piece]),
+    /// They are not read, and the stream gets these checksums as they are.
+    Trust(&'a [Piece]),
+}
+
+/// Writes a pages file to a stream, in records with a checksum each. `progress` is told of each record's
+/// bytes. A thread reads ahead for the checksums.
 ///
 /// # Errors
-/// The file's, the output's, or the file is not what it should be: then pages have been written that must
-/// not be used, so the stream must not get an end record.
+/// The file's, the output's, or the file is not what it should be. Pages may have been written,
+/// so the stream must not get an end record.
 pub fn write_pages(
     out: &mut Writer<File>,
     id: u64,
     place: Place<'_>,
-    expected: Option<u64>,
+    check: Check<'_>,
     mut progress: impl FnMut(u64),
 ) -> Result<(), ImageError> {
+    let (Check::Read(pieces) | Check::Trust(pieces)) = check;
+    let records = records(pieces, place.len);
+    if let Check::Trust(_) = check {
+        let facts = |record: &Piece| Ok(Facts { sum: record.sum, zeros: Vec::new() });
+        return write_records(out, id, place, &records, facts, &mut progress);
+    }
     let name = || Image::Pages.file_name(id);
     // Not far ahead, so that what was read for the checksum is still in the processor's cache.
-    let (sums, ahead) = std::sync::mpsc::sync_channel::<io::Result<u64>>(1);
+    let (send, ahead) = std::sync::mpsc::sync_channel::<io::Result<Facts>>(2);
+    let records = &records[..];
     std::thread::scope(move |scope| {
         // Dropped with this block: then the thread, which the scope waits for, does not go on.
         let ahead = ahead;
-        let hasher =
-            std::thread::Builder::new().name("checksums".to_owned()).spawn_scoped(scope, move || {
-                let mut whole = Xxh3Default::new();
-                let mut done = 0;
-                while done < place.len {
-                    let len = (place.len - done).min(RECORD);
-                    let mut record = Xxh3Default::new();
-                    let read =
-                        hash_range(place.file, place.offset + done, len, &mut [&mut record, &mut whole]);
-                    let failed = read.is_err();
-                    if sums.send(read.map(|()| record.digest())).is_err() || failed {
-                        break;
-                    }
-                    done += len;
+        let read = move || {
+            let mut buffer = Vec::new();
+            for record in records {
+                let facts = look(place, *record, &mut buffer);
+                let failed = facts.is_err();
+                if send.send(facts).is_err() || failed {
+                    break;
                 }
-                whole.digest()
-            });
-        let hasher = hasher.map_err(ImageError::io(name(), "start a thread"))?;
-        let sum = |_: Place<'_>| match ahead.recv() {
-            Ok(sum) => sum.map(Some).map_err(ImageError::io(name(), "read")),
-            Err(_) => Err(ImageError::io(name(), "read")(io::Error::other("the thread has ended"))),
+            }
         };
-        write_records(out, id, place, sum, &mut progress)?;
-        let whole = hasher.join().ok();
-        if expected.is_some_and(|sum| Some(sum) != whole) {
-            return Err(ImageError::Manifest { file: name(), what: "the contents have changed".to_owned() });
-        }
-        Ok(())
+        std::thread::Builder::new()
+            .name("checksums".to_owned())
+            .spawn_scoped(scope, read)
+            .map_err(ImageError::io(name(), "start a thread"))?;
+        let facts = |record: &Piece| {
+            let ended = || io::Error::other("the thread has ended");
+            let facts =
+                ahead.recv().unwrap_or_else(|_| Err(ended())).map_err(ImageError::io(name(), "read"))?;
+            if record.sum.is_some() && record.sum != facts.sum {
+                return Err(changed(name()));
+            }
+            Ok(facts)
+        };
+        write_records(out, id, place, records, facts, &mut progress)
     })
 }
 
-/// Like [`write_pages`], without checksums.
-///
-/// # Errors
-/// The file's, the output's.
-pub fn write_pages_unchecked(
-    out: &mut Writer<File>,
-    id: u64,
-    place: Place<'_>,
-    mut progress: impl FnMut(u64),
-) -> Result<(), ImageError> {
-    write_records(out, id, place, |_| Ok(None), &mut progress)
+/// The records that a pages file of `len` bytes is written in: its pieces, if they are known.
+fn records(pieces: &[Piece], len: u64) -> Vec<Piece> {
+    let known = pieces.last().map_or(0, |piece| piece.offset + piece.len) == len;
+    if known && pieces.iter().all(|piece| piece.len <= 4 * RECORD) {
+        return pieces.to_vec();
+    }
+    let starts = (0..len).step_by(usize::try_from(RECORD).unwrap_or(1));
+    starts.map(|offset| Piece { offset, len: (len - offset).min(RECORD), sum: None }).collect()
 }
 
-/// A stretch of a pages file, spliced in records. `sum` gives the checksum of each, by its place.
+fn look(place: Place<'_>, record: Piece, buffer: &mut Vec<u8>) -> io::Result<Facts> {
+    buffer.resize(usize::try_from(record.len).unwrap_or(0), 0);
+    read_place(Place { offset: place.offset + record.offset, len: record.len, ..place }, buffer)?;
+    Ok(Facts::of(buffer))
+}
+
+/// A stretch of a pages file, spliced in records. `facts` tells of each what its header says.
 fn write_records(
     out: &mut Writer<File>,
     id: u64,
     place: Place<'_>,
-    mut sum: impl FnMut(Place<'_>) -> Result<Option<u64>, ImageError>,
+    records: &[Piece],
+    mut facts: impl FnMut(&Piece) -> Result<Facts, ImageError>,
     progress: &mut impl FnMut(u64),
 ) -> Result<(), ImageError> {
     let name = || Image::Pages.file_name(id);
     let bad = |what: &str| ImageError::Stream { file: name(), what: what.to_owned() };
     let start = i64::try_from(place.offset).map_err(|_| bad("the offset is out of range"))?;
     lseek(place.file, start, Whence::SeekSet).map_err(ImageError::errno(name(), "lseek"))?;
-    let mut done = 0;
-    while done < place.len {
-        let len = (place.len - done).min(RECORD);
-        let record = Place { offset: place.offset + done, len, ..place };
-        out.bulk_data(id, len, sum(record)?).map_err(ImageError::output)?;
-        let moved = transfer(place.file, out.output().as_fd(), len)
+    for record in records {
+        out.bulk_data(id, record.len, facts(record)?).map_err(ImageError::output)?;
+        let moved = transfer(place.file, out.output().as_fd(), record.len)
             .map_err(|source| ImageError::Transfer { file: name(), source })?;
-        if moved < len {
+        if moved < record.len {
             return Err(bad("the file shrank while it was being read"));
         }
-        done += len;
-        progress(len);
+        progress(record.len);
     }
     Ok(())
 }
@@ -179,14 +195,11 @@ pub fn write_runs(
         let whole = set.pages_in(run.file);
         if let Some(whole) = whole.filter(|_| run.len >= SHORT) {
             flush(out, &mut gathered)?;
-            let sum = |record: Place<'_>| {
-                let mut hash = Xxh3Default::new();
-                hash_range(record.file, record.offset, record.len, &mut [&mut hash])
-                    .map_err(ImageError::io(name(), "read"))?;
-                Ok(Some(hash.digest()))
-            };
             let place = Place { offset: whole.offset + run.offset, len: run.len, ..whole };
-            write_records(out, id, place, sum, &mut progress)?;
+            let mut buffer = Vec::new();
+            let facts =
+                |record: &Piece| look(place, *record, &mut buffer).map_err(ImageError::io(name(), "read"));
+            write_records(out, id, place, &records(&[], run.len), facts, &mut progress)?;
             continue;
         }
         let mut done = 0;

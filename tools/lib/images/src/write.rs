@@ -26,7 +26,11 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use ckpt_proto::{Image, Message, file, types::ManifestEntry};
+use ckpt_proto::{
+    Image, Message, file,
+    stream::Facts,
+    types::{ManifestEntry, ManifestPiece},
+};
 use ckpt_sys::transfer::transfer;
 use nix::{
     errno::Errno,
@@ -34,7 +38,11 @@ use nix::{
 };
 use xxhash_rust::xxh3::Xxh3Default;
 
-use crate::{ImageError, Order, chain::PARENT, sums::Summer};
+use crate::{
+    ImageError, Order,
+    chain::PARENT,
+    sums::{MIN_PIECE, Summer, punch_zeros},
+};
 
 /// Files kept open at a time; more are closed and opened again.
 const MAX_OPEN: usize = 64;
@@ -59,6 +67,7 @@ pub struct DirWriter {
     open: VecDeque<(Image, u64)>,
     /// Checksums of pages, from the first pages on.
     summer: Option<Summer>,
+    trust: bool,
 }
 
 impl std::fmt::Debug for DirWriter {
@@ -108,7 +117,14 @@ impl DirWriter {
             outputs: BTreeMap::new(),
             open: VecDeque::new(),
             summer: None,
+            trust: false,
         })
+    }
+
+    /// From here on checksums of pages are taken as they are given, without reading what was written: for
+    /// a stream that can't have been damaged, because it comes straight from the process that made it.
+    pub fn trust_checksums(&mut self) {
+        self.trust = true;
     }
 
     /// What removes the staging directory when the process is told to end.
@@ -184,12 +200,28 @@ impl DirWriter {
         let path = self.staging.join(image.file_name(arg));
         let output = self.output(image, arg)?;
         output.order.data(image, arg, bytes.len() as u64)?;
-        output.put(&path, bytes)
+        output.put(&path, bytes)?;
+        if image == Image::Pages && !bytes.is_empty() {
+            if let Some(file) = &mut output.file {
+                file.flush().map_err(ImageError::io(&path, "write"))?;
+            }
+            let len = bytes.len() as u64;
+            let offset = output.size - len;
+            self.summer()?.add(arg, path, offset, len, Facts::default())?;
+        }
+        Ok(())
+    }
+
+    fn summer(&mut self) -> Result<&mut Summer, ImageError> {
+        if self.summer.is_none() {
+            self.summer = Some(Summer::start()?);
+        }
+        self.summer.as_mut().ok_or_else(|| ImageError::Missing { file: "checksums".to_owned() })
     }
 
     /// Appends up to `len` bytes of pages from `from`, moved inside the kernel; returns how many bytes
-    /// came, which is less than `len` only if `from` ended. If their checksum is not `sum`,
-    /// [`Self::finish`] fails.
+    /// came, which is less than `len` only if `from` ended. If their checksum is not the one in `facts`,
+    /// [`Self::finish`] fails. Pages of zeros become holes, where the file system has them.
     ///
     /// # Errors
     /// They can't be read or written.
@@ -198,9 +230,10 @@ impl DirWriter {
         id: u64,
         from: BorrowedFd<'_>,
         len: u64,
-        sum: Option<u64>,
+        facts: &Facts,
     ) -> Result<u64, ImageError> {
         let path = self.staging.join(Image::Pages.file_name(id));
+        let trust = self.trust;
         let output = self.output(Image::Pages, id)?;
         let Some(file) = &mut output.file else { return Ok(0) };
         file.flush().map_err(ImageError::io(&path, "write"))?;
@@ -208,11 +241,13 @@ impl DirWriter {
             .map_err(|source| ImageError::Transfer { file: Image::Pages.file_name(id), source })?;
         let offset = output.size;
         output.size += moved;
-        if self.summer.is_none() {
-            self.summer = Some(Summer::start().map_err(ImageError::io(&path, "start a thread"))?);
+        let trust = trust && moved == len;
+        if trust && facts.sum.is_some() && moved >= MIN_PIECE {
+            punch_zeros(file.get_ref(), offset, moved, &facts.zeros);
         }
-        if let Some(summer) = &mut self.summer {
-            summer.add(id, path, offset, moved, sum)?;
+        let summer = self.summer()?;
+        if !facts.sum.is_some_and(|sum| trust && summer.believe(id, moved, sum)) {
+            summer.add(id, path, offset, moved, facts.clone())?;
         }
         Ok(moved)
     }
@@ -279,7 +314,7 @@ impl DirWriter {
         ))
     }
 
-    fn write_manifest(&mut self, pages: &BTreeMap<u64, u64>) -> Result<(), ImageError> {
+    fn write_manifest(&mut self, pages: &BTreeMap<u64, Vec<ManifestPiece>>) -> Result<(), ImageError> {
         if self.has(Image::CkptManifest, 0) {
             let what = "the manifest is made by the writer, it can't be part of a stream".to_owned();
             return Err(ImageError::Stream { file: Image::CkptManifest.file_name(0), what });
@@ -290,11 +325,8 @@ impl DirWriter {
             .map(|(&(image, arg), output)| ManifestEntry {
                 name: image.file_name(arg),
                 size: output.size,
-                xxh3: if image == Image::Pages {
-                    pages.get(&arg).copied()
-                } else {
-                    Some(output.hash.digest())
-                },
+                xxh3: (image != Image::Pages).then(|| output.hash.digest()),
+                pieces: pages.get(&arg).filter(|_| image == Image::Pages).cloned().unwrap_or_default(),
             })
             .collect();
         for entry in entries {

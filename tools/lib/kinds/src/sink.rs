@@ -51,7 +51,7 @@ impl<W: Write + AsFd> Sink for stream::Writer<W> {
     fn data_from(&mut self, image: Image, arg: u64, from: BorrowedFd<'_>, len: u64) -> anyhow::Result<()> {
         let short = |n: u64| anyhow::anyhow!("{}: {n} of {len} bytes could be read", image.file_name(arg));
         if image == Image::Pages {
-            self.bulk_data(arg, len, None).context("write the stream")?;
+            self.bulk_data(arg, len, stream::Facts::default()).context("write the stream")?;
             self.output().flush().context("write the stream")?;
             let moved = transfer(from, self.output().as_fd(), len).context("write the stream")?;
             return if moved == len { Ok(()) } else { Err(short(moved)) };

@@ -23,7 +23,7 @@ use anyhow::Context;
 use ckpt_proc::maps::Mapping;
 use ckpt_proto::{
     Image,
-    stream::Writer,
+    stream::{Facts, Writer},
     types::{PagemapEntry, PagemapHead, VmaEntry},
 };
 use ckpt_sys::{
@@ -32,7 +32,6 @@ use ckpt_sys::{
     memory::{self, Page, PageRange},
 };
 use nix::unistd::{Whence, lseek64};
-use xxhash_rust::xxh3::xxh3_64;
 
 use super::{
     page, status,
@@ -465,8 +464,8 @@ impl Chunk {
         let what = "write the stream";
         match self {
             Self::Gift(gift) => {
-                let sum = xxh3_64(&gift.bytes()[..len]);
-                out.bulk_data(u64::from(pages_id), len as u64, Some(sum)).context(what)?;
+                let facts = Facts::of(&gift.bytes()[..len]);
+                out.bulk_data(u64::from(pages_id), len as u64, facts).context(what)?;
                 out.output().flush().context(what)?;
                 gift.give(out.output().as_fd(), len).context(what)
             }
