@@ -16,6 +16,7 @@ pub mod ids;
 pub mod kcmp;
 mod lent;
 pub mod memory;
+pub mod nft;
 pub mod pidfd;
 pub mod prctl;
 pub mod probe;
