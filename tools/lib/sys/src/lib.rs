@@ -27,6 +27,7 @@ pub mod sched;
 pub mod selfcall;
 pub mod sock;
 pub mod spawn;
+pub mod tcp;
 pub mod transfer;
 pub mod uffd;
 pub mod xstate;
