@@ -131,6 +131,9 @@ pub struct Args {
     /// Do not compare pages with their checksums
     #[arg(long)]
     pub no_verify: bool,
+    /// Restore TCP connections whose other end is not in the images as closed
+    #[arg(long)]
+    pub tcp_close: bool,
     /// What to do about data files that have changed: warn or strict (fail)
     #[arg(long, value_name = "MODE", default_value = "warn", hide_possible_values = true)]
     pub files: FilesMode,
@@ -205,6 +208,7 @@ fn restore(
         inherit: args.inherit_fd.iter().map(|i| (i.fd, i.resource.clone())).collect(),
         external_unix: args.external.iter().map(|e| (e.id, path_bytes(&e.path))).collect(),
         files_strict: args.files == FilesMode::Strict,
+        tcp_close: args.tcp_close,
         warn: ckpt_cli::warn,
     };
     let vdso = make::own_vdso()?;
@@ -227,6 +231,7 @@ fn restore(
             getpgid(Some(member.pid.nix())).ok()
         };
         files.take_terminals(!args.detach, group_of)?;
+        files.go_live(set)?;
         family.go()?;
         files.redraw();
         if let Some(pidfile) = pidfile {

@@ -22,7 +22,7 @@ use anyhow::{Context, bail};
 use ckpt_hold::{Holder, Outcome};
 use ckpt_images::recode::{self, Behind, Codec, Recode};
 use ckpt_kinds::{
-    fd::{DumpOptions, External, FileTable},
+    fd::{DumpOptions, External, FileTable, tcp::lock::TreeLock},
     mem::{
         dump::{Plan, ShmemPlan},
         early::Early,
@@ -38,7 +38,7 @@ use ckpt_proto::{
     },
 };
 use ckpt_remote::{FreezeError, Frozen, Process, Release};
-use ckpt_sys::{Pid, Refused, transfer::Output};
+use ckpt_sys::{Pid, Refused, nft, transfer::Output};
 use clap::{CommandFactory, Parser};
 
 use crate::tracking::Tracking;
@@ -124,12 +124,15 @@ pub fn run(args: &Args, output: File) -> anyhow::Result<()> {
     let holder = Holder::bind()?;
     let mut early = if args.snapshot { Early::read(args.tree) } else { Early::default() };
     let mut tracking = Tracking::begin(args.track.as_deref(), args.parent.as_ref())?;
-    let mut frozen =
-        Frozen::freeze(args.tree, Duration::from_secs(args.freeze_timeout)).map_err(as_refusal)?;
+    let frozen = Frozen::freeze(args.tree, Duration::from_secs(args.freeze_timeout)).map_err(as_refusal)?;
     ckpt_cli::note!(1, "froze {} processes", frozen.processes.len());
-    let needs = match what_lacks(args, &frozen, plain_file) {
+    let mut held = Held { frozen, lock: None, leaves: None };
+    let needs = match what_lacks(args, &held.frozen, plain_file).and_then(|needs| {
+        held.lock_network(args, &needs)?;
+        Ok(needs)
+    }) {
         Ok(needs) => needs,
-        Err(error) => return give_up(frozen, None::<Writer<Output>>, error),
+        Err(error) => return give_up(held, None::<Writer<Output>>, error),
     };
     let hello = Hello {
         page_size: 4096,
@@ -145,29 +148,78 @@ pub fn run(args: &Args, output: File) -> anyhow::Result<()> {
     };
     let mut writer = Writer::open(Output::new(output), hello).context("write the stream")?;
     let holder = (!plain_file).then_some(&holder);
-    let memory = match dump(args, &mut frozen, &mut early, &mut tracking, &mut writer) {
+    let memory = match dump(args, &mut held, &mut early, &mut tracking, &mut writer) {
         Ok(memory) => memory,
-        Err(error) => return give_up(frozen, Some(writer), error).map_err(|e| blame(e, holder)),
+        Err(error) => return give_up(held, Some(writer), error).map_err(|e| blame(e, holder)),
     };
-    let mut frozen = Some(frozen);
+    let mut held = Some(held);
     let copied = if args.snapshot {
         let patience = Duration::from_secs(args.attach_timeout);
         let behind = snapshot::Behind { holder, needs: &needs, patience };
-        snapshot::copy(&mut frozen, &memory, &early, &tracking, behind, &mut writer)
+        snapshot::copy(&mut held, &memory, &early, &tracking, behind, &mut writer)
     } else if args.no_mem {
         memory.copy_shared(&mut writer)
     } else {
         memory.copy(&tracking, &mut writer)
     };
     if let Err(error) = copied {
-        return give_up(frozen, Some(writer), error).map_err(|e| blame(e, holder));
+        return give_up(held, Some(writer), error).map_err(|e| blame(e, holder));
     }
     // Closing the output lets programs that wait for its end (cat, zstd) finish.
     drop(writer.end().context("write the stream")?);
     if let Err(error) = behind.finish() {
-        return give_up(frozen, None, error.into()).map_err(|e| blame(e, holder));
+        return give_up(held, None, error.into()).map_err(|e| blame(e, holder));
     }
-    settle(args, frozen, holder, &needs, tracking)
+    settle(args, held, holder, &needs, tracking)
+}
+
+/// What this process holds for as long as the stages behind it need it. The kernel ends both if it dies.
+struct Held {
+    frozen: Frozen,
+    /// On the tree's TCP connections.
+    lock: Option<TreeLock>,
+    /// The name of the lock that stays when the tree is killed.
+    leaves: Option<String>,
+}
+
+impl Held {
+    /// Stops the packets of the tree's TCP connections, if it has any and they will be read.
+    fn lock_network(&mut self, args: &Args, needs: &[&str]) -> anyhow::Result<()> {
+        if !needs.contains(&"sk") {
+            return Ok(());
+        }
+        let live: Vec<Pid> = self.frozen.processes.iter().filter(|p| !p.zombie).map(|p| p.pid).collect();
+        self.lock = TreeLock::of(&live)?;
+        if args.kill && self.lock.is_some() {
+            self.leaves = Some(nft::new_name()?);
+        }
+        Ok(())
+    }
+
+    /// Ends the freeze, and the lock on the network unless the tree is killed: then its connections stay silent
+    /// until they are restored.
+    fn free(self, how: Release) -> anyhow::Result<()> {
+        let Self { frozen, mut lock, leaves } = self;
+        let held = frozen.since().elapsed();
+        let copies = match &lock {
+            Some(lock) if matches!(how, Release::Kill) => lock.sockets(),
+            _ => {
+                lock = None;
+                Ok(Vec::new())
+            }
+        };
+        frozen.release(if copies.is_ok() { how } else { Release::Run });
+        let copies = copies.context("not killed: its TCP connections could not be kept silent")?;
+        ckpt_cli::note!(1, "the tree was frozen for {:.3} s", held.as_secs_f64());
+        if let (Some(lock), Some(name)) = (lock, leaves) {
+            lock.leave(&name, copies)?;
+            ckpt_cli::note!(
+                1,
+                "its TCP connections are locked until they are restored: nft list table inet {name}"
+            );
+        }
+        Ok(())
+    }
 }
 
 /// Memory whose contents are to be stored.
@@ -227,12 +279,13 @@ fn as_refusal(error: FreezeError) -> anyhow::Error {
 
 /// Lets the tree go before anything else, then tells the reader why.
 fn give_up(
-    frozen: impl Into<Option<Frozen>>,
+    held: impl Into<Option<Held>>,
     writer: Option<Writer<Output>>,
     error: anyhow::Error,
 ) -> anyhow::Result<()> {
-    if let Some(frozen) = frozen.into() {
-        frozen.release(Release::Run);
+    if let Some(held) = held.into() {
+        drop(held.lock);
+        held.frozen.release(Release::Run);
     }
     if let Some(writer) = writer {
         // If the reader is gone it knows already.
@@ -281,22 +334,22 @@ fn what_lacks(args: &Args, frozen: &Frozen, plain_file: bool) -> anyhow::Result<
 }
 
 /// Ends the hold: waits for the stages behind, then does with the tree what was asked for. Behind a
-/// plain file there are none. After a snapshot (`frozen` is `None`) the tree runs already.
+/// plain file there are none. After a snapshot (`held` is `None`) the tree runs already.
 fn settle(
     args: &Args,
-    frozen: Option<Frozen>,
+    held: Option<Held>,
     holder: Option<&Holder>,
     needs: &[&str],
     tracking: Tracking,
 ) -> anyhow::Result<()> {
     let patience = Duration::from_secs(args.attach_timeout);
-    let mut frozen = frozen;
+    let mut held = held;
     if let (Some(holder), false) = (holder, args.kill || args.leave_stopped) {
         // Everything has been read from the tree: it need not wait for the disk.
         if holder.passed(needs, patience) == Outcome::Released
-            && let Some(frozen) = frozen.take()
+            && let Some(held) = held.take()
         {
-            free(frozen, Release::Run);
+            held.free(Release::Run)?;
         }
     }
     let outcome =
@@ -306,9 +359,7 @@ fn settle(
         (Outcome::Committed | Outcome::Released, false, true) => Release::Stop,
         _ => Release::Run,
     };
-    if let Some(frozen) = frozen {
-        free(frozen, release);
-    }
+    let freed = held.map_or(Ok(()), |held| held.free(release));
     match outcome {
         Outcome::Released if args.kill => {
             bail!("pid {}: not killed: no writer has said that the images are durable", args.tree)
@@ -320,17 +371,11 @@ fn settle(
         outcome => {
             let durable = outcome == Outcome::Committed;
             succeeded(args.tree, outcome)?;
+            freed?;
             tracking.end(durable);
             Ok(())
         }
     }
-}
-
-/// Ends the freeze.
-fn free(frozen: Frozen, how: Release) {
-    let held = frozen.since().elapsed();
-    frozen.release(how);
-    ckpt_cli::note!(1, "the tree was frozen for {:.3} s", held.as_secs_f64());
 }
 
 /// Did the stages behind do their part?
@@ -350,18 +395,19 @@ fn succeeded(tree: Pid, outcome: Outcome) -> anyhow::Result<()> {
 /// Writes everything but the contents of memory; tells whose there are.
 fn dump(
     args: &Args,
-    frozen: &mut Frozen,
+    held: &mut Held,
     early: &mut Early,
     tracking: &mut Tracking,
     writer: &mut Writer<Output>,
 ) -> anyhow::Result<Memory> {
+    let frozen = &mut held.frozen;
     let processes = frozen.processes.clone();
     let live: Vec<Pid> = processes.iter().filter(|p| !p.zombie).map(|p| p.pid).collect();
     for process in processes.iter().filter(|p| !p.zombie) {
         task::check(process.pid).with_context(|| format!("pid {} ({})", process.pid, process.comm()))?;
     }
     let ids = ids::assign(&processes)?;
-    emit(writer, Image::Inventory, 0, &inventory(&ids, tracking)?)?;
+    emit(writer, Image::Inventory, 0, &inventory(&ids, tracking, held.leaves.clone())?)?;
     emit(writer, Image::Timens, 0, &clocks()?)?;
     emit(writer, Image::Seccomp, 0, &SeccompEntry::default())?;
     for process in &processes {
@@ -440,7 +486,11 @@ fn pstree(process: &ckpt_remote::Process, root: Pid) -> anyhow::Result<PstreeEnt
     })
 }
 
-fn inventory(ids: &ids::Ids, tracking: &Tracking) -> anyhow::Result<InventoryEntry> {
+fn inventory(
+    ids: &ids::Ids,
+    tracking: &Tracking,
+    net_lock: Option<String>,
+) -> anyhow::Result<InventoryEntry> {
     let kernel = nix::sys::utsname::uname().context("uname")?;
     Ok(InventoryEntry {
         img_version: 2,
@@ -451,6 +501,7 @@ fn inventory(ids: &ids::Ids, tracking: &Tracking) -> anyhow::Result<InventoryEnt
         lsmtype: Some(0),
         network_lock_method: Some(0),
         ckpt_format: Some(1),
+        ckpt_net_lock: net_lock,
         ckpt_kernel: Some(kernel.release().to_string_lossy().into_owned()),
         ckpt_id: Some(tracking.id.to_vec()),
         ckpt_parent_id: tracking.parent.map(|id| id.to_vec()),

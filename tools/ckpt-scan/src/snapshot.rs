@@ -18,7 +18,7 @@ use ckpt_proto::stream::Writer;
 use ckpt_remote::{Frozen, NoTwin, Release, RemoteError, Twin};
 use ckpt_sys::{Pid, transfer::Output};
 
-use crate::{Memory, Private, free, succeeded, tracking::Tracking};
+use crate::{Held, Memory, Private, succeeded, tracking::Tracking};
 
 /// The stages behind us.
 pub struct Behind<'a> {
@@ -30,12 +30,12 @@ pub struct Behind<'a> {
     pub patience: Duration,
 }
 
-/// Forks the tree's memory, lets the tree run (`frozen` is `None` then), and writes the contents of `memory`.
+/// Forks the tree's memory, lets the tree run (`held` is `None` then), and writes the contents of `memory`.
 ///
 /// # Errors
-/// The tree runs, or is in `frozen` still.
+/// The tree runs, or is in `held` still.
 pub fn copy(
-    frozen: &mut Option<Frozen>,
+    held: &mut Option<Held>,
     memory: &Memory,
     early: &Early,
     tracking: &Tracking,
@@ -46,8 +46,8 @@ pub fn copy(
         Plan::emit_head(p.process.pid, p.pages_id, writer)?;
     }
     writer.output().flush().context("write the stream")?;
-    let mut twins = match frozen {
-        Some(frozen) => take(frozen, memory)?,
+    let mut twins = match held {
+        Some(held) => take(&mut held.frozen, memory)?,
         None => HashMap::new(),
     };
     memory.copy_shared(writer)?;
@@ -61,8 +61,8 @@ pub fn copy(
         let outcome = holder.passed(behind.needs, behind.patience);
         succeeded(memory.private.first().map_or(Pid(0), |p| p.process.pid), outcome)?;
     }
-    if let Some(frozen) = frozen.take() {
-        free(frozen, Release::Run);
+    if let Some(held) = held.take() {
+        held.free(Release::Run)?;
     }
     let mut plans = Vec::new();
     for p in &memory.private {

@@ -23,12 +23,13 @@ use ckpt_images::stage;
 use ckpt_kinds::fd::{
     socket::{self, Completion, Queued, Say, SkOptions},
     sockopt,
+    tcp::TcpOptions,
     unix::{self, ExternalSocket, list::Listed},
 };
 use ckpt_proto::{
     Image, MAX_MESSAGE, Message,
     stream::{Frame, Reader, Writer},
-    types::{FileEntry, TaskKobjIdsEntry},
+    types::{FileEntry, InventoryEntry, TaskKobjIdsEntry},
 };
 use ckpt_sys::Pid;
 use clap::{
@@ -60,6 +61,15 @@ pub struct Args {
     /// sk-rewrite to decide (keep); by default it is an error
     #[arg(long, value_enum, value_name = "WHAT", hide_possible_values = true)]
     pub queued: Option<KeepOrDrop>,
+    /// Dump TCP connections whose other end is outside the tree; those between processes of the tree need no leave
+    #[arg(long)]
+    pub tcp_established: bool,
+    /// Dump all TCP connections as closed
+    #[arg(long, conflicts_with = "tcp_established")]
+    pub tcp_close: bool,
+    /// Leave out TCP connections that have not been accepted yet
+    #[arg(long)]
+    pub skip_in_flight: bool,
     /// List the unix sockets of a process and its descendants, and what a checkpoint would do with them
     #[arg(long, requires = "tree")]
     pub list: bool,
@@ -116,7 +126,7 @@ pub fn run(args: &Args, input: File, output: File) -> anyhow::Result<()> {
         _ => None,
     };
     hello.lacks.retain(|l| l != LACKS);
-    let mut stage = Stage { args, hold, stubs: Vec::new(), net_ns: HashMap::new(), done: false };
+    let mut stage = Stage { args, hold, stubs: Vec::new(), net_ns: HashMap::new(), kill: false, done: false };
     let mut writer = Writer::open(output, hello).context("write the stream")?;
     match stage.copy(&mut reader, &mut writer) {
         Ok(()) => writer.end().context("write the stream").map(drop),
@@ -143,6 +153,8 @@ struct Stage<'a> {
     hold: Option<Hold>,
     stubs: Vec<FileEntry>,
     net_ns: HashMap<Pid, u32>,
+    /// The tree will be killed.
+    kill: bool,
     done: bool,
 }
 
@@ -160,6 +172,12 @@ impl Stage<'_> {
                 Frame::Entry { image, arg, .. } if image == Image::Ids.name() => {
                     let message = reader.payload(u64::from(MAX_MESSAGE))?;
                     self.note_ids(*arg, &message);
+                    writer.entry_named(image, *arg, &message).context("write the stream")?;
+                }
+                Frame::Entry { image, arg, .. } if image == Image::Inventory.name() => {
+                    let message = reader.payload(u64::from(MAX_MESSAGE))?;
+                    self.kill =
+                        InventoryEntry::decode(&message[..]).is_ok_and(|entry| entry.ckpt_net_lock.is_some());
                     writer.entry_named(image, *arg, &message).context("write the stream")?;
                 }
                 // All descriptors have passed by: pagemaps come behind them (ckpt-stream(5)).
@@ -200,6 +218,12 @@ impl Stage<'_> {
                 None => Queued::Refuse,
                 Some(KeepOrDrop::Drop) => Queued::Drop,
                 Some(KeepOrDrop::Keep) => Queued::Keep,
+            },
+            tcp: TcpOptions {
+                established: self.args.tcp_established,
+                close: self.args.tcp_close,
+                skip_in_flight: self.args.skip_in_flight,
+                kill: self.kill,
             },
         };
         let say = Say { warn: &ckpt_cli::warn, note: &|text| ckpt_cli::note!(1, "{text}") };

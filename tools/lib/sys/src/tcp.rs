@@ -11,7 +11,7 @@
 //! target that runs on has not asked for, so it is left by `TCP_REPAIR_OFF_NO_WP` (Linux 4.19).
 
 use std::{
-    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+    os::fd::{AsRawFd, BorrowedFd, OwnedFd},
     sync::atomic::{AtomicU64, Ordering},
 };
 
@@ -25,7 +25,7 @@ use nix::{
 
 use crate::{
     SysError,
-    sock::{option, option_bytes, set_option, set_option_bytes},
+    sock::{option, option_bytes, set_option, set_option_bytes, unread_memory},
 };
 
 const TCP_REPAIR: i32 = 19;
@@ -103,6 +103,32 @@ pub fn info(fd: BorrowedFd<'_>) -> Result<Info, SysError> {
     Ok(Info { state: byte(0), options: byte(5), snd_wscale: byte(6) & 15, rcv_wscale: byte(6) >> 4 })
 }
 
+/// Bytes (a FIN counts as one) that are sent or to be sent and not acknowledged, and how many of them
+/// have not been sent yet (SIOCOUTQ, SIOCOUTQNSD).
+///
+/// # Errors
+/// EINVAL: it listens.
+pub fn outgoing(fd: BorrowedFd<'_>) -> Result<(u32, u32), SysError> {
+    const SIOCOUTQNSD: libc::c_ulong = 0x894b;
+    let mut unsent = 0i32;
+    // SAFETY: SIOCOUTQNSD writes one int.
+    let ret = unsafe { libc::ioctl(fd.as_raw_fd(), SIOCOUTQNSD, &raw mut unsent) };
+    if ret < 0 {
+        return Err(SysError::last("ioctl(SIOCOUTQNSD)", format!("our fd {}", fd.as_raw_fd())));
+    }
+    Ok((unread_memory(fd)?, unsent.unsigned_abs()))
+}
+
+/// Whether the connection was ever there: bytes were acknowledged (the SYN counts) or received.
+///
+/// # Errors
+/// Those of getsockopt(2).
+pub fn was_connected(fd: BorrowedFd<'_>) -> Result<bool, SysError> {
+    // tcpi_bytes_acked and tcpi_bytes_received (linux/tcp.h).
+    let bytes = option_bytes(fd, libc::IPPROTO_TCP, libc::TCP_INFO, 136)?;
+    Ok(bytes.get(120..136).is_some_and(|counts| counts.iter().any(|&b| b != 0)))
+}
+
 /// The timestamp that the socket would send now.
 ///
 /// # Errors
@@ -133,6 +159,14 @@ pub fn enter_repair(fd: BorrowedFd<'_>) -> Result<(), SysError> {
 /// EPERM.
 pub fn leave_repair(fd: BorrowedFd<'_>) -> Result<(), SysError> {
     set_tcp(fd, TCP_REPAIR, REPAIR_OFF)
+}
+
+/// Leaves it without one.
+///
+/// # Errors
+/// EPERM.
+pub fn abandon_repair(fd: BorrowedFd<'_>) -> Result<(), SysError> {
+    set_tcp(fd, TCP_REPAIR, REPAIR_OFF_NO_WP)
 }
 
 /// Selects the queue that send(2), recv(2) and the sequence number mean; `None` for neither.
@@ -167,7 +201,8 @@ pub fn set_sequence(fd: BorrowedFd<'_>, queue: Queue, sequence: u32) -> Result<(
 /// EPERM: not in repair mode.
 pub fn window(fd: BorrowedFd<'_>) -> Result<Window, SysError> {
     let bytes = option_bytes(fd, libc::IPPROTO_TCP, TCP_REPAIR_WINDOW, size_of::<Window>())?;
-    let word = |i: usize| bytes.get(4 * i..).and_then(<[u8]>::first_chunk).map_or(0, |b| u32::from_ne_bytes(*b));
+    let word =
+        |i: usize| bytes.get(4 * i..).and_then(<[u8]>::first_chunk).map_or(0, |b| u32::from_ne_bytes(*b));
     let [snd_wl1, snd_wnd, max_window, rcv_wnd, rcv_wup] = [0, 1, 2, 3, 4].map(word);
     Ok(Window { snd_wl1, snd_wnd, max_window, rcv_wnd, rcv_wup })
 }
@@ -251,7 +286,8 @@ impl Guardian {
         let slot: &'static AtomicU64 = unsafe { &*page.cast::<AtomicU64>() };
         let (ours, theirs) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).map_err(failed("pipe2"))?;
         // No signal but SIGKILL ends the child; the mask is set before there is one.
-        let before = SigSet::all().thread_swap_mask(SigmaskHow::SIG_SETMASK).map_err(failed("sigprocmask"))?;
+        let before =
+            SigSet::all().thread_swap_mask(SigmaskHow::SIG_SETMASK).map_err(failed("sigprocmask"))?;
         // SAFETY: the child makes system calls only, so locks that other threads hold are in nobody's way.
         let child = unsafe { libc::fork() };
         if child == 0 {
@@ -346,6 +382,7 @@ mod tests {
     use std::{
         io::{Read, Write},
         net::{TcpListener, TcpStream},
+        os::fd::AsFd,
     };
 
     use super::*;
@@ -363,6 +400,7 @@ mod tests {
     #[test]
     fn both_ends_tell_the_same_sequence_numbers() {
         let (mut client, mut server) = pair();
+        set_option(server.as_fd(), libc::SOL_SOCKET, libc::SO_REUSEADDR, 0).unwrap();
         client.write_all(b"hello").unwrap();
         server.read_exact(&mut [0; 2]).unwrap();
         set_option(client.as_fd(), libc::SOL_SOCKET, libc::SO_REUSEADDR, 1).unwrap();

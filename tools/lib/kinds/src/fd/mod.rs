@@ -33,7 +33,7 @@ pub mod restore;
 pub mod signalfd;
 pub mod socket;
 pub mod sockopt;
-mod tcp;
+pub mod tcp;
 #[cfg(test)]
 mod tests;
 pub mod timerfd;

@@ -17,7 +17,7 @@ use ckpt_proto::{
 use ckpt_remote::Call;
 use ckpt_sys::{FileId, Pid, Refused, SocketId, file};
 
-use super::{KINDS, Support, epoll, fown, lock, memfd, reg, tty};
+use super::{KINDS, Support, epoll, fown, lock, memfd, reg, tcp, tty};
 
 /// What the user wants at restore.
 #[derive(Debug, Clone)]
@@ -28,13 +28,21 @@ pub struct RestoreOptions {
     pub external_unix: Vec<(SocketId, Vec<u8>)>,
     /// A changed data file is an error.
     pub files_strict: bool,
+    /// TCP connections whose other end is not in the images are restored as closed.
+    pub tcp_close: bool,
     /// Takes warnings.
     pub warn: fn(&str),
 }
 
 impl Default for RestoreOptions {
     fn default() -> Self {
-        Self { inherit: Vec::new(), external_unix: Vec::new(), files_strict: false, warn: |_| () }
+        Self {
+            inherit: Vec::new(),
+            external_unix: Vec::new(),
+            files_strict: false,
+            tcp_close: false,
+            warn: |_| (),
+        }
     }
 }
 
@@ -76,6 +84,7 @@ pub struct Opening<'a> {
     pub(super) connected: BTreeSet<u64>,
     /// Socket files that stay if the restore succeeds.
     sockets: Vec<PathBuf>,
+    pub(super) tcp: tcp::Connections,
 }
 
 impl Opening<'_> {
@@ -187,6 +196,7 @@ pub struct OpenFiles {
     owners: HashMap<u32, (u32, FownEntry)>,
     locks: Vec<FileLockEntry>,
     created: Vec<PathBuf>,
+    tcp: tcp::Connections,
 }
 
 impl OpenFiles {
@@ -222,6 +232,7 @@ impl OpenFiles {
             given: BTreeSet::new(),
             connected: BTreeSet::new(),
             sockets: Vec::new(),
+            tcp: tcp::Connections::default(),
         };
         let opened = opening.open(&entries);
         for created in opening.created.drain(..).rev().flatten() {
@@ -250,6 +261,7 @@ impl OpenFiles {
             owners,
             locks: set.all(Image::FileLocks, 0)?,
             created: opening.sockets,
+            tcp: opening.tcp,
         })
     }
 
@@ -290,6 +302,15 @@ impl OpenFiles {
             calls.push(lock::call(lock)?);
         }
         Ok(calls)
+    }
+
+    /// The last step before the tasks run: TCP connections come to life. Until here no packet of theirs has left
+    /// this host, and a restore that fails leaves everything as it was.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn go_live(&mut self, set: &ImageSet) -> anyhow::Result<()> {
+        std::mem::take(&mut self.tcp).go_live(&self.files, set)
     }
 
     /// Sets up the terminals for those tasks that were in their foreground. `stays`: this process stays in the

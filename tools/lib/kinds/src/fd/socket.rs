@@ -38,6 +38,8 @@ pub struct SkOptions {
     pub external: Vec<unix::ExternalSocket>,
     /// Bytes waiting in these.
     pub queued: Queued,
+    /// What may become of TCP connections.
+    pub tcp: tcp::TcpOptions,
 }
 
 /// Where messages for the user go.

@@ -1,0 +1,464 @@
+//! ckpt-restore's part: making connections again.
+//!
+//! 1. The network is locked for all connections that will be made. If the checkpointed tree was killed, another
+//!    lock stands already and stays until step 5.
+//! 2. Listeners and other bound sockets are made: established ones may share their ports, not the
+//!    other way round.
+//! 3. Connections are made in repair mode, one by one: sequence numbers, bind, connect, what was negotiated, what
+//!    was received, what was sent and not acknowledged, windows, options. A FIN that a peer outside of the
+//!    images had sent is received again: a second socket in repair mode plays the peer for as long as that takes.
+//!    Its packet bears a mark that passes the lock.
+//! 4. The tasks are built.
+//! 5. [`Connections::go_live`]: the locks go, all sockets leave repair mode. What had not been sent yet is
+//!    sent, FINs too, SYN_SENT connects. The tasks run.
+//!
+//! Up to step 5 sockets that are closed say nothing to anybody, so a restore may fail at any point.
+//! FINs are sent in step 5 even where they had been acknowledged: a peer that has seen one acknowledges it
+//! again, and both ends are in the states that they were in. Between two ends in the images this is all it takes.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, bail, ensure};
+use ckpt_images::ImageSet;
+use ckpt_proto::{
+    Image,
+    types::{ClosedConnection, InetSkEntry, InventoryEntry, TcpStreamEntry},
+};
+use ckpt_sys::{
+    FileId, Refused, file,
+    nft::{self, Connection, INJECTED, NetLock},
+    sock,
+    tcp::{self, Negotiated, Queue, Window},
+};
+use nix::{
+    errno::Errno,
+    sys::socket::{MsgFlags, Shutdown, connect, send, shutdown},
+};
+
+use super::state;
+use crate::fd::{Opening, inet};
+
+/// Bytes of a queue that are put back by one call.
+const PIECE: u64 = 1 << 16;
+/// How long a packet may take from one socket of this process to another.
+const PATIENCE: Duration = Duration::from_secs(5);
+const IP_TRANSPARENT: i32 = 19;
+const IPV6_TRANSPARENT: i32 = 75;
+const SO_RCVBUFFORCE: i32 = 33;
+/// Memory that the kernel takes for a byte in a queue, at most, and for an empty queue.
+const OVERHEAD: u64 = 4;
+const SLACK: u64 = 1 << 18;
+
+/// Connections that wait for the last step.
+#[derive(Debug, Default)]
+pub struct Connections {
+    lock: Option<NetLock>,
+    /// The lock that ckpt-scan has left behind.
+    left: Option<String>,
+    waiting: Vec<Waiting>,
+}
+
+#[derive(Debug)]
+struct Waiting {
+    /// In FILES.
+    id: u32,
+    what: String,
+    what_next: Next,
+}
+
+#[derive(Debug)]
+enum Next {
+    Connect(SocketAddr),
+    Live {
+        reuse: bool,
+        /// Where in the contents of which stream image lies what has not been sent yet.
+        ino: u32,
+        unsent: std::ops::Range<u64>,
+        fin: bool,
+    },
+}
+
+/// Makes all sockets of the images. Connections are left in repair mode, locked.
+pub(in crate::fd) fn restore(opening: &mut Opening<'_>, entries: &[&InetSkEntry]) -> anyhow::Result<()> {
+    let mut connections = BTreeSet::new();
+    for isk in entries {
+        if state::connected(state_of(isk)?) {
+            connections.insert(connection(isk)?);
+        }
+    }
+    let mut kept = BTreeSet::new();
+    let closes = |isk: &InetSkEntry| -> anyhow::Result<bool> {
+        Ok(opening.options.tcp_close && !connections.contains(&connection(isk)?.reversed()))
+    };
+    let mut planned = Vec::new();
+    for isk in entries {
+        let now = state_of(isk)?;
+        let plan = match now {
+            state::LISTEN => Plan::Listen,
+            state::SYN_SENT => Plan::Connect,
+            state::CLOSE => match isk.ckpt_closed.map(ClosedConnection::try_from) {
+                None => Plan::Bind,
+                Some(Ok(how)) => Plan::Closed(how),
+                Some(Err(_)) => bail!("{}: unknown kind of closed connection", what(isk)),
+            },
+            now if state::connected(now) && closes(isk)? => Plan::Closed(ClosedConnection::Ended),
+            now if state::connected(now) => {
+                kept.insert(connection(isk)?);
+                Plan::Live
+            }
+            now => bail!("{}: can't be in state {}", what(isk), state::name(now)),
+        };
+        planned.push((plan, *isk));
+    }
+    if !kept.is_empty() {
+        opening.tcp.lock = Some(lock(&kept)?);
+        let inventory: InventoryEntry = opening.set.one(Image::Inventory, 0)?;
+        opening.tcp.left = inventory.ckpt_net_lock;
+    }
+    planned.sort_by_key(|(plan, _)| matches!(plan, Plan::Closed(_) | Plan::Live));
+    for (plan, isk) in planned {
+        let what = what(isk);
+        let fd = match plan {
+            Plan::Listen => {
+                let fd = bound(isk, &what)?;
+                sock::listen(fd.as_fd(), i32::try_from(isk.backlog).unwrap_or(i32::MAX))?;
+                inet::finish(fd.as_fd(), isk, &what)?;
+                fd
+            }
+            Plan::Bind => {
+                let fd = bound(isk, &what)?;
+                inet::finish(fd.as_fd(), isk, &what)?;
+                fd
+            }
+            Plan::Connect => {
+                let fd = bound(isk, &what)?;
+                inet::finish(fd.as_fd(), isk, &what)?;
+                let what_next = Next::Connect(inet::destination(isk)?);
+                opening.tcp.waiting.push(Waiting { id: isk.id, what: what.clone(), what_next });
+                fd
+            }
+            Plan::Closed(how) => closed(opening.set, isk, &what, how)?,
+            Plan::Live => {
+                let peer_inside = kept.contains(&connection(isk)?.reversed());
+                let (fd, what_next) = live(opening.set, isk, &what, peer_inside)?;
+                opening.tcp.waiting.push(Waiting { id: isk.id, what: what.clone(), what_next });
+                fd
+            }
+        };
+        opening.set_flags(fd.as_fd(), isk.flags)?;
+        opening.keep(FileId(isk.id), fd)?;
+    }
+    Ok(())
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Plan {
+    Listen,
+    Bind,
+    Connect,
+    Closed(ClosedConnection),
+    Live,
+}
+
+fn what(isk: &InetSkEntry) -> String {
+    format!("TCP socket {}", isk.ino)
+}
+
+fn state_of(isk: &InetSkEntry) -> anyhow::Result<u8> {
+    u8::try_from(isk.state).with_context(|| format!("{}: state {}", what(isk), isk.state))
+}
+
+fn connection(isk: &InetSkEntry) -> anyhow::Result<Connection> {
+    Ok(Connection::new(inet::source(isk)?, inet::destination(isk)?))
+}
+
+fn lock(connections: &BTreeSet<Connection>) -> anyhow::Result<NetLock> {
+    NetLock::hold(&nft::new_name()?, connections).map_err(|e| {
+        let subject = format!("{} TCP connections", connections.len());
+        match e.errno {
+            Errno::EPERM => {
+                let reason = "making them again (TCP_REPAIR, nftables) needs CAP_NET_ADMIN";
+                Refused::new(subject, reason)
+                    .advise("run ckpt-restore as root, or have them closed: --tcp-close")
+                    .into()
+            }
+            _ => anyhow::Error::from(e).context("lock the network for TCP connections"),
+        }
+    })
+}
+
+fn bound(isk: &InetSkEntry, what: &str) -> anyhow::Result<OwnedFd> {
+    let fd = inet::new_socket(isk, what)?;
+    let local = inet::source(isk)?;
+    if local.port() != 0 {
+        inet::bind(fd.as_fd(), what, local)?;
+    }
+    Ok(fd)
+}
+
+fn connect_to(fd: BorrowedFd<'_>, address: SocketAddr) -> Result<(), Errno> {
+    connect(fd.as_raw_fd(), &*inet::sockaddr(address))
+}
+
+/// Lets `fd` receive this much.
+fn receive_room(fd: BorrowedFd<'_>, bytes: u64) -> anyhow::Result<()> {
+    let wanted = i32::try_from(bytes * OVERHEAD + SLACK).unwrap_or(i32::MAX / 2);
+    if sock::option(fd, libc::SOL_SOCKET, libc::SO_RCVBUF)? < wanted
+        && sock::set_option(fd, libc::SOL_SOCKET, SO_RCVBUFFORCE, wanted).is_err()
+    {
+        sock::set_option(fd, libc::SOL_SOCKET, libc::SO_RCVBUF, wanted)?;
+    }
+    Ok(())
+}
+
+/// Writes a part of the contents of a stream image to `fd`.
+fn put(set: &ImageSet, ino: u32, range: std::ops::Range<u64>, fd: BorrowedFd<'_>) -> anyhow::Result<()> {
+    if range.is_empty() {
+        return Ok(());
+    }
+    let image = || Image::TcpStream.file_name(ino.into());
+    let place = set.payload(Image::TcpStream, ino.into(), 0).with_context(image)?;
+    ensure!(range.end <= place.len, "{}: its contents are {} bytes, not {}", image(), place.len, range.end);
+    let mut at = range.start;
+    while at < range.end {
+        let mut buffer = vec![0; usize::try_from((range.end - at).min(PIECE)).unwrap_or(0)];
+        let offset = i64::try_from(place.offset + at).context("offset in an image")?;
+        let n = nix::sys::uio::pread(place.file, &mut buffer, offset).with_context(image)?;
+        ensure!(n > 0, "{}: it ends early", image());
+        let mut rest = buffer.get(..n).unwrap_or_default();
+        while !rest.is_empty() {
+            let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+            let n = send(fd.as_raw_fd(), rest, flags).context("put bytes into its queue")?;
+            rest = rest.get(n..).unwrap_or_default();
+        }
+        at += n as u64;
+    }
+    Ok(())
+}
+
+/// A connection, in repair mode.
+fn live(set: &ImageSet, isk: &InetSkEntry, what: &str, peer_inside: bool) -> anyhow::Result<(OwnedFd, Next)> {
+    const TCPI_OPT_TIMESTAMPS: u32 = 1;
+    const TCPI_OPT_SACK: u32 = 2;
+    const TCPI_OPT_WSCALE: u32 = 4;
+    let now = state_of(isk)?;
+    let stream: TcpStreamEntry = set.one(Image::TcpStream, isk.ino.into())?;
+    let (inq, outq) = (u64::from(stream.inq_len), u64::from(stream.outq_len));
+    // CRIU's older images have no such field: then all counts as sent.
+    let unsent = u64::from(stream.unsq_len.unwrap_or(0)).min(outq);
+    let (local, remote) = (inet::source(isk)?, inet::destination(isk)?);
+    let fin_sent = state::fin_sent(now);
+    let fin_received = state::fin_received(now);
+    let received = stream.inq_seq.wrapping_sub(fin_received.into());
+    let acknowledged = stream.outq_seq.wrapping_sub(fin_sent.into()).wrapping_sub(stream.outq_len);
+
+    let fd = inet::new_socket(isk, what)?;
+    let socket = fd.as_fd();
+    tcp::enter_repair(socket)?;
+    tcp::set_sequence(socket, Queue::Receive, received.wrapping_sub(stream.inq_len))?;
+    tcp::set_sequence(socket, Queue::Send, acknowledged)?;
+    inet::bind(socket, what, local)?;
+    match connect_to(socket, remote) {
+        Ok(()) => {}
+        Err(Errno::EADDRNOTAVAIL | Errno::EADDRINUSE) => {
+            let reason = format!("the connection from {local} to {remote} exists: its original still has it");
+            return Err(Refused::new(what.to_owned(), reason)
+                .advise("end that (--replace does), or pass --tcp-close")
+                .into());
+        }
+        Err(errno) => return Err(errno).with_context(|| format!("{what}: connect {local} to {remote}")),
+    }
+    let shift = |n: u32| {
+        u8::try_from(n).ok().filter(|&n| n <= 14).with_context(|| format!("{what}: window scale {n}"))
+    };
+    let wscale = match stream.opt_mask & TCPI_OPT_WSCALE {
+        0 => None,
+        _ => Some((shift(stream.snd_wscale)?, shift(stream.rcv_wscale.unwrap_or(0))?)),
+    };
+    let negotiated = Negotiated {
+        mss_clamp: stream.mss_clamp,
+        wscale,
+        sack: stream.opt_mask & TCPI_OPT_SACK != 0,
+        timestamps: stream.opt_mask & TCPI_OPT_TIMESTAMPS != 0,
+    };
+    tcp::set_negotiated(socket, negotiated).with_context(|| what.to_owned())?;
+    if let Some(timestamp) = stream.timestamp.filter(|_| negotiated.timestamps) {
+        tcp::set_timestamp(socket, timestamp)?;
+    }
+    let queues = || format!("{what}: {inq} bytes received, {outq} bytes sent or to be sent");
+    receive_room(socket, inq)?;
+    tcp::select(socket, Some(Queue::Receive))?;
+    put(set, isk.ino, 0..inq, socket).with_context(queues)?;
+    sock::make_room(socket, usize::try_from(outq * OVERHEAD + SLACK).unwrap_or(usize::MAX));
+    tcp::select(socket, Some(Queue::Send))?;
+    let sent = inq + outq - unsent;
+    put(set, isk.ino, inq..sent, socket).with_context(queues)?;
+    if let (Some(snd_wl1), Some(snd_wnd), Some(max_window), Some(rcv_wnd), Some(rcv_wup)) =
+        (stream.snd_wl1, stream.snd_wnd, stream.max_window, stream.rcv_wnd, stream.rcv_wup)
+    {
+        // The window's edges are told by sequence numbers, which must not be beyond what is there now.
+        let rcv_wup = if fin_received && rcv_wup == stream.inq_seq { received } else { rcv_wup };
+        let window = Window { snd_wl1, snd_wnd, max_window, rcv_wnd, rcv_wup };
+        tcp::set_window(socket, window).with_context(|| format!("{what}: {window:?}"))?;
+    }
+    tcp::select(socket, None)?;
+    if fin_received && !peer_inside {
+        let peer = Peer { local: remote, remote: local, next: received, expects: acknowledged };
+        peer.sends_fin(socket).with_context(|| format!("{what}: receive the end of what {remote} sent"))?;
+    }
+    inet::finish(socket, isk, what)?;
+    let reuse = isk.opts.reuseaddr == Some(true);
+    let next = Next::Live { reuse, ino: isk.ino, unsent: sent..inq + outq, fin: fin_sent };
+    Ok((fd, next))
+}
+
+/// A socket in the place of a peer that is elsewhere.
+struct Peer {
+    local: SocketAddr,
+    remote: SocketAddr,
+    /// Sequence number that it sends.
+    next: u32,
+    /// Sequence number that it acknowledges.
+    expects: u32,
+}
+
+impl Peer {
+    /// Lets `socket` receive its FIN.
+    fn sends_fin(&self, socket: BorrowedFd<'_>) -> anyhow::Result<()> {
+        let plain = |a: SocketAddr| match a.ip().to_canonical() {
+            std::net::IpAddr::V4(v4) => SocketAddr::from((v4, a.port())),
+            std::net::IpAddr::V6(_) => a,
+        };
+        let (local, remote) = (plain(self.local), plain(self.remote));
+        let family = if local.is_ipv6() { libc::AF_INET6 } else { libc::AF_INET };
+        let fake = sock::socket(family, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0)?;
+        let fake = fake.as_fd();
+        let transparent =
+            if local.is_ipv6() { (libc::SOL_IPV6, IPV6_TRANSPARENT) } else { (libc::SOL_IP, IP_TRANSPARENT) };
+        sock::set_option(fake, transparent.0, transparent.1, 1)?;
+        sock::set_option(fake, libc::SOL_SOCKET, libc::SO_MARK, INJECTED.cast_signed())?;
+        tcp::enter_repair(fake)?;
+        tcp::set_sequence(fake, Queue::Receive, self.expects)?;
+        tcp::set_sequence(fake, Queue::Send, self.next)?;
+        nix::sys::socket::bind(fake.as_raw_fd(), &*inet::sockaddr(local)).context("bind")?;
+        connect_to(fake, remote).context("connect")?;
+        // Without a handshake it has no window to send into.
+        let (snd_wnd, rcv_wnd) = (0xffff, 0xffff);
+        let (snd_wl1, rcv_wup) = (self.expects, self.expects);
+        tcp::set_window(fake, Window { snd_wl1, snd_wnd, max_window: snd_wnd, rcv_wnd, rcv_wup })?;
+        tcp::abandon_repair(fake)?;
+        let sent = shutdown(fake.as_raw_fd(), Shutdown::Write).context("shutdown");
+        let arrived = wait_for(socket, state::CLOSE_WAIT);
+        // It is closed in silence.
+        tcp::enter_repair(fake)?;
+        sent.and(arrived)
+    }
+}
+
+/// Waits for a packet that is on its way within this host to have its effect.
+fn wait_for(socket: BorrowedFd<'_>, wanted: u8) -> anyhow::Result<()> {
+    let end = Instant::now() + PATIENCE;
+    loop {
+        let now = tcp::info(socket)?.state;
+        if now == wanted {
+            return Ok(());
+        }
+        ensure!(
+            Instant::now() < end,
+            "it is in state {}, not {}; do firewall rules drop packets from this host to itself?",
+            state::name(now),
+            state::name(wanted)
+        );
+        std::thread::sleep(Duration::from_micros(100));
+    }
+}
+
+/// A socket whose connection has ended: connected to one of our own, which sends it what is queued, and resets
+/// the connection. That queue and end survive is what the kernel does in this case too.
+fn closed(set: &ImageSet, isk: &InetSkEntry, what: &str, how: ClosedConnection) -> anyhow::Result<OwnedFd> {
+    let stream: Vec<TcpStreamEntry> = set.all(Image::TcpStream, isk.ino.into())?;
+    let inq = u64::from(stream.first().map_or(0, |s| s.inq_len));
+    let v6 = isk.family == libc::AF_INET6.unsigned_abs();
+    let address = if v6 {
+        SocketAddr::from((Ipv6Addr::LOCALHOST, 0))
+    } else {
+        SocketAddr::from((Ipv4Addr::LOCALHOST, 0))
+    };
+    let family = if v6 { libc::AF_INET6 } else { libc::AF_INET };
+    let listener = sock::socket(family, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0)?;
+    inet::bind(listener.as_fd(), what, address)?;
+    sock::listen(listener.as_fd(), 1)?;
+    let address = inet::local(listener.as_fd())?.context("getsockname")?;
+    let fd = inet::new_socket(isk, what)?;
+    let socket = fd.as_fd();
+    receive_room(socket, inq)?;
+    connect_to(socket, address).with_context(|| format!("{what}: connect to {address}"))?;
+    let far = sock::accept(listener.as_fd())?;
+    sock::make_room(far.as_fd(), usize::try_from(inq * OVERHEAD + SLACK).unwrap_or(usize::MAX));
+    put(set, isk.ino, 0..inq, far.as_fd()).with_context(|| format!("{what}: {inq} bytes received"))?;
+    let end = Instant::now() + PATIENCE;
+    while u64::from(file::readable_bytes(socket)?) < inq {
+        ensure!(Instant::now() < end, "{what}: {inq} bytes do not come through the loopback device");
+        std::thread::sleep(Duration::from_micros(100));
+    }
+    sock::set_linger(far.as_fd(), 0)?;
+    drop(far);
+    wait_for(socket, state::CLOSE).with_context(|| what.to_owned())?;
+    if how == ClosedConnection::Ended {
+        // Reading an error takes it.
+        sock::option(socket, libc::SOL_SOCKET, libc::SO_ERROR)?;
+    }
+    inet::finish(socket, isk, what)?;
+    Ok(fd)
+}
+
+impl Connections {
+    /// See the module's text, step 5.
+    pub fn go_live(self, files: &HashMap<u32, OwnedFd>, set: &ImageSet) -> anyhow::Result<()> {
+        let Self { lock, left, waiting } = self;
+        let socket = |w: &Waiting| {
+            let fd = files.get(&w.id).with_context(|| format!("{} was not made", w.what))?;
+            anyhow::Ok(fd.as_fd())
+        };
+        if let Some(name) = left {
+            nft::remove(&name).with_context(|| format!("remove the lock {name} from the network"))?;
+        }
+        drop(lock);
+        for w in &waiting {
+            if let Next::Live { reuse, .. } = w.what_next {
+                let fd = socket(w)?;
+                tcp::leave_repair(fd).with_context(|| w.what.clone())?;
+                if reuse {
+                    sock::set_option(fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1)?;
+                }
+            }
+        }
+        for w in &waiting {
+            let fd = socket(w)?;
+            match &w.what_next {
+                Next::Live { ino, unsent, fin, .. } => {
+                    put(set, *ino, unsent.clone(), fd)
+                        .with_context(|| format!("{}: send what it had to send", w.what))?;
+                    if *fin {
+                        shutdown(fd.as_raw_fd(), Shutdown::Write).with_context(|| w.what.clone())?;
+                    }
+                }
+                Next::Connect(address) => {
+                    let flags = file::flags(fd)?;
+                    file::set_flags(fd, flags | libc::O_NONBLOCK.cast_unsigned())?;
+                    let connected = connect_to(fd, *address);
+                    file::set_flags(fd, flags)?;
+                    if !matches!(connected, Ok(()) | Err(Errno::EINPROGRESS)) {
+                        connected.with_context(|| format!("{}: connect to {address}", w.what))?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}
