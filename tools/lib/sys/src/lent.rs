@@ -38,6 +38,7 @@ const SLOTS: usize = 16;
 struct Slot {
     /// The socket, or -1: nothing to do. Written last when taken, first when given back.
     fd: AtomicI32,
+    level: AtomicI32,
     name: AtomicI32,
     before: AtomicI32,
 }
@@ -156,14 +157,15 @@ fn guard(end: BorrowedFd<'_>, shared: &Shared) -> ! {
             Err(_) => break,
         }
     }
-    for slot in shared.slots() {
+    // What was changed last is put back first.
+    for slot in shared.slots().iter().rev() {
         let fd = slot.fd.load(Ordering::SeqCst);
         if fd >= 0 {
             // SAFETY: the number is open in the table that was shared with the dead, who can't close it any more.
             let fd = unsafe { BorrowedFd::borrow_raw(fd) };
             let _ = set_option(
                 fd,
-                libc::SOL_SOCKET,
+                slot.level.load(Ordering::SeqCst),
                 slot.name.load(Ordering::SeqCst),
                 slot.before.load(Ordering::SeqCst),
             );
@@ -178,6 +180,7 @@ fn guard(end: BorrowedFd<'_>, shared: &Shared) -> ! {
 #[derive(Debug)]
 pub struct LentOption<'a> {
     fd: BorrowedFd<'a>,
+    level: i32,
     name: i32,
     before: i32,
     slot: usize,
@@ -193,6 +196,21 @@ impl<'a> LentOption<'a> {
     /// changed.
     pub fn set(fd: BorrowedFd<'a>, name: i32, value: i32) -> Result<Self, SysError> {
         let before = option(fd, libc::SOL_SOCKET, name)?;
+        Self::change(fd, libc::SOL_SOCKET, name, value, before)
+    }
+
+    /// Sets an int option of any level, to be put back by setting it to `before`. What is changed later is put back
+    /// earlier, if it is dropped in this order.
+    ///
+    /// # Errors
+    /// As [`Self::set`].
+    pub fn change(
+        fd: BorrowedFd<'a>,
+        level: i32,
+        name: i32,
+        value: i32,
+        before: i32,
+    ) -> Result<Self, SysError> {
         let slot = GUARDIAN.with_borrow_mut(|guardian| {
             if !guardian.as_ref().is_some_and(Guardian::is_there) {
                 *guardian = Some(Guardian::start()?);
@@ -201,20 +219,21 @@ impl<'a> LentOption<'a> {
             let free = slots.into_iter().flatten().find(|(_, slot)| slot.fd.load(Ordering::SeqCst) < 0);
             let (index, slot) =
                 free.ok_or_else(|| SysError::new("lend", "too many options", Errno::EBUSY))?;
+            slot.level.store(level, Ordering::SeqCst);
             slot.name.store(name, Ordering::SeqCst);
             slot.before.store(before, Ordering::SeqCst);
             slot.fd.store(fd.as_raw_fd(), Ordering::SeqCst);
             Ok(index)
         })?;
-        let lent = Self { fd, name, before, slot, _thread: PhantomData };
-        set_option(fd, libc::SOL_SOCKET, name, value)?;
+        let lent = Self { fd, level, name, before, slot, _thread: PhantomData };
+        set_option(fd, level, name, value)?;
         Ok(lent)
     }
 }
 
 impl Drop for LentOption<'_> {
     fn drop(&mut self) {
-        let _ = set_option(self.fd, libc::SOL_SOCKET, self.name, self.before);
+        let _ = set_option(self.fd, self.level, self.name, self.before);
         GUARDIAN.with_borrow(|guardian| {
             let slot = guardian.as_ref().and_then(|guardian| guardian.shared.slots().get(self.slot));
             if let Some(slot) = slot {

@@ -3,28 +3,17 @@
 //! A socket in repair mode lets CAP_NET_ADMIN see and set sequence numbers, windows and both queues, makes no
 //! handshake when it is connected, and is closed without a word to its peer. What it does not do is work: its
 //! owner's recv(2) and send(2) fail. So on a live socket the mode is a danger, and [`Repair`] keeps
-//! it short: it is put back when that is dropped, and also if this process is killed, by a child process
-//! ([`Guardian`]) that waits for nothing else.
+//! it short: it is put back when that is dropped, and also if this process is killed ([`crate::lent`]).
 //!
 //! Leaving the mode has two traps. The kernel clears `SO_REUSEADDR`, which is therefore put back; and
 //! with `TCP_REPAIR_OFF` it sends a window probe, which a lock on the network would not let pass and a
 //! target that runs on has not asked for, so it is left by `TCP_REPAIR_OFF_NO_WP` (Linux 4.19).
 
-use std::{
-    os::fd::{AsRawFd, BorrowedFd, OwnedFd},
-    sync::atomic::{AtomicU64, Ordering},
-};
-
-use nix::{
-    errno::Errno,
-    sys::{
-        signal::{SigSet, SigmaskHow},
-        wait::waitpid,
-    },
-};
+use std::os::fd::{AsRawFd, BorrowedFd};
 
 use crate::{
     SysError,
+    lent::LentOption,
     sock::{option, option_bytes, set_option, set_option_bytes, unread_memory},
 };
 
@@ -251,103 +240,27 @@ pub fn set_negotiated(fd: BorrowedFd<'_>, n: Negotiated) -> Result<(), SysError>
     set_option_bytes(fd, libc::IPPROTO_TCP, TCP_REPAIR_OPTIONS, &options)
 }
 
-/// What [`Guardian`]'s child reads: a descriptor number + 1, 0 for none, and `SO_REUSEADDR` above.
-const REUSE: u64 = 1 << 32;
-
-/// A child process that takes a socket out of repair mode if we die.
-///
-/// It has copies of all descriptors that were open when it was made, our connections to other processes
-/// included: whoever waits for one of these to be closed (the holder of a frozen tree) learns of our
-/// death only when it is done.
+/// Somebody else's socket in repair mode, for a moment. Put back when it is dropped, and if this process is killed.
 #[derive(Debug)]
-pub struct Guardian {
-    /// In memory shared with the child.
-    slot: &'static AtomicU64,
-    child: libc::pid_t,
-    alive: Option<OwnedFd>,
+pub struct Repair<'a> {
+    fd: BorrowedFd<'a>,
+    // In this order: leaving the mode clears the other.
+    mode: LentOption<'a>,
+    reuse: LentOption<'a>,
 }
 
-impl Guardian {
-    /// For sockets that are open now.
-    ///
-    /// # Errors
-    /// Those of mmap(2), pipe(2) and fork(2).
-    pub fn new() -> Result<Self, SysError> {
-        let failed = |call| move |errno| SysError::new(call, "this process", errno);
-        let prot = libc::PROT_READ | libc::PROT_WRITE;
-        let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS;
-        // SAFETY: a new mapping at an address of the kernel's choice.
-        let page = unsafe { libc::mmap(std::ptr::null_mut(), 4096, prot, flags, -1, 0) };
-        if page == libc::MAP_FAILED {
-            return Err(SysError::last("mmap", "this process"));
-        }
-        // SAFETY: the page is aligned, zeroed, larger than the value, and never unmapped: one page per run of the
-        // tool. Both processes use it through atomic operations only.
-        let slot: &'static AtomicU64 = unsafe { &*page.cast::<AtomicU64>() };
-        let (ours, theirs) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).map_err(failed("pipe2"))?;
-        // No signal but SIGKILL ends the child; the mask is set before there is one.
-        let before =
-            SigSet::all().thread_swap_mask(SigmaskHow::SIG_SETMASK).map_err(failed("sigprocmask"))?;
-        // SAFETY: the child makes system calls only, so locks that other threads hold are in nobody's way.
-        let child = unsafe { libc::fork() };
-        if child == 0 {
-            // Out of the process group, which may be killed as a whole.
-            let _ = nix::unistd::setsid();
-            let _ = nix::unistd::close(theirs.as_raw_fd());
-            while nix::unistd::read(&ours, &mut [0]) == Err(Errno::EINTR) {}
-            let value = slot.load(Ordering::SeqCst);
-            if let Ok(number) = i32::try_from(value & (REUSE - 1))
-                && number > 0
-            {
-                // SAFETY: the parent entered repair mode on it, so it was open at the fork, and here nothing closes it.
-                let fd = unsafe { BorrowedFd::borrow_raw(number - 1) };
-                let _ = restore(fd, value & REUSE != 0);
-            }
-            // SAFETY: no pointers.
-            unsafe { libc::_exit(0) }
-        }
-        let result = if child < 0 { Err(SysError::last("fork", "this process")) } else { Ok(child) };
-        let _ = before.thread_set_mask();
-        Ok(Self { slot, child: result?, alive: Some(theirs) })
-    }
-
-    /// Enters repair mode on a socket of a frozen task. `fd` was open when the guardian was made.
+impl<'a> Repair<'a> {
+    /// Enters repair mode on a socket of a frozen task.
     ///
     /// # Errors
     /// EPERM: no CAP_NET_ADMIN, or the socket listens.
-    pub fn repair<'a>(&'a mut self, fd: BorrowedFd<'a>) -> Result<Repair<'a>, SysError> {
-        let reuse = option(fd, libc::SOL_SOCKET, libc::SO_REUSEADDR)? != 0;
-        let number = u64::from(fd.as_raw_fd().unsigned_abs()) + 1;
-        self.slot.store(number | if reuse { REUSE } else { 0 }, Ordering::SeqCst);
-        let repair = Repair { guardian: self, fd, reuse, on: true };
-        enter_repair(fd)?;
-        Ok(repair)
+    pub fn enter(fd: BorrowedFd<'a>) -> Result<Self, SysError> {
+        let before = option(fd, libc::SOL_SOCKET, libc::SO_REUSEADDR)?;
+        let reuse = LentOption::change(fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, before, before)?;
+        let mode = LentOption::change(fd, libc::IPPROTO_TCP, TCP_REPAIR, REPAIR_ON, REPAIR_OFF_NO_WP)?;
+        Ok(Self { fd, mode, reuse })
     }
-}
 
-impl Drop for Guardian {
-    fn drop(&mut self) {
-        drop(self.alive.take());
-        while waitpid(nix::unistd::Pid::from_raw(self.child), None) == Err(Errno::EINTR) {}
-    }
-}
-
-/// Right for a socket that is in repair mode, and for one that has just left it.
-fn restore(fd: BorrowedFd<'_>, reuse: bool) -> Result<(), SysError> {
-    set_tcp(fd, TCP_REPAIR, REPAIR_OFF_NO_WP)?;
-    if reuse { set_option(fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1) } else { Ok(()) }
-}
-
-/// A frozen task's socket in repair mode.
-#[derive(Debug)]
-pub struct Repair<'a> {
-    guardian: &'a mut Guardian,
-    fd: BorrowedFd<'a>,
-    reuse: bool,
-    on: bool,
-}
-
-impl Repair<'_> {
     /// The socket.
     #[must_use]
     pub fn fd(&self) -> BorrowedFd<'_> {
@@ -357,23 +270,15 @@ impl Repair<'_> {
     /// Leaves the mode. Dropping does the same but can't tell of errors.
     ///
     /// # Errors
-    /// Those of setsockopt(2).
-    pub fn leave(mut self) -> Result<(), SysError> {
-        self.undo()
-    }
-
-    fn undo(&mut self) -> Result<(), SysError> {
-        if std::mem::take(&mut self.on) {
-            restore(self.fd, self.reuse)?;
-            self.guardian.slot.store(0, Ordering::SeqCst);
+    /// It could not be left.
+    pub fn leave(self) -> Result<(), SysError> {
+        let Self { fd, mode, reuse } = self;
+        drop(mode);
+        drop(reuse);
+        match tcp(fd, TCP_REPAIR)? {
+            0 => Ok(()),
+            _ => abandon_repair(fd),
         }
-        Ok(())
-    }
-}
-
-impl Drop for Repair<'_> {
-    fn drop(&mut self) {
-        let _ = self.undo();
     }
 }
 
@@ -404,14 +309,13 @@ mod tests {
         client.write_all(b"hello").unwrap();
         server.read_exact(&mut [0; 2]).unwrap();
         set_option(client.as_fd(), libc::SOL_SOCKET, libc::SO_REUSEADDR, 1).unwrap();
-        let mut guardian = Guardian::new().unwrap();
-        let Ok(repair) = guardian.repair(client.as_fd()) else {
+        let Ok(repair) = Repair::enter(client.as_fd()) else {
             return; // no CAP_NET_ADMIN
         };
         let sent = sequence(repair.fd(), Queue::Send).unwrap();
         assert!(in_repair(&client) && mss_clamp(repair.fd()).unwrap() > 500);
         repair.leave().unwrap();
-        let repair = guardian.repair(server.as_fd()).unwrap();
+        let repair = Repair::enter(server.as_fd()).unwrap();
         assert_eq!(sequence(repair.fd(), Queue::Receive).unwrap(), sent);
         assert_eq!(window(repair.fd()).unwrap().rcv_wup, sent);
         drop(repair);
@@ -433,9 +337,8 @@ mod tests {
         // SAFETY: the child makes system calls only, and ends without running anything of ours.
         let child = unsafe { libc::fork() };
         if child == 0 {
-            let mut guardian = Guardian::new();
-            let repair = guardian.as_mut().map(|g| g.repair(client.as_fd()));
-            let _ = nix::unistd::write(&tell, &[u8::from(matches!(repair, Ok(Ok(_))))]);
+            let repair = Repair::enter(client.as_fd());
+            let _ = nix::unistd::write(&tell, &[u8::from(repair.is_ok())]);
             // SAFETY: no arguments.
             unsafe { libc::pause() };
         }
@@ -445,7 +348,7 @@ mod tests {
         drop(tell);
         let child = nix::unistd::Pid::from_raw(child);
         nix::sys::signal::kill(child, nix::sys::signal::SIGKILL).unwrap();
-        waitpid(child, None).unwrap();
+        nix::sys::wait::waitpid(child, None).unwrap();
         // The guardian has the pipe too, and closes it when it is done.
         assert_eq!(nix::unistd::read(&told, &mut ok).unwrap(), 0);
         assert!(!in_repair(&client));

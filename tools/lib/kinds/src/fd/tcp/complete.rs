@@ -19,7 +19,7 @@ use ckpt_sys::{
     file,
     nft::Connection,
     sock,
-    tcp::{self, Guardian, Queue},
+    tcp::{self, Queue, Repair},
 };
 use nix::{
     errno::Errno,
@@ -110,7 +110,6 @@ pub fn complete(
         .map(|s| Connection::new(s.local, s.remote))
         .collect();
     let options = completion.options.tcp;
-    let mut guardian = None;
     for socket in &sockets {
         let mut isk = inet::entry(&socket.open, socket.diag.as_ref(), &socket.what, completion)?;
         let mut stream = None;
@@ -125,11 +124,7 @@ pub fn complete(
                 check_urgent(socket)?;
                 let fate = fate(socket, &inside, &in_flight, &orphans, options)?;
                 if fate == Fate::Keep {
-                    let guardian = match &mut guardian {
-                        Some(guardian) => guardian,
-                        none => none.insert(Guardian::new()?),
-                    };
-                    stream = Some(read(socket, guardian, now)?);
+                    stream = Some(read(socket, now)?);
                 } else {
                     isk.state = state::CLOSE.into();
                     isk.ckpt_closed = Some(match fate {
@@ -315,7 +310,7 @@ fn closed(socket: &Socket<'_>, isk: &mut InetSkEntry) -> anyhow::Result<Option<S
 }
 
 /// Reads a connection whose packets are locked out.
-fn read(socket: &Socket<'_>, guardian: &mut Guardian, now: u8) -> anyhow::Result<Stream> {
+fn read(socket: &Socket<'_>, now: u8) -> anyhow::Result<Stream> {
     const TCPI_OPT_WSCALE: u8 = 4;
     let fd = socket.fd();
     let what = || format!("{}: {}", socket.open.subject, socket.what);
@@ -328,7 +323,7 @@ fn read(socket: &Socket<'_>, guardian: &mut Guardian, now: u8) -> anyhow::Result
     let mut outgoing = vec![0; outq_len as usize];
     let timestamp = tcp::timestamp(fd)?;
 
-    let repair = match guardian.repair(fd) {
+    let repair = match Repair::enter(fd) {
         Err(e) if e.errno == Errno::EPERM => {
             let reason = "reading a TCP connection (TCP_REPAIR) needs CAP_NET_ADMIN";
             return Err(socket.refuse(reason).advise("run ckpt-sk as root").into());
