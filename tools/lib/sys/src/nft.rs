@@ -370,7 +370,7 @@ mod tests {
     fn blocked(client: &mut TcpStream, server: &mut TcpStream) -> bool {
         client.write_all(b"x").unwrap();
         match server.read(&mut [0; 8]) {
-            Ok(_) => false,
+            Ok(n) => n == 0,
             Err(e) => e.kind() == ErrorKind::WouldBlock,
         }
     }

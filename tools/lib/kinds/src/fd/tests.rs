@@ -772,7 +772,7 @@ fn socket_at(name: &[u8], listen: bool) -> OwnedFd {
 
 fn external(id: u64, path: Option<&Path>) -> SkOptions {
     let path = path.map(|p| std::os::unix::ffi::OsStrExt::as_bytes(p.as_os_str()).to_vec());
-    SkOptions { external: vec![ExternalSocket { id: SocketId(id), path }], queued: Queued::Refuse }
+    SkOptions { external: vec![ExternalSocket { id: SocketId(id), path }], ..SkOptions::default() }
 }
 
 #[test]
