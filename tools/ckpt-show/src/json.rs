@@ -4,7 +4,7 @@
 //! | --- | --- |
 //! | message | object; keys are the schema's field names; fields that are absent are left out |
 //! | repeated field | array |
-//! | number | number, all 64 bits of it |
+//! | number | number; beyond 2^53 a string of its digits, since jq and others compute with doubles |
 //! | bool, string | the same |
 //! | enum | its name; a number where the schema has no name for it |
 //! | bytes | a string if they are printable UTF-8, else `{"hex": "00ff"}` |
@@ -103,13 +103,18 @@ fn to_json(message: &DynamicMessage) -> Value {
     Value::Object(object)
 }
 
+/// `n`, whose absolute value is given, in a form that survives programs that know no integers but doubles.
+fn exact<N: Into<Value> + ToString>(n: N, absolute: u64) -> Value {
+    if absolute > 1 << 53 { n.to_string().into() } else { n.into() }
+}
+
 fn field_to_json(kind: &Kind, value: &Field) -> Value {
     match value {
         Field::Bool(b) => (*b).into(),
         Field::I32(n) => (*n).into(),
-        Field::I64(n) => (*n).into(),
+        Field::I64(n) => exact(*n, n.unsigned_abs()),
         Field::U32(n) => (*n).into(),
-        Field::U64(n) => (*n).into(),
+        Field::U64(n) => exact(*n, *n),
         Field::F32(n) => f64::from(*n).into(),
         Field::F64(n) => (*n).into(),
         Field::String(s) => s.as_str().into(),
@@ -171,8 +176,11 @@ fn from_json(descriptor: &MessageDescriptor, value: &Value, at: &str) -> Result<
 fn field_from_json(field: &FieldDescriptor, value: &Value, at: &str) -> Result<Field, JsonError> {
     let bad = |what: &str| JsonError::new(at, format!("this field is {what}"));
     fn int<T: TryFrom<i128>>(value: &Value) -> Option<T> {
-        let n = value.as_u64().map(i128::from).or_else(|| value.as_i64().map(i128::from))?;
-        T::try_from(n).ok()
+        let n = match value {
+            Value::String(digits) => digits.parse().ok(),
+            value => value.as_u64().map(i128::from).or_else(|| value.as_i64().map(i128::from)),
+        };
+        n.and_then(|n| T::try_from(n).ok())
     }
     Ok(match field.kind() {
         Kind::Bool => Field::Bool(value.as_bool().ok_or_else(|| bad("true or false"))?),
@@ -227,7 +235,7 @@ mod tests {
                 ..Default::default()
             };
             let json = round_trip("unix_sk_entry", &socket.encode_to_vec());
-            assert_eq!(json["opts"]["so_snd_tmo_sec"], u64::MAX);
+            assert_eq!(json["opts"]["so_snd_tmo_sec"], u64::MAX.to_string());
             assert_eq!(json["shutdown"], 77);
             assert_eq!(json["mnt_id"], -1);
         }
