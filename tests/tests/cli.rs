@@ -9,7 +9,7 @@ use std::{
 
 use ckpt_tests::{Pipeline, Target, TestDir, installed, process, skip, tool};
 
-const TOOLS: &[&str] = &[
+pub(crate) const TOOLS: &[&str] = &[
     "ckpt-scan",
     "ckpt-mem",
     "ckpt-track",

@@ -10,10 +10,12 @@
 //! - `wire`: CRIU's own images restored; ours compared with them field by field
 //! - `programs`: bash, python, redis, sqlite, nginx
 //! - `cli`: options, exit statuses, pipelines of other shapes
+//! - `examples`: the lines of manual, help and README, run as they stand
 
 #![allow(missing_docs)]
 
 mod cli;
+mod examples;
 mod files;
 mod images;
 mod increments;

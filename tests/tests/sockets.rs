@@ -20,7 +20,7 @@ fn listener_accepts_after_restore() {
 }
 
 /// One end of a conversation with `answering`.
-struct Talk {
+pub(crate) struct Talk {
     write: UnixStream,
     read: BufReader<UnixStream>,
 }
@@ -40,7 +40,7 @@ impl Talk {
 }
 
 /// A server that has answered three messages of ours over a connection.
-fn conversation() -> (Target, Talk, u64) {
+pub(crate) fn conversation() -> (Target, Talk, u64) {
     let target = Target::start_with("answering", &["-", "server.sock"]);
     let mut talk = Talk::over(UnixStream::connect(target.path("server.sock")).expect("connect"));
     for n in 1..=3 {

@@ -90,13 +90,13 @@ impl std::str::FromStr for External {
     version,
     after_help = "\
 Examples:
-  ckpt-restore -D images                        restore, wait, give the root's status
-  ckpt-read images | ckpt-restore --detach      from a stream; leave the tree running
+  ckpt-restore -D images                        # restore, wait, give the root's status
+  ckpt-read images | ckpt-restore --detach      # from a stream; leave the tree running
   ckpt-restore --external 'unix[48213]:/run/b.sock' images
   ckpt-restore --inherit-fd 'fd[5]:socket:[48213]' images
 
-Exit status: the root's (128 + N if signal N killed it), 125 if the restore failed. With --detach: 0 restored,
-1 failed, 2 usage, 3 refused, 4 damaged images."
+Exit status: the root's (128 + N if signal N killed it), 125 if the restore failed.
+With --detach: 0 restored, 1 failed, 2 usage, 3 refused, 4 damaged images."
 )]
 pub struct Args {
     #[command(flatten)]

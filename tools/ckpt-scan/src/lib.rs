@@ -54,7 +54,7 @@ Examples:
   ckpt-scan -t 4711 --kill | ckpt-sk --external 48213 | ckpt-write /var/ckpt/last
   ckpt-scan -t 4711 --snapshot | ckpt-sk | ckpt-write /var/ckpt/2
   ckpt-scan -t 4711 --track ckpt-track-4711 --parent 1 | ckpt-sk | ckpt-write --parent 1 2
-  ckpt-scan -t 4711 --no-mem | ckpt-mem | zstd > state.zst
+  ckpt-scan -t 4711 --no-mem | ckpt-mem | ckpt-sk | zstd > state.zst
 
 The tree runs on when the last stage is done with it. See ckpt(7) for the pipeline."
 )]

@@ -34,10 +34,10 @@ pub struct Args {
 
 const EXAMPLES: &str = "\
 Examples:
-  ckpt dump -t 4711 -D checkpoint                        the tree runs on
-  ckpt -x dump -t 4711 -D checkpoint --external 48213    shows the stages
+  ckpt dump -t 4711 -D checkpoint                        # the tree runs on
+  ckpt -x dump -t 4711 -D checkpoint --external 48213    # shows the stages
   ckpt restore -D checkpoint --connect 48213=/run/b.sock --detach
-  ckpt show --tree checkpoint                            runs ckpt-show";
+  ckpt show --tree checkpoint                            # runs ckpt-show";
 
 /// What to do.
 #[derive(Debug, Clone, Subcommand)]
