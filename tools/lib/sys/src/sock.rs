@@ -65,6 +65,21 @@ pub fn option_bytes(fd: BorrowedFd<'_>, level: i32, name: i32, longest: usize) -
     Ok(value)
 }
 
+/// A socket option whose buffer asks a question (`MCAST_MSFILTER`) and takes the answer. Returns its length.
+///
+/// # Errors
+/// EADDRNOTAVAIL, EINVAL, ENOPROTOOPT.
+pub fn ask_option(fd: BorrowedFd<'_>, level: i32, name: i32, buffer: &mut [u8]) -> Result<usize, SysError> {
+    let mut len = libc::socklen_t::try_from(buffer.len()).unwrap_or(0);
+    // SAFETY: the kernel reads and writes at most `len` bytes, the size of `buffer`.
+    let ret =
+        unsafe { libc::getsockopt(fd.as_raw_fd(), level, name, buffer.as_mut_ptr().cast(), &raw mut len) };
+    if ret < 0 {
+        return Err(SysError::last("getsockopt", format!("{} level {level} option {name}", on(fd))));
+    }
+    Ok(usize::try_from(len).unwrap_or(0))
+}
+
 /// Sets a socket option of any type that holds no pointers.
 ///
 /// # Errors
@@ -438,6 +453,39 @@ pub fn unread_memory(fd: BorrowedFd<'_>) -> Result<u32, SysError> {
     // SAFETY: SIOCOUTQ writes one int.
     let ret = unsafe { libc::ioctl(fd.as_raw_fd(), libc::TIOCOUTQ, &raw mut n) };
     if ret < 0 { Err(SysError::last("ioctl(SIOCOUTQ)", on(fd))) } else { Ok(n.unsigned_abs()) }
+}
+
+/// What poll(2) says of `fd` at once: those of `events`, POLLERR and POLLHUP.
+///
+/// # Errors
+/// ENOMEM, EINTR.
+pub fn poll_now(fd: BorrowedFd<'_>, events: i16) -> Result<i16, SysError> {
+    let mut entry = libc::pollfd { fd: fd.as_raw_fd(), events, revents: 0 };
+    // SAFETY: the kernel reads and writes one pollfd.
+    let ret = unsafe { libc::poll(&raw mut entry, 1, 0) };
+    if ret < 0 { Err(SysError::last("poll", on(fd))) } else { Ok(entry.revents) }
+}
+
+/// Lets a datagram socket be connected to nobody. It stays bound to its port, but to no device.
+///
+/// # Errors
+/// Those of connect(2).
+pub fn disconnect(fd: BorrowedFd<'_>) -> Result<(), SysError> {
+    // A struct sockaddr of family AF_UNSPEC.
+    let address = [0u8; 16];
+    // SAFETY: the kernel reads 16 bytes, the size of `address`.
+    let ret = unsafe { libc::connect(fd.as_raw_fd(), address.as_ptr().cast(), 16) };
+    if ret < 0 { Err(SysError::last("connect(AF_UNSPEC)", on(fd))) } else { Ok(()) }
+}
+
+/// Lets `fd` have received this much. Best effort: beyond `net.core.rmem_max` it takes CAP_NET_ADMIN.
+pub fn make_receive_room(fd: BorrowedFd<'_>, bytes: usize) {
+    const SO_RCVBUFFORCE: i32 = 33;
+    let wanted = i32::try_from(bytes).unwrap_or(i32::MAX / 2);
+    let now = option(fd, libc::SOL_SOCKET, libc::SO_RCVBUF).unwrap_or(0);
+    if now < wanted && set_option(fd, libc::SOL_SOCKET, SO_RCVBUFFORCE, wanted).is_err() {
+        let _ = set_option(fd, libc::SOL_SOCKET, libc::SO_RCVBUF, wanted);
+    }
 }
 
 /// Lets `fd` have this much sent and unread. Best effort: beyond `net.core.wmem_max` it takes CAP_NET_ADMIN.

@@ -19,14 +19,14 @@ use ckpt_sys::{
 };
 use nix::{
     errno::Errno,
-    sys::socket::{SockaddrIn, SockaddrIn6, SockaddrLike, SockaddrStorage},
+    sys::socket::{Shutdown, SockaddrIn, SockaddrIn6, SockaddrLike, SockaddrStorage},
 };
 
 use super::{
-    Descriptor, FileTable, Opening,
+    Descriptor, FileTable, Opening, raw,
     socket::{self, Completion},
     sockopt::{self, Class, Options, When},
-    tcp,
+    tcp, udp,
 };
 use crate::Sink;
 
@@ -76,14 +76,19 @@ pub(super) fn entry(
     let v6 = is_v6(stub.domain);
     let none = unspecified(v6);
     let local = local(fd)?.unwrap_or(none);
-    let remote = diag.map_or(none, |d| d.remote);
+    // Raw and ping sockets are in no table.
+    let remote = match diag {
+        Some(diag) => diag.remote,
+        None => remote(fd)?.unwrap_or(none),
+    };
+    let state = if remote == none { CLOSE } else { ESTABLISHED };
     let mut isk = InetSkEntry {
         id: socket.file_id,
         ino: socket.ino()?,
         family: stub.domain,
         r#type: stub.r#type,
         proto: stub.protocol,
-        state: diag.map_or(u32::from(CLOSE), |d| u32::from(d.state)),
+        state: diag.map_or(state, |d| d.state).into(),
         src_port: local.port().into(),
         dst_port: remote.port().into(),
         flags: stub.flags,
@@ -91,9 +96,9 @@ pub(super) fn entry(
         src_addr: words(local.ip()),
         dst_addr: words(remote.ip()),
         fown: stub.fown,
-        ifname: scope_name(local)?,
+        ifname: scope_name(local)?.or(scope_name(remote)?),
         ns_id: (completion.net_ns)(socket.pid()),
-        shutdown: match diag.and_then(|d| d.shutdown).unwrap_or(0) & 3 {
+        shutdown: match diag.and_then(|d| d.shutdown).map_or_else(|| shut(fd), Ok)? & 3 {
             0 => None,
             1 => Some(SkShutdown::Read.into()),
             2 => Some(SkShutdown::Write.into()),
@@ -105,10 +110,12 @@ pub(super) fn entry(
     Ok(isk)
 }
 
+/// `state`: connected.
+pub(super) const ESTABLISHED: u8 = 1;
 /// `state`: neither connected nor listening.
 pub(super) const CLOSE: u8 = 7;
 
-fn is_v6(family: u32) -> bool {
+pub(super) fn is_v6(family: u32) -> bool {
     family == libc::AF_INET6.unsigned_abs()
 }
 
@@ -120,11 +127,51 @@ fn unspecified(v6: bool) -> SocketAddr {
 /// getsockname(2), with the scope of a link-local address.
 pub(super) fn local(fd: BorrowedFd<'_>) -> anyhow::Result<Option<SocketAddr>> {
     let name: SockaddrStorage = nix::sys::socket::getsockname(fd.as_raw_fd()).context("getsockname")?;
-    Ok(match (name.as_sockaddr_in(), name.as_sockaddr_in6()) {
+    Ok(socket_address(&name))
+}
+
+/// getpeername(2); `None` if it is not connected.
+fn remote(fd: BorrowedFd<'_>) -> anyhow::Result<Option<SocketAddr>> {
+    match nix::sys::socket::getpeername::<SockaddrStorage>(fd.as_raw_fd()) {
+        Ok(name) => Ok(socket_address(&name)),
+        Err(Errno::ENOTCONN) => Ok(None),
+        Err(errno) => Err(errno).context("getpeername"),
+    }
+}
+
+/// An address that nix has read.
+pub(super) fn socket_address(name: &SockaddrStorage) -> Option<SocketAddr> {
+    match (name.as_sockaddr_in(), name.as_sockaddr_in6()) {
         (Some(v4), _) => Some(SocketAddr::from((v4.ip(), v4.port()))),
         (_, Some(v6)) => Some(SocketAddrV6::new(v6.ip(), v6.port(), 0, v6.scope_id()).into()),
         _ => None,
+    }
+}
+
+/// What is shut down (1: reading, 2: writing), as far as poll(2) tells: of a socket that can only not write it
+/// does not.
+fn shut(fd: BorrowedFd<'_>) -> anyhow::Result<u8> {
+    let happened = sock::poll_now(fd, libc::POLLRDHUP)?;
+    Ok(match (happened & libc::POLLHUP != 0, happened & libc::POLLRDHUP != 0) {
+        (true, true) => 3,
+        (_, true) => 1,
+        _ => 0,
     })
+}
+
+/// Shuts down what was shut down.
+pub(super) fn shut_down(fd: BorrowedFd<'_>, isk: &InetSkEntry) -> anyhow::Result<()> {
+    let how = match isk.shutdown.and_then(|s| SkShutdown::try_from(s).ok()) {
+        Some(SkShutdown::Read) => Shutdown::Read,
+        Some(SkShutdown::Write) => Shutdown::Write,
+        Some(SkShutdown::Both) => Shutdown::Both,
+        None | Some(SkShutdown::None) => return Ok(()),
+    };
+    match nix::sys::socket::shutdown(fd.as_raw_fd(), how) {
+        // Datagram sockets that are not connected say so, and are shut down all the same.
+        Ok(()) | Err(Errno::ENOTCONN) => Ok(()),
+        Err(errno) => Err(errno).context("shutdown"),
+    }
 }
 
 /// The interface whose link a link-local address is meant on.
@@ -238,9 +285,15 @@ pub(super) fn bind(fd: BorrowedFd<'_>, what: &str, address: SocketAddr) -> anyho
     }
 }
 
+/// Connects `fd` (datagram sockets: notes the address, and asks for a route to it).
+pub(super) fn connect(fd: BorrowedFd<'_>, address: SocketAddr) -> anyhow::Result<()> {
+    nix::sys::socket::connect(fd.as_raw_fd(), &*sockaddr(address))
+        .with_context(|| format!("connect to {address}"))
+}
+
 /// ckpt-restore's part: one row of [`super::KINDS`] brings the sockets of all protocols here.
 pub(super) fn restore(opening: &mut Opening<'_>, files: &[FileEntry]) -> anyhow::Result<()> {
-    let mut tcp = Vec::new();
+    let (mut tcp, mut udp, mut raw) = (Vec::new(), Vec::new(), Vec::new());
     for file in files {
         let isk = file.isk.as_ref().with_context(|| {
             let stub = if file.ckpt_stub.is_some() { " (it did not pass ckpt-sk)" } else { "" };
@@ -248,6 +301,11 @@ pub(super) fn restore(opening: &mut Opening<'_>, files: &[FileEntry]) -> anyhow:
         })?;
         match (i32::try_from(isk.r#type), i32::try_from(isk.proto)) {
             (Ok(libc::SOCK_STREAM), Ok(libc::IPPROTO_TCP)) => tcp.push(isk),
+            (Ok(libc::SOCK_DGRAM), Ok(libc::IPPROTO_UDP | libc::IPPROTO_UDPLITE)) => udp.push(isk),
+            (Ok(libc::SOCK_DGRAM), Ok(libc::IPPROTO_ICMP | libc::IPPROTO_ICMPV6))
+            | (Ok(libc::SOCK_RAW), _) => {
+                raw.push(isk);
+            }
             _ => {
                 let reason = format!(
                     "sockets of type {} and protocol {} can't be restored yet",
@@ -257,7 +315,9 @@ pub(super) fn restore(opening: &mut Opening<'_>, files: &[FileEntry]) -> anyhow:
             }
         }
     }
-    tcp::restore(opening, &tcp)
+    tcp::restore(opening, &tcp)?;
+    udp::restore(opening, &udp)?;
+    raw::restore(opening, &raw)
 }
 
 #[cfg(test)]

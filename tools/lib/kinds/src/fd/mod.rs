@@ -27,7 +27,9 @@ pub mod fown;
 mod inet;
 pub mod lock;
 pub mod memfd;
+mod multicast;
 pub mod pipe;
+mod raw;
 pub mod reg;
 pub mod restore;
 pub mod signalfd;
@@ -38,6 +40,7 @@ pub mod tcp;
 mod tests;
 pub mod timerfd;
 pub mod tty;
+mod udp;
 pub mod unix;
 
 use ckpt_proto::types::{FdTypes, FileEntry};
@@ -105,12 +108,13 @@ pub const KINDS: &[Kind] = &[
         |d| d.is_socket(libc::AF_INET, libc::SOCK_STREAM) || d.is_socket(libc::AF_INET6, libc::SOCK_STREAM),
         "not supported"
     ),
-    refused!("UDP socket", |d| d.is_socket(libc::AF_INET, libc::SOCK_DGRAM), "not supported yet"),
-    refused!("UDP socket over IPv6", |d| d.is_socket(libc::AF_INET6, libc::SOCK_DGRAM), "not supported yet"),
+    full!("UDP socket", Inetsk, udp::recognise, inet::dump, inet::restore),
+    full!("ping socket", Inetsk, raw::recognise_ping, inet::dump, inet::restore),
+    full!("raw IP socket", Inetsk, raw::recognise, inet::dump, inet::restore),
     refused!(
-        "raw IP socket",
+        "inet socket of an unknown protocol",
         |d| matches!(d.domain(), Some(libc::AF_INET | libc::AF_INET6)),
-        "not supported yet"
+        "not supported"
     ),
     refused!("netlink socket", |d| d.domain() == Some(libc::AF_NETLINK), "not supported yet"),
     refused!("packet socket", |d| d.domain() == Some(libc::AF_PACKET), "not supported yet"),

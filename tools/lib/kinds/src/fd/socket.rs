@@ -16,7 +16,7 @@ use ckpt_proto::types::{FdTypes, FileEntry, SocketStub};
 use ckpt_sys::{FileId, Pid, Refused, TargetFd, pidfd, sock};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 
-use super::{Descriptor, dump::comm, sockopt::Defaults, tcp, unix};
+use super::{Descriptor, dump::comm, raw, sockopt::Defaults, tcp, udp, unix};
 use crate::Sink;
 
 /// What to do with what an external connection has received and not read.
@@ -89,6 +89,20 @@ impl Socket<'_> {
         Refused::new(self.subject.clone(), format!("{what}: {reason}"))
     }
 
+    /// Something that it has received, and that can't be given to a restored one: refused, unless the user
+    /// wants it left out.
+    ///
+    /// # Errors
+    /// [`Refused`].
+    pub fn leave_out(&self, what: &str, received: &str, completion: Completion<'_>) -> Result<(), Refused> {
+        if completion.options.queued == Queued::Drop {
+            (completion.say.warn)(&format!("{}: {what}: {received}: left out", self.subject));
+            return Ok(());
+        }
+        let advice = "checkpoint when it has been read, or leave it out: --queued=drop";
+        Err(self.refuse(what, received).advise(advice))
+    }
+
     /// Its inode, which has 32 bits in the images.
     ///
     /// # Errors
@@ -110,15 +124,22 @@ struct Family {
 /// Who completes which sockets; the first row that wants one has it.
 const FAMILIES: &[Family] = &[
     Family { wants: |s| is(s, libc::AF_UNIX), complete: unix::complete },
-    Family { wants: |s| is_inet(s, libc::IPPROTO_TCP), complete: tcp::complete },
+    Family { wants: |s| is_inet(s, libc::SOCK_RAW), complete: raw::complete },
+    Family { wants: |s| is_inet(s, libc::SOCK_STREAM), complete: tcp::complete },
+    Family { wants: |s| is_inet(s, libc::SOCK_DGRAM) && is_ping(s), complete: raw::complete },
+    Family { wants: |s| is_inet(s, libc::SOCK_DGRAM), complete: udp::complete },
 ];
 
 fn is(stub: &SocketStub, domain: i32) -> bool {
     stub.domain == domain.unsigned_abs()
 }
 
-fn is_inet(stub: &SocketStub, protocol: i32) -> bool {
-    (is(stub, libc::AF_INET) || is(stub, libc::AF_INET6)) && stub.protocol == protocol.unsigned_abs()
+fn is_inet(stub: &SocketStub, kind: i32) -> bool {
+    (is(stub, libc::AF_INET) || is(stub, libc::AF_INET6)) && stub.r#type == kind.unsigned_abs()
+}
+
+fn is_ping(stub: &SocketStub) -> bool {
+    matches!(stub.protocol.cast_signed(), libc::IPPROTO_ICMP | libc::IPPROTO_ICMPV6)
 }
 
 /// ckpt-scan's part: a stub, which ckpt-sk completes.

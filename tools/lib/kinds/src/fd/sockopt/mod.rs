@@ -352,7 +352,12 @@ fn read(fd: BorrowedFd<'_>, opt: &Opt) -> Result<Option<Vec<u8>>, SysError> {
 pub fn dump(socket: &Socket<'_>, what: &str, defaults: &Defaults) -> anyhow::Result<Options> {
     let defaults = defaults.like(socket)?;
     let mut options = Options::default();
+    let connected = Class::of_socket(socket).0 & TCP != 0 && !tcp_idle(socket.copy.as_fd())?;
     for opt in OPTIONS.iter().filter(|o| Class::of_socket(socket).has(o)) {
+        // Of a connection they tell something else, or have had their effect.
+        if connected && ["TCP_MAXSEG", "TCP_FASTOPEN_CONNECT"].contains(&opt.name) {
+            continue;
+        }
         let value = match read(socket.copy.as_fd(), opt) {
             Err(e) if opt.value == Value::Filter && e.errno == Errno::EACCES => {
                 let reason = "an eBPF program is attached to it (SO_ATTACH_BPF), which can't be read back";
@@ -364,6 +369,8 @@ pub fn dump(socket: &Socket<'_>, what: &str, defaults: &Defaults) -> anyhow::Res
         let changed = defaults.get(&(opt.level, opt.number)) != Some(&value);
         match opt.field {
             Field::Own(_, put) => put(&mut options, &value),
+            // Less than anybody can ask for (TCP_MIN_MSS) is what the kernel has computed.
+            Field::List if opt.name == "TCP_MAXSEG" && int(&value).is_some_and(|mss| mss < 88) => {}
             Field::List if changed => {
                 check_value(opt, &value).map_err(|why| socket.refuse(what, why))?;
                 options.put(opt, &value);
@@ -376,6 +383,14 @@ pub fn dump(socket: &Socket<'_>, what: &str, defaults: &Defaults) -> anyhow::Res
         }
     }
     Ok(options)
+}
+
+/// Whether a TCP socket listens, or has no connection.
+fn tcp_idle(fd: BorrowedFd<'_>) -> Result<bool, SysError> {
+    const TCP_CLOSE: u8 = 7;
+    const TCP_LISTEN: u8 = 10;
+    let info = sock::option_bytes(fd, libc::IPPROTO_TCP, libc::TCP_INFO, 1)?;
+    Ok(info.first().is_some_and(|state| [TCP_CLOSE, TCP_LISTEN].contains(state)))
 }
 
 /// Values that stand for more than themselves.

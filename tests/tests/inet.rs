@@ -1,0 +1,163 @@
+//! UDP, raw and ping sockets, and the options of sockets of all kinds.
+
+use std::{
+    net::UdpSocket,
+    process::Command,
+};
+
+use ckpt_tests::{Pipeline, Target, TestDir};
+
+crate::survives! {
+    socket_options_of_all_kinds: "socket_options";
+    udp_queues_names_and_memberships: "udp_sockets";
+    raw_sockets_work_again: "raw_sockets";
+}
+
+/// A Python program that makes sockets, says ready and stays.
+fn python(name: &str, code: &str) -> Target {
+    let dir = TestDir::new(name);
+    let log = dir.path().join("log");
+    let mut command = Command::new("python3");
+    command.arg("-c").arg(format!(
+        "import socket, os, signal, time\n{code}\nopen({:?}, 'a').write('ready\\n')\nsignal.pause()",
+        log.display().to_string()
+    ));
+    let target = Target::spawn(dir, command);
+    target.wait_log("ready");
+    target
+}
+
+fn refused(target: &Target, words: &[&str]) {
+    let before = target.at_rest();
+    let _ = target.dump("img").fails("ckpt-sk", 3, words);
+    assert!(!target.path("img").exists());
+    target.unchanged(&before);
+}
+
+#[test]
+fn corked_data_is_refused() {
+    let target = python(
+        "corked",
+        "s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n\
+         s.connect(('127.0.0.1', 9))\n\
+         s.send(b'half', socket.MSG_MORE)",
+    );
+    refused(&target, &["UDP socket", "unsent data", "MSG_MORE"]);
+}
+
+#[test]
+fn a_queue_that_cant_be_given_back_needs_a_word() {
+    let target = python(
+        "raw_queue",
+        "s = socket.socket(socket.AF_INET, socket.SOCK_RAW, 253)\n\
+         s.sendto(b'unread', ('127.0.0.1', 0))",
+    );
+    refused(&target, &["raw socket", "not read", "--queued=drop"]);
+    let pid = target.pid.to_string();
+    let _ = Pipeline::new(target.dir.path())
+        .stage(["ckpt-scan", "-t", &pid])
+        .stage(["ckpt-sk", "--queued=drop"])
+        .stage(["ckpt-write".into(), target.path("img")])
+        .run()
+        .ok("dump with --queued=drop");
+    target.end();
+    target.restore_ok("img");
+    target.end();
+}
+
+#[test]
+fn a_waiting_error_is_not_taken_from_the_target() {
+    let target = python(
+        "udp_error",
+        "s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n\
+         t = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n\
+         t.bind(('127.0.0.1', 0))\n\
+         s.connect(t.getsockname())\n\
+         t.close()\n\
+         s.send(b'x')",
+    );
+    refused(&target, &["UDP socket", "an error waits", "--queued=drop"]);
+}
+
+#[test]
+fn an_occupied_port_is_named_and_nothing_is_left() {
+    let target = python(
+        "udp_port",
+        "s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n\
+         s.bind(('127.0.0.1', 0))\n\
+         open('port', 'w').write(str(s.getsockname()[1]))",
+    );
+    target.dump_ok("img");
+    target.end();
+    let port: u16 = std::fs::read_to_string(target.path("port")).expect("read").parse().expect("a port");
+    let squatter = UdpSocket::bind(("127.0.0.1", port)).expect("take the port");
+    let _ = target.restore("img").fails("ckpt-restore", 3, &[&format!("127.0.0.1:{port}"), "in use"]);
+    assert!(ckpt_tests::soon(|| ckpt_tests::process::is_free(target.pid)));
+    drop(squatter);
+    target.restore_ok("img");
+    target.end();
+}
+
+#[test]
+fn an_ebpf_filter_is_refused() {
+    // The smallest program: r0 = 0; exit.
+    let target = python(
+        "ebpf_filter",
+        "import ctypes, struct\n\
+         code = struct.pack('<BBhi', 0xb7, 0, 0, 0) + struct.pack('<BBhi', 0x95, 0, 0, 0)\n\
+         insns, license = ctypes.create_string_buffer(code), ctypes.create_string_buffer(b'GPL')\n\
+         attr = struct.pack('<IIQQ', 1, 2, ctypes.addressof(insns), ctypes.addressof(license))\n\
+         attr = ctypes.create_string_buffer(attr.ljust(128, b'\\0'), 128)\n\
+         prog = ctypes.CDLL(None).syscall(321, 5, attr, 128)\n\
+         assert prog >= 0\n\
+         s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n\
+         s.setsockopt(socket.SOL_SOCKET, 50, prog)\n\
+         os.close(prog)",
+    );
+    refused(&target, &["UDP socket", "eBPF"]);
+}
+
+/// Ports and addresses are free again for others, and taken again by the restored one.
+#[test]
+fn an_asyncio_datagram_server_goes_on() {
+    let dir = TestDir::new("asyncio_udp");
+    let mut command = Command::new("python3");
+    command.arg("-c").arg(
+        "import asyncio\n\
+         class Echo(asyncio.DatagramProtocol):\n\
+         \x20   n = 0\n\
+         \x20   def connection_made(self, transport): self.transport = transport\n\
+         \x20   def datagram_received(self, data, addr):\n\
+         \x20       Echo.n += 1\n\
+         \x20       self.transport.sendto(b'%d %s' % (Echo.n, data), addr)\n\
+         async def main():\n\
+         \x20   transport, _ = await asyncio.get_running_loop().create_datagram_endpoint(Echo, local_addr=('127.0.0.1', 0))\n\
+         \x20   open('port', 'w').write(str(transport.get_extra_info('sockname')[1]))\n\
+         \x20   open('log', 'w').write('ready\\n')\n\
+         \x20   await asyncio.Event().wait()\n\
+         asyncio.run(main())\n",
+    );
+    let target = Target::spawn(dir, command);
+    target.wait_log("ready");
+    let port: u16 = std::fs::read_to_string(target.path("port")).expect("read").parse().expect("a port");
+    let client = UdpSocket::bind("127.0.0.1:0").expect("bind");
+    client.set_read_timeout(Some(std::time::Duration::from_secs(20))).expect("set a timeout");
+    client.connect(("127.0.0.1", port)).expect("connect");
+    let ask = |n: u32| {
+        client.send(b"hello").expect("send");
+        let mut buffer = [0; 64];
+        let len = client.recv(&mut buffer).expect("an answer");
+        assert_eq!(buffer[..len], *format!("{n} hello").as_bytes());
+    };
+    ask(1);
+    ask(2);
+    let before = target.at_rest();
+    target.dump_ok("img");
+    target.unchanged(&before);
+    ask(3);
+    target.end();
+    target.restore_ok("img");
+    ask(3);
+    ask(4);
+    target.end();
+}

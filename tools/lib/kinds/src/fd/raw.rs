@@ -1,0 +1,81 @@
+//! Raw sockets (raw(7)) and ping sockets (icmp(7)): datagrams of any protocol, of ICMP echo.
+//!
+//! What such a socket has received can't be given to it again. A packet of this kind goes to
+//! the protocol's code in the kernel and to all other raw sockets as well: an echo request that is sent once more
+//! is answered once more.
+
+use std::os::fd::AsFd;
+
+use anyhow::Context;
+use ckpt_proto::{
+    Image,
+    types::{FdTypes, FileEntry, InetSkEntry},
+};
+use ckpt_sys::{FileId, sock};
+
+use super::{Descriptor, Opening, inet, multicast, socket};
+use crate::{Sink, fd::socket::Completion, sink::emit};
+
+pub(super) fn recognise(d: &Descriptor) -> bool {
+    d.is_socket(libc::AF_INET, libc::SOCK_RAW) || d.is_socket(libc::AF_INET6, libc::SOCK_RAW)
+}
+
+pub(super) fn recognise_ping(d: &Descriptor) -> bool {
+    (d.is_socket(libc::AF_INET, libc::SOCK_DGRAM) || d.is_socket(libc::AF_INET6, libc::SOCK_DGRAM))
+        && sock::option(d.copy.as_fd(), libc::SOL_SOCKET, libc::SO_PROTOCOL)
+            .is_ok_and(|protocol| matches!(protocol, libc::IPPROTO_ICMP | libc::IPPROTO_ICMPV6))
+}
+
+fn name(kind: u32) -> &'static str {
+    if kind == libc::SOCK_RAW.unsigned_abs() { "raw" } else { "ping" }
+}
+
+/// ckpt-sk's part.
+pub(super) fn complete(
+    sockets: Vec<socket::Socket<'_>>,
+    completion: Completion<'_>,
+    sink: &mut dyn Sink,
+) -> anyhow::Result<()> {
+    if sockets.is_empty() {
+        return Ok(());
+    }
+    let groups = multicast::groups()?;
+    for socket in &sockets {
+        let what = format!("{} socket {}", name(socket.stub.r#type), socket.stub.ino);
+        let mut isk = inet::entry(socket, None, &what, completion)?;
+        isk.ckpt_groups = multicast::dump(socket.copy.as_fd(), inet::is_v6(isk.family), &groups)?;
+        let happened = sock::poll_now(socket.copy.as_fd(), libc::POLLIN | libc::POLLRDHUP)?;
+        if happened & libc::POLLERR != 0 {
+            socket.leave_out(&what, "an error waits to be read", completion)?;
+        } else if happened & (libc::POLLIN | libc::POLLRDHUP) == libc::POLLIN {
+            socket.leave_out(&what, "packets are received and not read", completion)?;
+        }
+        let kind = FdTypes::Inetsk.into();
+        let entry = FileEntry { r#type: kind, id: socket.file_id, isk: Some(isk), ..FileEntry::default() };
+        emit(sink, Image::Files, 0, &entry)?;
+    }
+    Ok(())
+}
+
+/// ckpt-restore's part.
+pub(super) fn restore(opening: &mut Opening<'_>, entries: &[&InetSkEntry]) -> anyhow::Result<()> {
+    for isk in entries {
+        let what = format!("{} socket {}", name(isk.r#type), isk.ino);
+        let fd = inet::new_socket(isk, &what)?;
+        // A raw socket's port is its protocol, and not bound.
+        let local = inet::source(isk)?;
+        let bound = !local.ip().is_unspecified() || isk.r#type != libc::SOCK_RAW.unsigned_abs();
+        if bound && local.port() != 0 {
+            inet::bind(fd.as_fd(), &what, local)?;
+        }
+        if isk.state == u32::from(inet::ESTABLISHED) {
+            inet::connect(fd.as_fd(), inet::destination(isk)?).with_context(|| what.clone())?;
+        }
+        multicast::restore(fd.as_fd(), isk).with_context(|| what.clone())?;
+        inet::finish(fd.as_fd(), isk, &what)?;
+        inet::shut_down(fd.as_fd(), isk).with_context(|| what.clone())?;
+        opening.set_flags(fd.as_fd(), isk.flags)?;
+        opening.keep(FileId(isk.id), fd)?;
+    }
+    Ok(())
+}
