@@ -1,9 +1,6 @@
 //! UDP, raw and ping sockets, and the options of sockets of all kinds.
 
-use std::{
-    net::UdpSocket,
-    process::Command,
-};
+use std::{net::UdpSocket, process::Command};
 
 use ckpt_tests::{Pipeline, Target, TestDir};
 

@@ -3,6 +3,7 @@
 //! - `workloads`: the workloads themselves: they pass when left alone, and every check in them can fail
 //! - `memory`, `signals`, `tasks`, `files`, `sockets`, `tree`: one trip per kernel resource
 //! - `snapshots`: `ckpt-scan --snapshot`: the target runs on and notices nothing
+//! - `inet`: UDP, raw and other sockets that are not TCP; socket options
 //! - `tcp`: connections, and the network lock
 //! - `increments`: tracking, and checkpoints that continue others
 //! - `invariants`: attacks: tools killed, disks full, pipes closed, images damaged
@@ -19,6 +20,7 @@ mod examples;
 mod files;
 mod images;
 mod increments;
+mod inet;
 mod invariants;
 mod memory;
 mod programs;

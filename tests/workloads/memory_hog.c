@@ -3,6 +3,7 @@
  * for which it did not get to run: the freeze as the program itself feels it. On SIGUSR2 it forks and notes in a second
  * u64 there how long that took. */
 #include "workload.h"
+#include <sys/socket.h>
 
 static volatile uint64_t *gap;
 static uint64_t now_us(void)

@@ -76,19 +76,14 @@ pub(super) fn entry(
     let v6 = is_v6(stub.domain);
     let none = unspecified(v6);
     let local = local(fd)?.unwrap_or(none);
-    // Raw and ping sockets are in no table.
-    let remote = match diag {
-        Some(diag) => diag.remote,
-        None => remote(fd)?.unwrap_or(none),
-    };
-    let state = if remote == none { CLOSE } else { ESTABLISHED };
+    let remote = diag.map_or(none, |d| d.remote);
     let mut isk = InetSkEntry {
         id: socket.file_id,
         ino: socket.ino()?,
         family: stub.domain,
         r#type: stub.r#type,
         proto: stub.protocol,
-        state: diag.map_or(state, |d| d.state).into(),
+        state: diag.map_or(CLOSE, |d| d.state).into(),
         src_port: local.port().into(),
         dst_port: remote.port().into(),
         flags: stub.flags,
@@ -96,7 +91,7 @@ pub(super) fn entry(
         src_addr: words(local.ip()),
         dst_addr: words(remote.ip()),
         fown: stub.fown,
-        ifname: scope_name(local)?.or(scope_name(remote)?),
+        ifname: scope_name(local)?,
         ns_id: (completion.net_ns)(socket.pid()),
         shutdown: match diag.and_then(|d| d.shutdown).map_or_else(|| shut(fd), Ok)? & 3 {
             0 => None,
@@ -128,15 +123,6 @@ fn unspecified(v6: bool) -> SocketAddr {
 pub(super) fn local(fd: BorrowedFd<'_>) -> anyhow::Result<Option<SocketAddr>> {
     let name: SockaddrStorage = nix::sys::socket::getsockname(fd.as_raw_fd()).context("getsockname")?;
     Ok(socket_address(&name))
-}
-
-/// getpeername(2); `None` if it is not connected.
-fn remote(fd: BorrowedFd<'_>) -> anyhow::Result<Option<SocketAddr>> {
-    match nix::sys::socket::getpeername::<SockaddrStorage>(fd.as_raw_fd()) {
-        Ok(name) => Ok(socket_address(&name)),
-        Err(Errno::ENOTCONN) => Ok(None),
-        Err(errno) => Err(errno).context("getpeername"),
-    }
 }
 
 /// An address that nix has read.
@@ -212,7 +198,8 @@ fn address(isk: &InetSkEntry, words: &[u32], port: u32) -> anyhow::Result<Socket
     let port = u16::try_from(port).with_context(|| format!("inet socket {}: port {port}", isk.ino))?;
     Ok(match ip {
         IpAddr::V6(v6) if v6.segments()[0] & 0xffc0 == 0xfe80 => {
-            let name = isk.ifname.as_deref().unwrap_or_default();
+            // Connecting to such an address has bound the socket to its interface.
+            let name = isk.ifname.as_ref().or(isk.opts.so_bound_dev.as_ref()).map_or("", String::as_str);
             let scope = nix::net::if_::if_nametoindex(name)
                 .with_context(|| format!("inet socket {}: interface {name:?} of {v6}", isk.ino))?;
             SocketAddrV6::new(v6, port, 0, scope).into()

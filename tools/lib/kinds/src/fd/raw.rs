@@ -4,14 +4,14 @@
 //! the protocol's code in the kernel and to all other raw sockets as well: an echo request that is sent once more
 //! is answered once more.
 
-use std::os::fd::AsFd;
+use std::{collections::HashMap, fs, os::fd::AsFd};
 
 use anyhow::Context;
 use ckpt_proto::{
     Image,
     types::{FdTypes, FileEntry, InetSkEntry},
 };
-use ckpt_sys::{FileId, sock};
+use ckpt_sys::{FileId, diag::InetSocket, sock};
 
 use super::{Descriptor, Opening, inet, multicast, socket};
 use crate::{Sink, fd::socket::Completion, sink::emit};
@@ -30,6 +30,29 @@ fn name(kind: u32) -> &'static str {
     if kind == libc::SOCK_RAW.unsigned_abs() { "raw" } else { "ping" }
 }
 
+/// The sockets of both kinds and families, by inode. sock_diag(7) does not have them all (see
+/// [`ckpt_sys::diag`]), and getpeername(2) does not tell a peer without a port.
+fn table() -> anyhow::Result<HashMap<u64, InetSocket>> {
+    let mut table = HashMap::new();
+    for name in ["raw", "raw6", "icmp", "icmp6"] {
+        let path = format!("/proc/net/{name}");
+        let text = match fs::read(&path) {
+            // A kernel without IPv6.
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => continue,
+            text => text.with_context(|| format!("read {path}"))?,
+        };
+        for socket in ckpt_proc::net::parse(&text).with_context(|| path.clone())? {
+            let ckpt_proc::net::NetSocket { local, remote, state, wqueue, rqueue, uid, inode } = socket;
+            let (id, protocol, interface, shutdown) = (inode, 0, 0, None);
+            table.insert(
+                id,
+                InetSocket { id, protocol, state, local, remote, interface, rqueue, wqueue, uid, shutdown },
+            );
+        }
+    }
+    Ok(table)
+}
+
 /// ckpt-sk's part.
 pub(super) fn complete(
     sockets: Vec<socket::Socket<'_>>,
@@ -39,10 +62,11 @@ pub(super) fn complete(
     if sockets.is_empty() {
         return Ok(());
     }
+    let table = table()?;
     let groups = multicast::groups()?;
     for socket in &sockets {
         let what = format!("{} socket {}", name(socket.stub.r#type), socket.stub.ino);
-        let mut isk = inet::entry(socket, None, &what, completion)?;
+        let mut isk = inet::entry(socket, table.get(&socket.stub.ino), &what, completion)?;
         isk.ckpt_groups = multicast::dump(socket.copy.as_fd(), inet::is_v6(isk.family), &groups)?;
         let happened = sock::poll_now(socket.copy.as_fd(), libc::POLLIN | libc::POLLRDHUP)?;
         if happened & libc::POLLERR != 0 {
