@@ -201,3 +201,85 @@ fn every_state_of_a_conversation_can_be_restored() {
         target.end();
     }
 }
+
+/// A tool's output, with this on its standard input.
+fn output(tool: &str, args: &[&str], input: std::process::Stdio) -> String {
+    let output = std::process::Command::new(ckpt_tests::tool(tool))
+        .args(args)
+        .stdin(input)
+        .output()
+        .unwrap_or_else(|e| panic!("run {tool}: {e}"));
+    assert!(output.status.success(), "{tool}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).expect("text")
+}
+
+/// Which row of a list an id is in.
+fn row(list: &str, id: u64) -> String {
+    let found = list.lines().find(|line| line.starts_with(&format!("{id} ")));
+    found.unwrap_or_else(|| panic!("{id} is not in the list:\n{list}")).to_owned()
+}
+
+#[test]
+fn the_list_of_a_tree_names_the_peer_outside_and_what_it_takes() {
+    let (target, _talk, id) = conversation();
+    let before = target.at_rest();
+    let pid = target.pid.to_string();
+    let list = output("ckpt-sk", &["--list", "-t", &pid], std::process::Stdio::null());
+    let row = row(&list, id);
+    for word in ["unix-stream", "connected", "server.sock", "(outside)", &format!("needs --external {id}")] {
+        assert!(row.contains(word), "{word} in {row}");
+    }
+    let args = ["--list", "-t", &pid, "--external", &id.to_string()];
+    assert!(self::row(&output("ckpt-sk", &args, std::process::Stdio::null()), id).contains("yes, external"));
+    let json = output("ckpt-sk", &["--list", "--json", "-t", &pid], std::process::Stdio::null());
+    assert!(json.contains(&format!("\"id\": {id}")) && json.contains("\"inside\": false"), "{json}");
+    target.unchanged(&before);
+}
+
+#[test]
+fn the_list_of_a_stream_needs_no_kernel_and_that_of_a_frozen_tree_does_it_no_harm() {
+    let (target, _talk, id) = conversation();
+    dump_external(&target, id, "img");
+    let before = target.at_rest();
+    let images = target.path("img");
+    let read = || {
+        let child = std::process::Command::new(ckpt_tests::tool("ckpt-read"))
+            .arg(&images)
+            .stdout(std::process::Stdio::piped())
+            .spawn();
+        child.expect("run ckpt-read")
+    };
+    let mut reader = read();
+    let list = output("ckpt-sk", &["--list"], reader.stdout.take().expect("a pipe").into());
+    assert!(reader.wait().expect("wait").success());
+    assert!(row(&list, id).contains("connects to") || row(&list, id).contains("inherits"), "{list}");
+
+    let pid = target.pid.to_string();
+    let outcome = Pipeline::new(target.dir.path())
+        .stage(["ckpt-scan", "-t", &pid])
+        .stage(["ckpt-sk", "--list"])
+        .output(std::fs::File::create(target.path("list")).expect("make a file"))
+        .run();
+    let _ = outcome.ok("list the sockets of a frozen tree");
+    let list = std::fs::read_to_string(target.path("list")).expect("read the list");
+    assert!(row(&list, id).contains(&format!("needs --external {id}")), "{list}");
+    target.unchanged(&before);
+}
+
+#[test]
+fn the_list_enters_the_network_namespace_of_the_tree() {
+    let dir = ckpt_tests::TestDir::new("elsewhere");
+    let mut command = std::process::Command::new("unshare");
+    let script = "import socket,os,time;s=socket.socket();s.bind(('0.0.0.0',4711));s.listen(7);u=socket.socket(socket.AF_INET,socket.SOCK_DGRAM);u.bind(('0.0.0.0',4712));open('log','w').write('ready');time.sleep(600)";
+    command.args(["-n", "python3", "-c", script]);
+    let target = Target::spawn(dir, command);
+    target.wait_log("ready");
+    let list = output("ckpt-sk", &["--list", "-t", &target.pid.to_string()], std::process::Stdio::null());
+    let rows: Vec<&str> = list.lines().filter(|l| l.contains("0.0.0.0:471")).collect();
+    assert_eq!(rows.len(), 2, "{list}");
+    assert!(
+        rows.iter().any(|r| r.contains("tcp") && r.contains("listening") && r.contains("nsenter")),
+        "{list}"
+    );
+    assert!(rows.iter().any(|r| r.contains("udp") && r.contains("unconnected")), "{list}");
+}

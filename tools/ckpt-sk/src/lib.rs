@@ -8,23 +8,23 @@
 //! Which connections may lead outside is the user's to say, here and nowhere else. What
 //! is inside a socket is the business of its family's module in `ckpt_kinds::fd`.
 
+mod list;
+
 use std::{
     collections::HashMap,
     ffi::OsString,
     fs::File,
-    io::Write,
     os::{fd::AsFd, unix::ffi::OsStrExt},
 };
 
 use anyhow::{Context, bail};
-use ckpt_cli::UsageError;
 use ckpt_hold::{Hold, HoldError};
 use ckpt_images::stage;
 use ckpt_kinds::fd::{
     socket::{self, Completion, Queued, Say, SkOptions},
     sockopt,
     tcp::TcpOptions,
-    unix::{self, ExternalSocket, list::Listed},
+    unix::ExternalSocket,
 };
 use ckpt_proto::{
     Image, MAX_MESSAGE, Message,
@@ -37,6 +37,8 @@ use clap::{
     builder::{OsStringValueParser, TypedValueParser},
 };
 
+pub use list::list;
+
 const LACKS: &str = "sk";
 
 const EXAMPLES: &str = "\
@@ -45,7 +47,7 @@ Examples:
   ckpt-scan -t 4711 | ckpt-sk --external 48213:/run/b.sock | ckpt-write checkpoint
   ckpt-sk --list -t 4711                            # which IDs, and who is at the other end?";
 
-/// Completes the unix sockets of a checkpoint stream
+/// Completes the sockets of a checkpoint stream
 ///
 /// From standard input to standard output, behind ckpt-scan. ID is the number in
 /// socket:[ID] of /proc/PID/fd, also written unix[ID] or socket:[ID]. A PATH that
@@ -70,8 +72,9 @@ pub struct Args {
     /// Leave out TCP connections that have not been accepted yet
     #[arg(long)]
     pub skip_in_flight: bool,
-    /// List the unix sockets of a process and its descendants, and what a checkpoint would do with them
-    #[arg(long, requires = "tree")]
+    /// List the sockets of a process and its descendants, or of the stream, and what a checkpoint would do
+    /// with them
+    #[arg(long)]
     pub list: bool,
     /// The process whose sockets --list lists
     #[arg(short = 't', long, value_name = "PID", requires = "list")]
@@ -104,6 +107,26 @@ fn external(text: OsString) -> Result<ExternalSocket, String> {
 #[must_use]
 pub fn command() -> clap::Command {
     Args::command()
+}
+
+impl Args {
+    /// What the user allows; `kill`: the tree will be killed.
+    fn options(&self, kill: bool) -> SkOptions {
+        SkOptions {
+            external: self.external.clone(),
+            queued: match self.queued {
+                None => Queued::Refuse,
+                Some(KeepOrDrop::Drop) => Queued::Drop,
+                Some(KeepOrDrop::Keep) => Queued::Keep,
+            },
+            tcp: TcpOptions {
+                established: self.tcp_established,
+                close: self.tcp_close,
+                skip_in_flight: self.skip_in_flight,
+                kill,
+            },
+        }
+    }
 }
 
 /// Copies the stream from `input` to `output`, completing its sockets.
@@ -212,20 +235,7 @@ impl Stage<'_> {
         }
         // A copy of each socket is open here.
         let _ = ckpt_sys::file::raise_limit(self.stubs.len() as u64 + 1024);
-        let options = SkOptions {
-            external: self.args.external.clone(),
-            queued: match self.args.queued {
-                None => Queued::Refuse,
-                Some(KeepOrDrop::Drop) => Queued::Drop,
-                Some(KeepOrDrop::Keep) => Queued::Keep,
-            },
-            tcp: TcpOptions {
-                established: self.args.tcp_established,
-                close: self.args.tcp_close,
-                skip_in_flight: self.args.skip_in_flight,
-                kill: self.kill,
-            },
-        };
+        let options = self.args.options(self.kill);
         let say = Say { warn: &ckpt_cli::warn, note: &|text| ckpt_cli::note!(1, "{text}") };
         let net_ns = |pid: Pid| self.net_ns.get(&pid).copied();
         let defaults = &sockopt::Defaults::default();
@@ -239,79 +249,6 @@ impl Stage<'_> {
     }
 }
 
-/// Lists the unix sockets of a process tree.
-///
-/// # Errors
-/// No such process, or one that may not be looked at.
-pub fn list(args: &Args, output: &mut dyn Write) -> anyhow::Result<()> {
-    let pid = args.tree.ok_or_else(|| UsageError("--list needs -t PID".to_owned()))?;
-    let listed = unix::list::list(&unix::list::tree(Pid(pid)), &args.external)?;
-    if args.json {
-        let all: Vec<_> = listed.iter().map(json).collect();
-        serde_json::to_writer_pretty(&mut *output, &all).context("write")?;
-        return writeln!(output).context("write");
-    }
-    let title =
-        ["ID", "KIND", "STATE", "PID", "COMMAND", "FD", "LOCAL", "PEER", "PEER HELD BY", "QUEUED", "DUMP"];
-    let mut rows = vec![title.map(str::to_owned)];
-    rows.extend(listed.iter().map(row));
-    let widths: Vec<usize> =
-        (0..title.len()).map(|i| rows.iter().map(|r| r[i].chars().count()).max().unwrap_or(0)).collect();
-    for row in rows {
-        let cells: Vec<String> =
-            row.iter().zip(&widths).map(|(cell, &width)| format!("{cell:width$}")).collect();
-        writeln!(output, "{}", cells.join("  ").trim_end()).context("write")?;
-    }
-    Ok(())
-}
-
-fn row(s: &Listed) -> [String; 11] {
-    let or_dash = |text: &str| if text.is_empty() { "-".to_owned() } else { text.to_owned() };
-    let peer = match (s.peer_id, s.peer.as_str()) {
-        (Some(id), "") => id.to_string(),
-        (Some(id), name) => format!("{id} {name}"),
-        (None, name) => or_dash(name),
-    };
-    let holder = match &s.peer_holder {
-        Some((pid, comm)) => format!("{pid} {comm}{}", if s.peer_inside { "" } else { " (outside)" }),
-        None => "-".to_owned(),
-    };
-    [
-        s.id.to_string(),
-        s.kind.to_owned(),
-        s.state.to_owned(),
-        s.pid.to_string(),
-        s.comm.clone(),
-        s.fd.to_string(),
-        or_dash(&s.local),
-        peer,
-        holder,
-        s.queued.to_string(),
-        s.dump.clone(),
-    ]
-}
-
-fn json(s: &Listed) -> serde_json::Value {
-    serde_json::json!({
-        "id": s.id,
-        "kind": s.kind,
-        "state": s.state,
-        "pid": s.pid.0,
-        "command": s.comm,
-        "fd": s.fd.0,
-        "local": s.local,
-        "peer": s.peer_id.map(|id| serde_json::json!({
-            "id": id,
-            "name": s.peer,
-            "inside": s.peer_inside,
-            "pid": s.peer_holder.as_ref().map(|(pid, _)| pid.0),
-            "command": s.peer_holder.as_ref().map(|(_, comm)| comm),
-        })),
-        "queued": s.queued,
-        "dump": s.dump,
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -322,7 +259,7 @@ mod tests {
         let args =
             Args::try_parse_from(["ckpt-sk", "--external", "unix[7]:@x", "--external", "9", "--queued=drop"]);
         assert_eq!(args.unwrap().external.len(), 2);
-        for wrong in [&["ckpt-sk", "--external", "x"][..], &["ckpt-sk", "--list"], &["ckpt-sk", "--json"]] {
+        for wrong in [&["ckpt-sk", "--external", "x"][..], &["ckpt-sk", "--json"]] {
             assert!(Args::try_parse_from(wrong).is_err(), "{wrong:?}");
         }
     }

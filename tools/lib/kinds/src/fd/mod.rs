@@ -34,6 +34,7 @@ pub mod reg;
 pub mod restore;
 pub mod signalfd;
 pub mod socket;
+pub mod socklist;
 pub mod sockopt;
 pub mod tcp;
 #[cfg(test)]

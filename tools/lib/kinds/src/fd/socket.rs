@@ -130,6 +130,11 @@ const FAMILIES: &[Family] = &[
     Family { wants: |s| is_inet(s, libc::SOCK_DGRAM), complete: udp::complete },
 ];
 
+/// Whether sockets of this family can be completed.
+pub(super) fn is_supported(stub: &SocketStub) -> bool {
+    FAMILIES.iter().any(|family| (family.wants)(stub))
+}
+
 fn is(stub: &SocketStub, domain: i32) -> bool {
     stub.domain == domain.unsigned_abs()
 }

@@ -19,7 +19,6 @@
 //! not seen it. If its client is in the tree it is refused.
 
 pub mod complete;
-pub mod list;
 mod restore;
 
 use ckpt_proto::types::{FdTypes, FileEntry};
