@@ -20,6 +20,7 @@ pub(crate) const TOOLS: &[&str] = &[
     "ckpt-restore",
     "ckpt-show",
     "ckpt-encode",
+    "ckpt-merge",
     "ckpt-check",
     "ckpt",
 ];

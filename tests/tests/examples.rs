@@ -28,6 +28,7 @@ const NOT_RUN: &[(&str, &str)] = &[
     ("--rules", "its rules are about TCP port 80"),
     ("path=/run/a.sock", "needs a connection to a socket of that name"),
     ("ckpt-track", "needs a tracker"),
+    ("series/", "needs a series of increments"),
     ("| ckpt-sk --list", "lists of streams are still to come"),
     ("rename /run", "lines of a file of rules"),
     ("--close kind=unix-stream", "needs a server without a listener"),

@@ -205,6 +205,43 @@ fn an_increment_survives_like_a_full_checkpoint() {
 }
 
 #[test]
+fn a_merged_chain_survives_without_its_ancestors() {
+    let target = Target::start("memory_private");
+    let before = target.at_rest();
+    let tracker = Tracker::start(&target);
+    dump_ok(&target, &tracker.address, "1", None);
+    dump_ok(&target, &tracker.address, "2", Some("1"));
+    dump_ok(&target, &tracker.address, "3", Some("2"));
+    drop(tracker);
+    target.end();
+    let merge = |words: &[&str]| {
+        let paths = words.iter().map(|word| match word.strip_prefix('=') {
+            Some(name) => target.path(name).into_os_string(),
+            None => word.into(),
+        });
+        Pipeline::new(target.dir.path()).stage(std::iter::once("ckpt-merge".into()).chain(paths)).run()
+    };
+    let survives = |name: &str| {
+        target.restore_ok(name);
+        target.looks_like(&before);
+        target.passes(name);
+        target.end();
+    };
+    let _ = merge(&["=3", "=full"]).ok("merge");
+    assert_eq!(sizes(&target.path("full")).0, sizes(&target.path("3")).1);
+    let _ = merge(&["--onto", "=1", "=3", "=onto"]).ok("merge onto the first");
+    let _ = merge(&["--dedup", "=3"]).ok("free");
+    survives("3");
+    survives("onto");
+    let _ = merge(&["--in-place", "=3"]).ok("merge in place");
+    for name in ["1", "2", "onto"] {
+        fs::remove_dir_all(target.path(name)).expect("remove a checkpoint");
+    }
+    survives("3");
+    survives("full");
+}
+
+#[test]
 fn what_can_not_be_an_increment_is_full_and_says_so() {
     let target = Target::start("memory_private");
     let mut tracker = Tracker::start(&target);

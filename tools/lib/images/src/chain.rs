@@ -46,6 +46,8 @@ const PAGE: u64 = 4096;
 const IN_PARENT: u32 = 1;
 const LAZY: u32 = 1 << 1;
 const PRESENT: u32 = 1 << 2;
+/// An own addition: the pages were PRESENT, and `ckpt-merge --dedup` has freed them.
+const FREED: u32 = 1 << 16;
 
 /// A `pages-N.img` of a set or of one of its ancestors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -72,6 +74,12 @@ pub struct PageRun {
 }
 
 impl PageRun {
+    /// The entry that an increment has for this run, which is further back.
+    #[must_use]
+    pub fn parent_entry(&self) -> PagemapEntry {
+        PagemapEntry { flags: Some(IN_PARENT), ..self.pagemap_entry() }
+    }
+
     /// The entry that a full checkpoint has for this run.
     #[must_use]
     pub fn pagemap_entry(&self) -> PagemapEntry {
@@ -106,12 +114,27 @@ pub(crate) struct Chain {
     depth: usize,
 }
 
+/// A pagemap of which pages were freed.
+#[derive(Debug)]
+pub struct Thinned {
+    /// Its entries.
+    pub entries: Vec<PagemapEntry>,
+    /// What is free in the pages file, bytes, ascending.
+    pub freed: Vec<Range<u64>>,
+    /// Whether some of it was not before.
+    pub new: bool,
+}
+
 /// What a pagemap says.
 #[derive(Debug, Default)]
 struct Pagemap {
     id: u64,
     stored: Vec<PageRun>,
     in_parent: Vec<Range<u64>>,
+    /// Length of the pages file.
+    bytes: u64,
+    /// Whether pages are missing that were there.
+    freed: bool,
 }
 
 impl Pagemap {
@@ -136,7 +159,10 @@ impl Pagemap {
             if len == 0 {
                 continue;
             }
-            if flags & PRESENT != 0 {
+            if flags & (PRESENT | FREED) == PRESENT | FREED {
+                map.freed = true;
+                offset += len;
+            } else if flags & PRESENT != 0 {
                 let lazy = flags & LAZY != 0;
                 let run = PageRun { addr, len, lazy, file: PagesFile { level, id }, offset };
                 push(&mut map.stored, run);
@@ -145,11 +171,8 @@ impl Pagemap {
                 map.in_parent.push(addr..end);
             }
         }
+        map.bytes = offset;
         Ok(map)
-    }
-
-    fn bytes(&self) -> u64 {
-        self.stored.last().map_or(0, |last| last.offset + last.len)
     }
 }
 
@@ -203,6 +226,57 @@ impl ImageSet {
             return Err(ImageError::Stream { file: image.file_name(arg), what });
         }
         Ok(map.stored)
+    }
+
+    /// The pagemap with every page outside of `needed` (offsets in the pages file, ascending) marked as freed.
+    ///
+    /// # Errors
+    /// It is malformed.
+    pub fn pagemap_without(
+        &self,
+        image: Image,
+        arg: u64,
+        needed: &[Range<u64>],
+    ) -> Result<Thinned, ImageError> {
+        // For its checks.
+        Pagemap::parse(self, image, arg, 0)?;
+        let (mut entries, mut freed, mut new) = (Vec::new(), Vec::new(), false);
+        let mut offset = 0;
+        for entry in self.pagemap(image, arg)?.1 {
+            let flags = flags_of(&entry);
+            let len = pages_of(&entry) * PAGE;
+            if flags & PRESENT == 0 || flags & FREED != 0 {
+                if flags & PRESENT != 0 {
+                    freed.push(offset..offset + len);
+                    offset += len;
+                }
+                entries.push(entry);
+                continue;
+            }
+            let (mut at, end) = (offset, offset + len);
+            while at < end {
+                let next = needed.partition_point(|range| range.end <= at);
+                let (keep, until) = match needed.get(next) {
+                    Some(range) if range.start <= at => (true, range.end.min(end)),
+                    Some(range) => (false, range.start.min(end)),
+                    None => (false, end),
+                };
+                if !keep {
+                    freed.push(at..until);
+                    new = true;
+                }
+                entries.push(PagemapEntry {
+                    vaddr: entry.vaddr + (at - offset),
+                    compat_nr_pages: 0,
+                    in_parent: None,
+                    flags: Some(if keep { flags } else { flags | FREED }),
+                    nr_pages: Some((until - at) / PAGE),
+                });
+                at = until;
+            }
+            offset = end;
+        }
+        Ok(Thinned { entries, freed, new })
     }
 
     /// A pages file that [`Self::page_runs`] names. `None` if it is missing, still to come on a stream, or
@@ -271,6 +345,9 @@ impl ImageSet {
         for (image, arg) in pagemaps {
             // Whoever needs a malformed pagemap meets the error again.
             let Ok(map) = Pagemap::parse(self, image, arg, 0) else { continue };
+            if map.freed {
+                return Err(ImageError::Freed { path: path.to_owned() });
+            }
             if !map.in_parent.is_empty() {
                 found.insert((image, arg), map.stored);
                 wanted.insert((image, arg), map.in_parent);
@@ -320,7 +397,7 @@ impl ImageSet {
                     bad(format!("{}: pages at {addr:#x} should be there and are not", image.file_name(arg)))
                 })?;
                 if runs.len() > before {
-                    self.open_ancestor(&dir, &path, &part, PagesFile { level, id: map.id }, map.bytes())?;
+                    self.open_ancestor(&dir, &path, &part, PagesFile { level, id: map.id }, map.bytes)?;
                 }
                 if !later.is_empty() {
                     still.insert((image, arg), later);

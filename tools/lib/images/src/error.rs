@@ -28,6 +28,15 @@ pub enum ImageError {
         #[source]
         source: SysError,
     },
+    /// A checkpoint of which pages were freed.
+    #[error(
+        "{}: pages that later checkpoints have replaced were freed (ckpt-merge --dedup); only those can be restored",
+        path.display()
+    )]
+    Freed {
+        /// Its directory.
+        path: PathBuf,
+    },
     /// The directory is there already.
     #[error("{} exists already; checkpoints are never overwritten", path.display())]
     Exists {
@@ -121,7 +130,7 @@ impl ImageError {
     #[must_use]
     pub fn is_corruption(&self) -> bool {
         match self {
-            Self::Io { .. } | Self::Transfer { .. } | Self::Exists { .. } => false,
+            Self::Io { .. } | Self::Transfer { .. } | Self::Exists { .. } | Self::Freed { .. } => false,
             Self::File { source, .. } => !matches!(source, FileError::Io { .. }),
             Self::FromStream(source) => !matches!(source, StreamError::Io { .. }),
             _ => true,

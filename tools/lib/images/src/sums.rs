@@ -21,7 +21,7 @@ use std::{
 
 use ckpt_proto::{
     Image,
-    stream::{Facts, StreamError, zero_ranges},
+    stream::{Facts, StreamError, zero_pages, zero_ranges},
     types::{ManifestEntry, ManifestPiece},
 };
 use nix::fcntl::{FallocateFlags, fallocate};
@@ -36,14 +36,21 @@ use crate::{ImageError, recode};
 pub fn hash_range(file: impl AsFd, offset: u64, len: u64, hashes: &mut [&mut Xxh3Default]) -> io::Result<()> {
     // A duplicate of the descriptor, since reading at a place needs a File.
     let file = File::from(file.as_fd().try_clone_to_owned()?);
+    in_parts(&file, offset, len, |_, bytes| {
+        for hash in &mut *hashes {
+            hash.update(bytes);
+        }
+    })
+}
+
+/// Reads `len` bytes of `file` from `offset` on; `each` gets part after part with its offset.
+fn in_parts(file: &File, offset: u64, len: u64, mut each: impl FnMut(u64, &[u8])) -> io::Result<()> {
     let mut buffer = vec![0; usize::try_from(len).unwrap_or(usize::MAX).min(1 << 18)];
     let mut done = 0;
     while done < len {
         let n = usize::try_from(len - done).unwrap_or(usize::MAX).min(buffer.len());
         file.read_exact_at(&mut buffer[..n], offset + done)?;
-        for hash in &mut *hashes {
-            hash.update(&buffer[..n]);
-        }
+        each(offset + done, &buffer[..n]);
         done += n as u64;
     }
     Ok(())
@@ -240,12 +247,15 @@ impl Pieces {
         let end = offset + len;
         while offset < end {
             let n = (end - offset).min(MAX_PIECE - self.len);
-            // A second checksum costs as much again, so only where one is expected.
-            if own {
-                hash_range(file, offset, n, &mut [&mut self.open, &mut record])?;
-            } else {
-                hash_range(file, offset, n, &mut [&mut self.open])?;
-            }
+            in_parts(file, offset, n, |at, bytes| {
+                self.open.update(bytes);
+                if own {
+                    record.update(bytes);
+                } else {
+                    // Nobody has looked for zeros yet.
+                    punch_zeros(file, at, bytes.len() as u64, &zero_pages(bytes));
+                }
+            })?;
             self.len += n;
             offset += n;
             if self.len == MAX_PIECE {

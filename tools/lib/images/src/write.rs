@@ -34,12 +34,13 @@ use ckpt_proto::{
 use ckpt_sys::transfer::transfer;
 use nix::{
     errno::Errno,
-    fcntl::{AT_FDCWD, Flock, FlockArg, RenameFlags, renameat2},
+    fcntl::{AT_FDCWD, Flock, FlockArg, RenameFlags, copy_file_range, renameat2},
+    unistd::{Whence, lseek},
 };
 use xxhash_rust::xxh3::Xxh3Default;
 
 use crate::{
-    ImageError, Order,
+    ImageError, Order, Place,
     chain::PARENT,
     sums::{MIN_PIECE, Summer, punch_zeros},
 };
@@ -68,6 +69,10 @@ pub struct DirWriter {
     /// Checksums of pages, from the first pages on.
     summer: Option<Summer>,
     trust: bool,
+    /// Whether `target` is there and gives way.
+    over: bool,
+    /// Files of another directory that are part of this one too.
+    adopted: BTreeMap<String, ManifestEntry>,
 }
 
 impl std::fmt::Debug for DirWriter {
@@ -94,7 +99,23 @@ impl DirWriter {
     /// `target` exists, or the staging directory can't be made.
     pub fn create(target: &Path) -> Result<Self, ImageError> {
         let target: PathBuf = target.components().collect();
+        Self::begin(target, false)
+    }
+
+    /// Starts a directory that is to take the place of `target`, which is there: at the end the two are exchanged in
+    /// one step, and the old one is removed.
+    ///
+    /// # Errors
+    /// `target` is no directory, or the staging directory can't be made.
+    pub fn create_over(target: &Path) -> Result<Self, ImageError> {
+        // What it is, rather than a link to it.
+        let target = target.canonicalize().map_err(ImageError::io(target, "realpath"))?;
+        Self::begin(target, true)
+    }
+
+    fn begin(target: PathBuf, over: bool) -> Result<Self, ImageError> {
         match fs::symlink_metadata(&target) {
+            Ok(meta) if over && meta.is_dir() => {}
             Ok(_) => return Err(ImageError::Exists { path: target }),
             Err(e) if e.kind() == io::ErrorKind::NotFound => {}
             Err(e) => return Err(ImageError::io(target, "lstat")(e)),
@@ -118,6 +139,8 @@ impl DirWriter {
             open: VecDeque::new(),
             summer: None,
             trust: false,
+            over,
+            adopted: BTreeMap::new(),
         })
     }
 
@@ -252,6 +275,59 @@ impl DirWriter {
         Ok(moved)
     }
 
+    /// Appends the pages at `place`, which share their room with the original where the file system can.
+    ///
+    /// # Errors
+    /// They can't be read or written, or the file ends before.
+    pub fn pages_copied(&mut self, id: u64, place: Place<'_>) -> Result<(), ImageError> {
+        let path = self.staging.join(Image::Pages.file_name(id));
+        let name = || Image::Pages.file_name(id);
+        let output = self.output(Image::Pages, id)?;
+        let Some(file) = &mut output.file else { return Ok(()) };
+        file.flush().map_err(ImageError::io(&path, "write"))?;
+        let mut from =
+            i64::try_from(place.offset).map_err(|e| ImageError::io(name(), "lseek")(io::Error::other(e)))?;
+        let mut left = place.len;
+        while left > 0 {
+            let want = usize::try_from(left).unwrap_or(usize::MAX).min(1 << 30);
+            let moved = match copy_file_range(place.file, Some(&mut from), file.get_ref(), None, want) {
+                Ok(n) => n as u64,
+                Err(Errno::EINTR) => continue,
+                // Not between these two file systems.
+                Err(Errno::EXDEV | Errno::EINVAL | Errno::EOPNOTSUPP) => {
+                    lseek(place.file, from, Whence::SeekSet).map_err(ImageError::errno(name(), "lseek"))?;
+                    transfer(place.file, file.get_ref().as_fd(), left)
+                        .map_err(|source| ImageError::Transfer { file: name(), source })?
+                }
+                Err(errno) => return Err(ImageError::errno(&path, "copy_file_range")(errno)),
+            };
+            if moved == 0 {
+                let what = "it is shorter than the pagemap says".to_owned();
+                return Err(ImageError::Stream { file: name(), what });
+            }
+            left = left.saturating_sub(moved);
+        }
+        let offset = output.size;
+        output.size += place.len;
+        self.summer()?.add(id, path, offset, place.len, Facts::default())
+    }
+
+    /// Makes a file of another directory part of this one, under its own name and by a link; `entry` is what
+    /// the manifest says of it (nothing, for what is no image).
+    ///
+    /// # Errors
+    /// It can't be linked.
+    pub fn adopt(&mut self, from: &Path, entry: Option<ManifestEntry>) -> Result<(), ImageError> {
+        let Some(name) = from.file_name() else {
+            return Err(ImageError::NotAFile { file: from.display().to_string() });
+        };
+        fs::hard_link(from, self.staging.join(name)).map_err(ImageError::io(from, "link"))?;
+        if let Some(entry) = entry {
+            self.adopted.insert(entry.name.clone(), entry);
+        }
+        Ok(())
+    }
+
     /// Bytes written so far to `pages-ID.img`; `None` if there is no such file.
     #[must_use]
     pub fn pages_len(&self, id: u64) -> Option<u64> {
@@ -311,7 +387,12 @@ impl DirWriter {
         File::open(&self.parent).and_then(|dir| dir.sync_all()).map_err(ImageError::io(
             &self.parent,
             "fsync, after the images were put in place (complete, but a power cut may lose them)",
-        ))
+        ))?;
+        if self.over {
+            // The old one has our name now. If it stays it is taken for abandoned, as it is.
+            let _ = fs::remove_dir_all(&staging);
+        }
+        Ok(())
     }
 
     fn write_manifest(&mut self, pages: &BTreeMap<u64, Vec<ManifestPiece>>) -> Result<(), ImageError> {
@@ -319,6 +400,7 @@ impl DirWriter {
             let what = "the manifest is made by the writer, it can't be part of a stream".to_owned();
             return Err(ImageError::Stream { file: Image::CkptManifest.file_name(0), what });
         }
+        let adopted = std::mem::take(&mut self.adopted).into_values();
         let entries: Vec<ManifestEntry> = self
             .outputs
             .iter()
@@ -328,6 +410,7 @@ impl DirWriter {
                 xxh3: (image != Image::Pages).then(|| output.hash.digest()),
                 pieces: pages.get(&arg).filter(|_| image == Image::Pages).cloned().unwrap_or_default(),
             })
+            .chain(adopted)
             .collect();
         for entry in entries {
             self.entry(Image::CkptManifest, 0, &entry.encode_to_vec())?;
@@ -337,6 +420,10 @@ impl DirWriter {
 
     fn rename(&self, staging: &Path) -> Result<(), ImageError> {
         let exists = || ImageError::Exists { path: self.target.clone() };
+        if self.over {
+            return renameat2(AT_FDCWD, staging, AT_FDCWD, &self.target, RenameFlags::RENAME_EXCHANGE)
+                .map_err(ImageError::errno(&self.target, "renameat2(RENAME_EXCHANGE)"));
+        }
         match renameat2(AT_FDCWD, staging, AT_FDCWD, &self.target, RenameFlags::RENAME_NOREPLACE) {
             Ok(()) => Ok(()),
             Err(Errno::EEXIST) => Err(exists()),

@@ -1,0 +1,99 @@
+//! Which directories belong together: the `parent` links, followed as far as they lead.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, bail};
+use ckpt_images::chain::PARENT;
+
+/// The directory and all before it, nearest first, by their real paths.
+///
+/// # Errors
+/// A link leads nowhere, or they go round in a circle.
+pub fn ancestry(dir: &Path) -> anyhow::Result<Vec<PathBuf>> {
+    let real = |path: &Path| path.canonicalize().with_context(|| path.display().to_string());
+    let mut all = vec![real(dir)?];
+    let mut seen = BTreeSet::from_iter(all.clone());
+    while let Some(last) = all.last() {
+        let link = last.join(PARENT);
+        if fs::symlink_metadata(&link).is_err() {
+            break;
+        }
+        let next = real(&link)?;
+        if !seen.insert(next.clone()) {
+            bail!("{}: the chain of parents is a loop", link.display());
+        }
+        all.push(next);
+    }
+    Ok(all)
+}
+
+/// Checkpoints beside those of `chain` that have one of them among their own ancestors.
+///
+/// # Errors
+/// A directory can't be listed.
+pub fn dependents(chain: &[PathBuf]) -> anyhow::Result<Vec<PathBuf>> {
+    let members: BTreeSet<&Path> = chain.iter().map(PathBuf::as_path).collect();
+    let places: BTreeSet<&Path> = chain.iter().filter_map(|dir| dir.parent()).collect();
+    let mut found = Vec::new();
+    for place in places {
+        let what = || place.display().to_string();
+        for entry in fs::read_dir(place).with_context(what)? {
+            let path = entry.with_context(what)?.path();
+            // Partial directories are hidden, and nobody's yet.
+            let hidden = path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"."));
+            if !hidden && !members.contains(&*path) && leads_into(&path, &members) {
+                found.push(path);
+            }
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// A link that is broken or goes round in a circle leads nowhere.
+fn leads_into(dir: &Path, members: &BTreeSet<&Path>) -> bool {
+    let mut at = dir.to_owned();
+    let mut seen = BTreeSet::new();
+    while let Ok(next) = at.join(PARENT).canonicalize() {
+        if members.contains(&*next) {
+            return true;
+        }
+        if !seen.insert(next.clone()) {
+            return false;
+        }
+        at = next;
+    }
+    false
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    #[test]
+    fn chains_loops_and_those_that_lead_in() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path().canonicalize().unwrap();
+        let link = |name: &str, to: &str| {
+            fs::create_dir_all(dir.join(name)).unwrap();
+            symlink(to, dir.join(name).join(PARENT)).unwrap();
+        };
+        fs::create_dir(dir.join("1")).unwrap();
+        link("2", "../1");
+        link("3", "../2");
+        link("branch", "../2");
+        link("stray", "../nowhere");
+        link("round", "../about");
+        link("about", "../round");
+        let chain = ancestry(&dir.join("3")).unwrap();
+        assert_eq!(chain, [dir.join("3"), dir.join("2"), dir.join("1")]);
+        assert_eq!(dependents(&chain).unwrap(), [dir.join("branch")]);
+        assert!(ancestry(&dir.join("round")).is_err() && ancestry(&dir.join("stray")).is_err());
+    }
+}

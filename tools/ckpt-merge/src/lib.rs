@@ -1,0 +1,132 @@
+//! Folds a chain of incremental checkpoints, or the younger part of it, into one.
+//!
+//! - [`fold`]: the same checkpoint with the pages that it had in others
+//! - [`dedup`]: room that older checkpoints take for pages which nobody needs any more
+//! - [`family`]: which directories belong to a chain, and which others lead into it
+//!
+//! Nothing that is there is changed in place, except that pages which nobody can see any more are cut out of
+//! a file: a directory that changes is made anew beside the old one and exchanged with it in one step.
+
+pub mod dedup;
+pub mod family;
+pub mod fold;
+
+use std::{fs::File, os::fd::AsFd, path::PathBuf};
+
+use anyhow::Context;
+use ckpt_cli::UsageError;
+use ckpt_images::{DirWriter, ImageSet, produce, stage};
+use ckpt_proto::stream::Writer;
+use clap::{CommandFactory, Parser};
+
+/// Folds a chain of incremental checkpoints into one
+///
+/// DIR with all pages that it has in earlier checkpoints becomes OUT, a full checkpoint, or
+/// without OUT a stream on standard output.
+#[derive(Debug, Clone, Default, Parser)]
+#[command(name = "ckpt-merge", version, after_help = EXAMPLES)]
+pub struct Args {
+    /// The last directory of the chain
+    #[arg(value_name = "DIR")]
+    pub dir: PathBuf,
+    /// Directory to make
+    #[arg(value_name = "OUT", conflicts_with_all = ["in_place", "dedup"])]
+    pub out: Option<PathBuf>,
+    /// Put the result in the place of DIR
+    #[arg(long, conflicts_with = "dedup")]
+    pub in_place: bool,
+    /// Fold only what is younger than BASE: the result is an increment of it
+    #[arg(long, value_name = "BASE", conflicts_with = "dedup")]
+    pub onto: Option<PathBuf>,
+    /// Free the pages of earlier checkpoints that neither DIR nor any other checkpoint beside
+    /// them needs; the earlier ones can then not be restored themselves
+    #[arg(long)]
+    pub dedup: bool,
+    /// With --dedup: take no notice of checkpoints that lead here and can't be read
+    #[arg(long, requires = "dedup")]
+    pub force: bool,
+    /// Do not compare pages with their checksums
+    #[arg(long)]
+    pub no_verify: bool,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub common: ckpt_cli::Common,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  ckpt-merge series/000137 /var/ckpt/full             a checkpoint that needs no other
+  ckpt-merge --in-place series/000100                 now those before it can be removed
+  ckpt-merge --onto series/000100 series/000137 day   one increment instead of 37
+  ckpt-merge series/000137 | ssh host ckpt-restore --detach
+  ckpt-merge --dedup series/000137                    free what only earlier ones need";
+
+/// The command, for man pages and completions.
+#[must_use]
+pub fn command() -> clap::Command {
+    Args::command()
+}
+
+/// Does what `args` say; a stream goes to `output`.
+///
+/// # Errors
+/// Then no directory has come to be or been changed, and a stream has no end record.
+pub fn run(args: &Args, output: File) -> anyhow::Result<()> {
+    if args.dedup {
+        return dedup::run(args);
+    }
+    let shown = || args.dir.display().to_string();
+    let set = ImageSet::from_chain(&args.dir).with_context(shown)?;
+    let base = args.onto.as_deref().map(|base| fold::Base::find(&args.dir, base, &set)).transpose()?;
+    let writer = match &args.out {
+        Some(out) => Some(DirWriter::create(out)?),
+        None if args.in_place => Some(DirWriter::create_over(&args.dir)?),
+        None => None,
+    };
+    let total = Some(produce::bytes(&set)?);
+    let mut progress = ckpt_cli::Progress::new("merging", total);
+    if let Some(mut writer) = writer {
+        let cleanup = writer.cleanup();
+        ckpt_cli::on_termination(move || cleanup.remove()).context("start a thread")?;
+        let verification = if args.no_verify { None } else { Some(set.verification()?) };
+        fold::fold(&set, base.as_ref(), &mut writer, &mut |n| progress.inc(n)).with_context(shown)?;
+        if let Some(verification) = verification {
+            verification.finish().with_context(shown)?;
+        }
+        writer.finish()?;
+        ckpt_cli::note!(1, "{} directories of the chain were needed", set.chain_depth() + 1);
+        return Ok(());
+    }
+    if base.is_some() {
+        return Err(UsageError("--onto makes a directory: name OUT, or give --in-place".to_owned()).into());
+    }
+    ckpt_cli::not_a_terminal(&output, "standard output")?;
+    stage::grow_pipe(output.as_fd());
+    let mut out = Writer::open(output, produce::hello(&set)?).context("write the stream")?;
+    match produce::write(&set, &mut out, !args.no_verify, &mut |n| progress.inc(n)) {
+        Ok(()) => out.end().context("write the stream").map(drop),
+        Err(error) => {
+            let error = error.into();
+            let _ = out.abort(&ckpt_cli::reason("ckpt-merge", &error));
+            Err(error)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn arguments() {
+        command().debug_assert();
+        for wrong in [
+            &["ckpt-merge"][..],
+            &["ckpt-merge", "--in-place", "a", "b"],
+            &["ckpt-merge", "--dedup", "--in-place", "a"],
+            &["ckpt-merge", "--force", "a"],
+        ] {
+            assert!(Args::try_parse_from(wrong).is_err(), "{wrong:?}");
+        }
+    }
+}
