@@ -47,6 +47,8 @@ impl Place {
                 fs::copy(golden(name), &binary).expect("copy a golden program");
             }
             fs::set_permissions(&binary, fs::Permissions::from_mode(0o755)).expect("chmod");
+            // Made anew: one that somebody else has left may have another mode.
+            let _ = fs::remove_file(place.output(name));
             fs::write(place.output(name), fs::read(golden(&format!("{name}.out"))).expect("read"))
                 .expect("write");
         }

@@ -45,7 +45,7 @@ static void *wait_poll(void *x)
 {
 	block_all();
 	struct pollfd f = { quiet[0], POLLIN, 0 };
-	if (poll(&f, 1, 600000) != 1) early |= 8;
+	if (poll(&f, 1, 86400000) != 1) early |= 8;
 	poll_left = 1;
 	for (;;) pause();
 	return x;
