@@ -23,6 +23,7 @@ mod increments;
 mod inet;
 mod invariants;
 mod memory;
+mod outside;
 mod programs;
 mod signals;
 mod snapshots;

@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use ckpt_tests::{Pipeline, Target, process, soon};
+use ckpt_tests::{Pipeline, Target, process};
 
 crate::survives! {
     socketpairs_keep_queues_and_options: "socketpairs";
@@ -161,19 +161,6 @@ fn restore_takes_an_inherited_connection() {
         .expect("run ckpt-restore");
     assert!(status.success(), "{status}");
     assert_eq!(Talk::over(ours).ask("message four"), "answer 4 to message four");
-}
-
-#[test]
-fn unconnected_external_is_refused_at_restore() {
-    let (target, talk, id) = conversation();
-    dump_external(&target, id, "img");
-    drop(talk);
-    target.end();
-    let outcome = target.restore("img");
-    assert_ne!(outcome.code("ckpt-restore"), 0, "{outcome}");
-    assert!(outcome.said.contains(&id.to_string()), "{outcome}");
-    assert!(soon(|| process::is_free(target.pid)));
-    let _ = outcome.sane();
 }
 
 /// The reason for all of this: a checkpoint after every message, and back to any of them.

@@ -10,14 +10,23 @@
 //! - [`region`], [`make`], [`shared`]: building
 //! - [`outcome`]: signals meanwhile and afterwards
 
-use std::{fs::File, io::Write, path::PathBuf, process::ExitCode};
+use std::{
+    ffi::OsString, fs::File, io::Write, os::unix::ffi::OsStrExt, path::PathBuf, process::ExitCode,
+    time::Duration,
+};
 
 use anyhow::Context;
 use ckpt_images::ImageSet;
-use ckpt_kinds::fd::{OpenFiles, RestoreOptions};
+use ckpt_kinds::fd::{
+    OpenFiles, RestoreOptions,
+    unix::{ExternalSocket, Which},
+};
 use ckpt_remote::build::Area;
 use ckpt_sys::{Pid, Refused, SocketId};
-use clap::{CommandFactory, Parser, ValueEnum};
+use clap::{
+    CommandFactory, Parser, ValueEnum,
+    builder::{OsStringValueParser, TypedValueParser},
+};
 use nix::{libc, unistd::getpgid};
 
 pub mod births;
@@ -68,18 +77,16 @@ impl std::str::FromStr for Inherit {
 pub struct External {
     /// The socket.
     pub id: SocketId,
-    /// What to connect it to.
-    pub path: PathBuf,
+    /// What to connect it to, as in `sun_path`.
+    pub path: Vec<u8>,
 }
 
-impl std::str::FromStr for External {
-    type Err = String;
-    fn from_str(s: &str) -> Result<Self, String> {
-        s.strip_prefix("unix[")
-            .and_then(|rest| rest.split_once("]:"))
-            .and_then(|(id, path)| Some(Self { id: id.parse().ok()?, path: path.into() }))
-            .filter(|external| !external.path.as_os_str().is_empty())
-            .ok_or_else(|| "expected unix[ID]:PATH, as in unix[48213]:/run/b.sock".to_owned())
+// By value as clap's parsers hand it over.
+#[allow(clippy::needless_pass_by_value)]
+fn external(text: OsString) -> Result<External, String> {
+    match ExternalSocket::parse(text.as_bytes()) {
+        Some(ExternalSocket { which: Which::Id(id), path: Some(path) }) => Ok(External { id, path }),
+        _ => Err("expected unix[ID]:PATH, as in unix[48213]:/run/b.sock".to_owned()),
     }
 }
 
@@ -94,6 +101,7 @@ Examples:
   ckpt-read images | ckpt-restore --detach      # from a stream; leave the tree running
   ckpt-restore --external 'unix[48213]:/run/b.sock' images
   ckpt-restore --inherit-fd 'fd[5]:socket:[48213]' images
+  ckpt-read images | sk-rewrite --accept 48213 | ckpt-restore --timeout 10s
 
 Exit status: the root's (128 + N if signal N killed it), 125 if the restore failed.
 With --detach: 0 restored, 1 failed, 2 usage, 3 refused, 4 damaged images."
@@ -125,8 +133,8 @@ pub struct Args {
     /// Use this process's descriptor N for an external RESOURCE
     #[arg(long, value_name = "fd[N]:RESOURCE")]
     pub inherit_fd: Vec<Inherit>,
-    /// Connect the external unix socket ID to PATH
-    #[arg(long, value_name = "unix[ID]:PATH")]
+    /// Connect the external unix socket ID to PATH (@NAME: an abstract name)
+    #[arg(long, value_name = "unix[ID]:PATH", value_parser = OsStringValueParser::new().try_map(external))]
     pub external: Vec<External>,
     /// Do not compare pages with their checksums
     #[arg(long)]
@@ -134,6 +142,12 @@ pub struct Args {
     /// Restore TCP connections whose other end is not in the images as closed
     #[arg(long)]
     pub tcp_close: bool,
+    /// Try for so long to connect external sockets, until somebody listens there
+    #[arg(long, value_name = "DURATION", value_parser = ckpt_cli::duration)]
+    pub retry: Option<Duration>,
+    /// Wait at most so long for the peer of each external socket that accepts it
+    #[arg(long, value_name = "DURATION", value_parser = ckpt_cli::duration)]
+    pub timeout: Option<Duration>,
     /// What to do about data files that have changed: warn or strict (fail)
     #[arg(long, value_name = "MODE", default_value = "warn", hide_possible_values = true)]
     pub files: FilesMode,
@@ -206,10 +220,14 @@ fn restore(
     let _ = ckpt_sys::file::raise_limit(0);
     let options = RestoreOptions {
         inherit: args.inherit_fd.iter().map(|i| (i.fd, i.resource.clone())).collect(),
-        external_unix: args.external.iter().map(|e| (e.id, path_bytes(&e.path))).collect(),
+        external_unix: args.external.iter().map(|e| (e.id, e.path.clone())).collect(),
+        retry: args.retry.unwrap_or_default(),
+        timeout: args.timeout,
+        interrupt: Some(signals.interrupt()?),
         files_strict: args.files == FilesMode::Strict,
         tcp_close: args.tcp_close,
         warn: ckpt_cli::warn,
+        note: |text| ckpt_cli::note!(1, "{text}"),
     };
     let vdso = make::own_vdso()?;
     for process in &tree.processes {
@@ -299,11 +317,6 @@ fn nodes(tree: &Tree) -> std::collections::BTreeMap<i32, Node> {
         subreaper: p.core().tc.as_ref().is_some_and(|tc| tc.child_subreaper()),
     };
     tree.processes.iter().map(|p| (p.pid.0, node(p))).collect()
-}
-
-fn path_bytes(path: &std::path::Path) -> Vec<u8> {
-    use std::os::unix::ffi::OsStrExt;
-    path.as_os_str().as_bytes().to_vec()
 }
 
 /// A pid file that is removed again unless the restore succeeds.

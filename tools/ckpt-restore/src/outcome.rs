@@ -3,6 +3,7 @@
 use std::{
     fs::File,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
+    sync::Arc,
 };
 
 use anyhow::{Context, bail};
@@ -44,6 +45,17 @@ impl Signals {
         set.add(Signal::SIGWINCH);
         let fd = SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC).context("signalfd")?;
         Ok(Self { old, fd })
+    }
+
+    /// Readable when somebody wants this process to end; a signal read from it counts as dealt with.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn interrupt(&self) -> anyhow::Result<Arc<OwnedFd>> {
+        let set: SigSet = FORWARDED.into_iter().collect();
+        let fd =
+            SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK).context("signalfd")?;
+        Ok(Arc::new(fd.as_fd().try_clone_to_owned().context("dup")?))
     }
 
     /// Whether somebody wants this process to end.

@@ -51,6 +51,8 @@ pub fn run(args: &Args, tree: &Tree, set: &mut ImageSet) -> anyhow::Result<u8> {
     drop(to_parent);
     let mut news = File::from(from_init);
     let mut word = [0];
+    // It may be waiting for a peer to connect, which a signal ends.
+    while !signals.forward(init, news.as_fd())? {}
     if news.read(&mut word).context("read from init")? == 0 {
         // It has said why.
         let _ = ptrace::wait(init.leader(), false);

@@ -45,6 +45,7 @@ const EXAMPLES: &str = "\
 Examples:
   ckpt-scan -t 4711 | ckpt-sk --external 48213 | ckpt-write checkpoint
   ckpt-scan -t 4711 | ckpt-sk --external 48213:/run/b.sock | ckpt-write checkpoint
+  ckpt-scan -t 4711 | ckpt-sk --external path=/run/b.sock | ckpt-write checkpoint
   ckpt-sk --list -t 4711                            # which IDs, and who is at the other end?";
 
 /// Completes the sockets of a checkpoint stream
@@ -55,12 +56,17 @@ Examples:
 #[derive(Debug, Clone, Parser)]
 #[command(name = "ckpt-sk", version, after_help = EXAMPLES)]
 pub struct Args {
-    /// The peer of socket ID is not part of the checkpoint; on restore, connect it to PATH
-    /// (default: to its peer's name; without one, ckpt-restore has to be told)
-    #[arg(long, value_name = "ID[:PATH]", value_parser = OsStringValueParser::new().try_map(external))]
+    /// Connections whose other end is not part of the checkpoint: that of socket ID (on restore, connect it to
+    /// PATH), those from or to an address, those to a process, or all. Without PATH they are connected
+    /// to their peer's name; those that were accepted take the next client; others have to be handed in
+    #[arg(
+        long,
+        value_name = "ID[:PATH]|path=PATH|peer-pid=PID|all",
+        value_parser = OsStringValueParser::new().try_map(external)
+    )]
     pub external: Vec<ExternalSocket>,
-    /// What external connections have received but not read is left out (drop), or stored for
-    /// sk-rewrite to decide (keep); by default it is an error
+    /// What external connections have received but not read, and what they have sent and their peer has
+    /// not read, is left out (drop), or stored (keep); by default it is an error
     #[arg(long, value_enum, value_name = "WHAT", hide_possible_values = true)]
     pub queued: Option<KeepOrDrop>,
     /// Dump TCP connections whose other end is outside the tree; those between processes of the tree need no leave
@@ -100,7 +106,10 @@ pub enum KeepOrDrop {
 #[allow(clippy::needless_pass_by_value)]
 fn external(text: OsString) -> Result<ExternalSocket, String> {
     ExternalSocket::parse(text.as_bytes())
-        .ok_or_else(|| "expected ID[:PATH], ID being the number in socket:[ID] of /proc/PID/fd".to_owned())
+        .ok_or_else(|| {
+        "expected ID[:PATH], path=PATH, peer-pid=PID or all, ID being the number in socket:[ID] of /proc/PID/fd"
+            .to_owned()
+    })
 }
 
 /// The command, for man pages and completions.

@@ -62,9 +62,12 @@ pub struct Dump {
     /// Directory to make
     #[arg(short = 'D', long, value_name = "DIR")]
     pub dir: PathBuf,
-    /// The far end is outside the tree: ID[:PATH] of a socket, or pipe:[ID]
+    /// The far end is outside the tree: a socket as for ckpt-sk (ID[:PATH], path=PATH, peer-pid=PID, all), or pipe:[ID]
     #[arg(long, value_name = "RESOURCE")]
     pub external: Vec<OsString>,
+    /// What external sockets hold unread: drop or keep
+    #[arg(long, value_name = "WHAT")]
+    pub queued: Option<OsString>,
     /// Kill the tree once the directory is safely in place
     #[arg(long, conflicts_with = "leave_stopped")]
     pub kill: bool,
@@ -115,9 +118,18 @@ pub struct Restore {
     /// Connect the external unix socket ID to PATH
     #[arg(long, value_name = "unix[ID]:PATH")]
     pub external: Vec<OsString>,
+    /// Try for so long to connect external sockets
+    #[arg(long, value_name = "DURATION")]
+    pub retry: Option<OsString>,
+    /// Wait at most so long for the peer of each external socket that accepts it
+    #[arg(long, value_name = "DURATION")]
+    pub timeout: Option<OsString>,
     /// What to do about data files that have changed
     #[arg(long, value_name = "MODE")]
     pub files: Option<OsString>,
+    /// sk-rewrite: take the next client at PATH (default: where it was accepted) as the socket's peer
+    #[arg(long, value_name = "ID[=PATH]")]
+    pub accept: Vec<OsString>,
     /// sk-rewrite: connect the socket to PATH
     #[arg(long, value_name = "ID=PATH")]
     pub connect: Vec<OsString>,
@@ -222,7 +234,8 @@ impl Dump {
         let is_socket = |resource: &OsStr| {
             let bytes = resource.as_encoded_bytes();
             bytes.first().is_some_and(u8::is_ascii_digit)
-                || bytes.starts_with(b"unix[")
+                || bytes == b"all"
+                || [&b"unix["[..], b"path=", b"peer-pid="].iter().any(|prefix| bytes.starts_with(prefix))
                 || bytes.starts_with(b"socket:[")
         };
         let (sockets, others): (Vec<_>, Vec<_>) =
@@ -240,6 +253,7 @@ impl Dump {
         let sk = stage("ckpt-sk", |words| {
             words.verbose(self.verbose);
             words.option("--external", sockets);
+            words.option("--queued", &self.queued);
         });
         let write = stage("ckpt-write", |words| {
             words.verbose(self.verbose);
@@ -254,7 +268,10 @@ impl Restore {
     /// The stages of this restore.
     #[must_use]
     pub fn pipeline(&self) -> Pipeline {
-        let edited = !(self.connect.is_empty() && self.close.is_empty() && self.drop_queues.is_empty());
+        let edited = !(self.connect.is_empty()
+            && self.accept.is_empty()
+            && self.close.is_empty()
+            && self.drop_queues.is_empty());
         let restore = stage("ckpt-restore", |words| {
             words.verbose(self.verbose);
             words.flag("--detach", self.detach);
@@ -264,6 +281,8 @@ impl Restore {
             words.option("--pidfile", &self.pidfile);
             words.option("--inherit-fd", &self.inherit_fd);
             words.option("--external", &self.external);
+            words.option("--retry", &self.retry);
+            words.option("--timeout", &self.timeout);
             words.option("--files", &self.files);
             if !edited {
                 words.0.push(path(&self.dir));
@@ -279,6 +298,7 @@ impl Restore {
         let rewrite = stage("sk-rewrite", |words| {
             words.verbose(self.verbose);
             words.option("--connect", &self.connect);
+            words.option("--accept", &self.accept);
             words.option("--close", &self.close);
             words.option("--drop-queues", &self.drop_queues);
         });

@@ -46,6 +46,26 @@ impl From<Status> for ExitCode {
     }
 }
 
+/// A length of time as options take it: a number, which may have a fraction, and `ms`, `s`, `m` or `h`;
+/// seconds without a unit.
+///
+/// # Errors
+/// What was expected.
+pub fn duration(text: &str) -> Result<Duration, String> {
+    let unit = text.find(|c: char| c.is_ascii_alphabetic()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(unit);
+    let scale = match unit {
+        "ms" => 0.001,
+        "" | "s" => 1.0,
+        "m" => 60.0,
+        "h" => 3600.0,
+        _ => f64::NAN,
+    };
+    let seconds: Option<f64> = number.parse().ok().map(|n: f64| n * scale);
+    let duration = seconds.and_then(|s| Duration::try_from_secs_f64(s).ok());
+    duration.ok_or_else(|| "expected a length of time, as in 500ms, 10s or 2m".to_owned())
+}
+
 /// A command line that parsed but makes no sense. Exit status 2.
 #[derive(Debug, Clone, thiserror::Error)]
 #[error("{0}")]
@@ -348,6 +368,18 @@ mod tests {
     use ckpt_proto::stream::StreamError;
 
     use super::*;
+
+    #[test]
+    fn durations() {
+        for (text, ms) in
+            [("10", 10_000), ("1.5s", 1500), ("500ms", 500), ("2m", 120_000), ("0", 0), ("1h", 3_600_000)]
+        {
+            assert_eq!(duration(text), Ok(Duration::from_millis(ms)), "{text}");
+        }
+        for text in ["", "s", "-1", "5 s", "5d", "1e400", "nan", "inf"] {
+            assert!(duration(text).is_err(), "{text}");
+        }
+    }
 
     #[test]
     fn code_is_found_anywhere_in_the_chain() {

@@ -27,9 +27,11 @@ pub mod sched;
 pub mod selfcall;
 pub mod sock;
 pub mod spawn;
+pub mod standin;
 pub mod tcp;
 pub mod transfer;
 pub mod uffd;
+pub mod unixsock;
 pub mod xstate;
 
 pub use error::{Refused, SysError};

@@ -6,6 +6,8 @@ use std::{
     fs,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::PathBuf,
+    sync::Arc,
+    time::Duration,
 };
 
 use anyhow::{Context, bail};
@@ -17,7 +19,7 @@ use ckpt_proto::{
 use ckpt_remote::Call;
 use ckpt_sys::{FileId, Pid, Refused, SocketId, file};
 
-use super::{KINDS, Support, epoll, fown, lock, memfd, reg, tcp, tty};
+use super::{KINDS, Support, epoll, fown, lock, memfd, reg, tcp, tty, unix};
 
 /// What the user wants at restore.
 #[derive(Debug, Clone)]
@@ -26,12 +28,20 @@ pub struct RestoreOptions {
     pub inherit: Vec<(i32, String)>,
     /// Where external unix connections go, instead of where the images say.
     pub external_unix: Vec<(SocketId, Vec<u8>)>,
+    /// How long to try to connect them.
+    pub retry: Duration,
+    /// How long to wait for peers that connect themselves; for ever without a limit.
+    pub timeout: Option<Duration>,
+    /// A signalfd(2): waiting ends when it is readable.
+    pub interrupt: Option<Arc<OwnedFd>>,
     /// A changed data file is an error.
     pub files_strict: bool,
     /// TCP connections whose other end is not in the images are restored as closed.
     pub tcp_close: bool,
     /// Takes warnings.
     pub warn: fn(&str),
+    /// Takes what users are told if they ask.
+    pub note: fn(&str),
 }
 
 impl Default for RestoreOptions {
@@ -39,9 +49,13 @@ impl Default for RestoreOptions {
         Self {
             inherit: Vec::new(),
             external_unix: Vec::new(),
+            retry: Duration::ZERO,
+            timeout: None,
+            interrupt: None,
             files_strict: false,
             tcp_close: false,
             warn: |_| (),
+            note: |_| (),
         }
     }
 }
@@ -82,6 +96,8 @@ pub struct Opening<'a> {
     asked: BTreeSet<String>,
     given: BTreeSet<String>,
     pub(super) connected: BTreeSet<u64>,
+    /// Unix sockets that are not complete yet.
+    pub(super) unix: Option<unix::Sockets>,
     /// Socket files that stay if the restore succeeds.
     sockets: Vec<PathBuf>,
     pub(super) tcp: tcp::Connections,
@@ -231,6 +247,7 @@ impl OpenFiles {
             asked: BTreeSet::new(),
             given: BTreeSet::new(),
             connected: BTreeSet::new(),
+            unix: None,
             sockets: Vec::new(),
             tcp: tcp::Connections::default(),
         };
@@ -353,6 +370,7 @@ impl Opening<'_> {
                 restore(self, &entries).with_context(|| format!("restore {}s", kind.name))?;
             }
         }
+        unix::settle(self).context("restore unix sockets")?;
         if let Some((kind, entries)) = left.first_key_value() {
             let name = FdTypes::try_from(*kind).map_or("unknown", |t| t.as_str_name());
             let id = entries.first().map_or(0, |e| e.id);

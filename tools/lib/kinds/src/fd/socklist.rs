@@ -28,7 +28,7 @@ use nix::errno::Errno;
 use super::{
     dump::{comm, descriptors, find_holders, read_link},
     socket::{self, Queued, SkOptions},
-    unix::shown,
+    unix::{self, shown},
 };
 
 /// A socket, live or from a stream.
@@ -91,7 +91,6 @@ struct Row {
     peer_id: Option<u64>,
     /// Both sides of an inet socket.
     sides: Option<(SocketAddr, SocketAddr)>,
-    pending: Vec<u64>,
     received: u32,
     unsent: u32,
 }
@@ -108,7 +107,6 @@ impl Row {
             state: of.state.into(),
             local: shown(&of.name),
             peer_id: of.peer,
-            pending: of.pending.clone(),
             received: of.rqueue,
             unsent: of.wqueue,
             ..Self::default()
@@ -352,11 +350,10 @@ pub fn live(tree: &[Pid], allowed: &SkOptions) -> anyhow::Result<Vec<Listed>> {
         ));
     }
     join_peers(&mut listed, &holders);
-    let seen: HashSet<u64> = holders.into_keys().collect();
     Ok(listed
         .into_iter()
         .map(|(mut socket, row, (here, _))| {
-            socket.fate = fate(&socket, &row, here, &seen, allowed);
+            socket.fate = fate(&socket, &row, here, allowed);
             socket
         })
         .collect())
@@ -430,7 +427,7 @@ fn holders_of(ids: &HashSet<u64>) -> HashMap<u64, (Pid, String)> {
 }
 
 /// What a checkpoint would do with it.
-fn fate(socket: &Listed, row: &Row, here: bool, seen: &HashSet<u64>, allowed: &SkOptions) -> String {
+fn fate(socket: &Listed, row: &Row, here: bool, allowed: &SkOptions) -> String {
     let stub = SocketStub {
         domain: row.domain.unsigned_abs(),
         r#type: row.kind.unsigned_abs(),
@@ -444,7 +441,7 @@ fn fate(socket: &Listed, row: &Row, here: bool, seen: &HashSet<u64>, allowed: &S
         return "only by tools in its network namespace (nsenter -n)".to_owned();
     }
     if row.domain == libc::AF_UNIX {
-        return unix_fate(socket, row, seen, allowed);
+        return unix_fate(socket, row, allowed);
     }
     let connected = row.protocol == libc::IPPROTO_TCP
         && row.kind == libc::SOCK_STREAM
@@ -456,14 +453,16 @@ fn fate(socket: &Listed, row: &Row, here: bool, seen: &HashSet<u64>, allowed: &S
     }
 }
 
-fn unix_fate(socket: &Listed, row: &Row, seen: &HashSet<u64>, allowed: &SkOptions) -> String {
+fn unix_fate(socket: &Listed, row: &Row, allowed: &SkOptions) -> String {
     let Some(id) = socket.id else { return "yes".to_owned() };
-    let marked = allowed.external.iter().any(|external| external.id.0 == id);
-    if row.pending.iter().any(|id| seen.contains(id)) {
-        "no: connections from inside not accepted yet".to_owned()
-    } else if socket.peer_id.is_none() || socket.peer_inside {
+    let [local, peer] =
+        [&socket.local, &socket.peer].map(|n| unix::parse_name(n.as_bytes()).unwrap_or_default());
+    let peers: Vec<Pid> = socket.peer_holder.iter().map(|(pid, _)| *pid).collect();
+    let marked = allowed.external.iter().any(|external| external.means(id, [&local, &peer], &peers));
+    let unread = socket.received > 0 || (socket.unsent > 0 && row.kind != libc::SOCK_DGRAM);
+    if row.state == LISTEN || socket.peer_id.is_none() || socket.peer_inside {
         "yes".to_owned()
-    } else if marked && socket.received > 0 && allowed.queued == Queued::Refuse {
+    } else if marked && unread && allowed.queued == Queued::Refuse {
         "needs --queued=drop or --queued=keep".to_owned()
     } else if marked {
         "yes, external".to_owned()

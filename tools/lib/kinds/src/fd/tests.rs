@@ -37,7 +37,7 @@ use super::{
     DumpOptions, External, FileTable, OpenFiles, RestoreOptions,
     socket::{self, Completion, Queued, Say, SkOptions},
     sockopt::Defaults,
-    unix::ExternalSocket,
+    unix::{self, ExternalSocket},
 };
 
 fn own_pid() -> Pid {
@@ -559,27 +559,81 @@ fn message_boundaries_survive() {
 }
 
 #[test]
-fn one_way_connections_need_a_name_at_the_far_end() {
+fn one_way_connections_of_all_sorts() {
     let dir = tempfile::tempdir().unwrap();
     let name = dir.path().join("d.sock");
     let receiver = std::os::unix::net::UnixDatagram::bind(&name).unwrap();
     let sender = std::os::unix::net::UnixDatagram::unbound().unwrap();
     sender.connect(&name).unwrap();
     let fds = [target(&receiver), target(&sender)];
-    let set = dump(&fds);
+    let named = dump(&fds);
     fs::remove_file(&name).unwrap();
-    let refused = refusal(Dump::default().run(&fds));
-    assert!(refused.reason.contains("one way") && refused.reason.contains("deleted"), "{refused:?}");
+    // Somebody else's business, which a deleted name must not disturb.
+    fs::write(&name, "another file").unwrap();
+    let deleted = dump(&fds);
     drop(receiver);
-    let files = restore(&set);
-    nix::unistd::write(restored(&set, &files, fds[1]), b"through").unwrap();
-    assert_eq!(read_all(restored(&set, &files, fds[0])), b"through");
+    for set in [deleted, named] {
+        let files = restore(&set);
+        nix::unistd::write(restored(&set, &files, fds[1]), b"through").unwrap();
+        let receiver = restored(&set, &files, fds[0]);
+        assert_eq!(read_all(receiver), b"through");
+        assert_eq!(super::dump::path(&sock::unix_name(receiver, sock::Side::Local).unwrap()), name);
+        if fs::read(&name).is_ok_and(|text| text == b"another file") {
+            fs::remove_file(&name).unwrap();
+        }
+    }
     // Half of a pair that was connected to another socket since.
     let (a, b) = pair(SockType::Datagram);
+    say(&b, b"before");
+    say(&a, b"lost when b turns away");
     let other = std::os::unix::net::UnixDatagram::bind(dir.path().join("e.sock")).unwrap();
     sock::connect_unix(b.as_fd(), dir.path().join("e.sock").as_os_str().as_encoded_bytes()).unwrap();
-    let refused = refusal(Dump::default().run(&[target(&a), target(&b), target(&other)]));
-    assert!(refused.reason.contains("one way") && refused.reason.contains("no name"), "{refused:?}");
+    // Whoever is left behind is told so by an error, which has to be read first.
+    let fds = [target(&a), target(&b), target(&other)];
+    assert!(refusal(Dump::default().run(&fds)).reason.contains("ECONNRESET"));
+    assert_eq!(sock::option(a.as_fd(), libc::SOL_SOCKET, libc::SO_ERROR).unwrap(), libc::ECONNRESET);
+    let set = dump(&fds);
+    drop((a, b, other));
+    let files = restore(&set);
+    let [a, b, other] = fds.map(|fd| restored(&set, &files, fd));
+    assert_eq!(read_all(a), b"before");
+    nix::unistd::write(b, b"to the other").unwrap();
+    assert_eq!(read_all(other), b"to the other");
+    assert!(nix::unistd::write(a, b"x").is_err(), "its peer has turned away");
+}
+
+#[test]
+fn datagrams_keep_their_order_and_senders() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let bind = |name: &str| std::os::unix::net::UnixDatagram::bind(at(name)).unwrap();
+    let receiver = bind("receiver");
+    let (one, two, gone) = (bind("one"), bind("two"), bind("gone"));
+    let unnamed = std::os::unix::net::UnixDatagram::unbound().unwrap();
+    let all = [(&one, "1"), (&two, "2"), (&gone, "3"), (&unnamed, "4"), (&one, "5")];
+    for (sender, text) in all {
+        sender.send_to(text.as_bytes(), at("receiver")).unwrap();
+    }
+    one.connect(at("receiver")).unwrap();
+    drop(gone);
+    let fds = [target(&receiver), target(&one), target(&two)];
+    let set = dump(&fds);
+    drop((receiver, one, two));
+    let files = restore(&set);
+    let receiver =
+        std::os::unix::net::UnixDatagram::from(restored(&set, &files, fds[0]).try_clone_to_owned().unwrap());
+    receiver.set_nonblocking(true).unwrap();
+    let mut buffer = [0; 8];
+    for (text, sender) in
+        [("1", Some("one")), ("2", Some("two")), ("3", Some("gone")), ("4", None), ("5", Some("one"))]
+    {
+        let (n, from) = receiver.recv_from(&mut buffer).unwrap();
+        assert_eq!(&buffer[..n], text.as_bytes());
+        assert_eq!(from.as_pathname().map(std::path::Path::to_owned), sender.map(at));
+    }
+    assert!(receiver.recv_from(&mut buffer).is_err());
+    nix::unistd::write(restored(&set, &files, fds[1]), b"more").unwrap();
+    assert_eq!(receiver.recv(&mut buffer).unwrap(), 4);
 }
 
 #[test]
@@ -670,12 +724,11 @@ fn listener_and_accepted_connection_keep_their_names() {
     fs::set_permissions(&name, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
     let client = UnixStream::connect(&name).unwrap();
     let fds = [target(&listener), target(&client)];
-    let refused = refusal(Dump::default().run(&fds));
-    let (one, other) = (format!("fd {}", fds[0]), format!("fd {}", fds[1]));
-    let text = format!("{refused} {}", refused.reason);
-    assert!(text.contains("accepted") && text.contains(&one) && text.contains(&other), "{refused:?}");
-    let (server, _) = listener.accept().unwrap();
+    assert_eq!(usk(&dump(&fds), inode(&client)).peer, usk(&dump(&fds), inode(&listener)).ino);
     (&client).write_all(b"question").unwrap();
+    let refused = refusal(Dump::default().run(&fds));
+    assert!(refused.reason.contains("not accepted yet"), "{refused:?}");
+    let (server, _) = listener.accept().unwrap();
     let fds = [target(&listener), target(&client), target(&server)];
     let set = dump(&fds);
     let entry = usk(&set, inode(&listener));
@@ -742,6 +795,67 @@ fn connections_from_outside_that_wait_are_passed_over() {
 }
 
 #[test]
+fn connections_that_wait_to_be_accepted() {
+    let dir = tempfile::tempdir().unwrap();
+    for name in [dir.path().join("l.sock").into_os_string().into_encoded_bytes(), b"\0ckpt-waiting".to_vec()]
+    {
+        let listener = socket_at(&name, true);
+        let clients = [(); 3].map(|()| socket_at(b"", false));
+        // Not in the order of their inodes.
+        for client in clients.iter().rev() {
+            sock::connect_unix(client.as_fd(), &name).unwrap();
+        }
+        let fds = [target(&listener), target(&clients[0]), target(&clients[1]), target(&clients[2])];
+        let set = dump(&fds);
+        drop((listener, clients));
+        let files = restore(&set);
+        let listener = restored(&set, &files, fds[0]);
+        for client in fds[1..].iter().rev().map(|&fd| restored(&set, &files, fd)) {
+            let server = sock::accept(listener).unwrap();
+            nix::unistd::write(client, b"question").unwrap();
+            assert_eq!(read_all(server.as_fd()), b"question");
+        }
+    }
+}
+
+#[test]
+fn credentials_are_those_of_the_old_days() {
+    use ckpt_sys::{
+        standin::{Ids, StandIn},
+        unixsock,
+    };
+    let ids = Ids { uid: 4711, gid: 4712, groups: vec![4713] };
+    let Ok(somebody) = StandIn::start(None, Some(&ids), false) else {
+        return assert!(!nix::unistd::geteuid().is_root());
+    };
+    let pid = somebody.pid().0.unsigned_abs();
+    let (a, b) = somebody.pair(libc::SOCK_SEQPACKET).unwrap();
+    let name = b"\0ckpt-credentials";
+    let listener = socket_at(name, true);
+    somebody.listen(listener.as_fd(), 5).unwrap();
+    let client = socket_at(b"", false);
+    sock::connect_unix(client.as_fd(), name).unwrap();
+    let server = sock::accept(listener.as_fd()).unwrap();
+    sock::set_option(b.as_fd(), libc::SOL_SOCKET, libc::SO_PASSCRED, 1).unwrap();
+    let of_message = (pid, 4711, 4712);
+    unixsock::send_message(a.as_fd(), b"text", None, &[], Some(of_message)).unwrap();
+    drop(somebody);
+    let fds = [&a, &b, &listener, &client, &server].map(target);
+    let set = dump(&fds);
+    drop((a, b, listener, client, server));
+    let files = restore(&set);
+    for fd in &fds[..4] {
+        let peer = unixsock::peer_credentials(restored(&set, &files, *fd)).unwrap().unwrap();
+        assert_eq!((peer.pid, &peer.ids), (pid, &ids), "fd {fd}");
+    }
+    // This process has made this one, and is still there: it can only be told apart by another pid.
+    let peer = unixsock::peer_credentials(restored(&set, &files, fds[4])).unwrap().unwrap();
+    assert_eq!(peer.ids.uid, nix::unistd::geteuid().as_raw());
+    let message = unixsock::peek(restored(&set, &files, fds[1]), &mut [0; 8]).unwrap().unwrap();
+    assert_eq!((message.len, message.credentials), (4, Some(of_message)));
+}
+
+#[test]
 fn abstract_names() {
     let name = format!("\0ckpt-test-{}", std::process::id()).into_bytes();
     let listener = socket_at(&name, true);
@@ -772,7 +886,10 @@ fn socket_at(name: &[u8], listen: bool) -> OwnedFd {
 
 fn external(id: u64, path: Option<&Path>) -> SkOptions {
     let path = path.map(|p| std::os::unix::ffi::OsStrExt::as_bytes(p.as_os_str()).to_vec());
-    SkOptions { external: vec![ExternalSocket { id: SocketId(id), path }], ..SkOptions::default() }
+    SkOptions {
+        external: vec![ExternalSocket { which: unix::Which::Id(SocketId(id)), path }],
+        ..SkOptions::default()
+    }
 }
 
 #[test]

@@ -1,33 +1,35 @@
 //! ckpt-sk's side: from stubs to entries and queues.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     os::{
-        fd::{AsFd, AsRawFd, BorrowedFd},
-        unix::fs::MetadataExt,
+        fd::{AsFd, AsRawFd},
+        unix::{ffi::OsStrExt, fs::MetadataExt},
     },
+    path::PathBuf,
 };
 
 use anyhow::{Context, bail};
 use ckpt_proto::{
     Image,
     types::{
-        ExternalSocket as ExternalEntry, FdTypes, FileEntry, FilePermsEntry, SkPacketEntry, SkShutdown,
-        UnixSkEntry, external_socket::PolicyKind,
+        ExternalSocket as ExternalEntry, FdTypes, FileEntry, FilePermsEntry, ScmEntry, SkCreds,
+        SkPacketEntry, SkShutdown, UnixSkEntry, external_socket::PolicyKind,
     },
 };
 use ckpt_sys::{
     Pid, Refused, TargetFd,
     diag::{SockDiag, UnixSocket},
-    file,
-    sock::{self, LentOption, trim_path},
-};
-use nix::{
-    poll::{PollFd, PollFlags, PollTimeout, poll},
-    sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, socketpair},
+    pidfd,
+    sock::{self, trim_path},
+    unixsock,
 };
 
-use super::{CLOSE, EXTERNAL, LISTEN, kind_name, shown};
+use super::{
+    CLOSE, EXTERNAL, ExternalSocket, LISTEN, Which, kind_name,
+    queue::{self, Message},
+    shown,
+};
 use crate::{
     Sink,
     fd::{
@@ -38,9 +40,6 @@ use crate::{
     sink::emit,
 };
 
-/// Bytes of a stream in one queue entry.
-const STREAM_PIECE: usize = 1 << 15;
-
 /// Who holds a socket: pid, command, descriptor.
 pub(super) type Holder = (Pid, String, TargetFd);
 
@@ -48,41 +47,54 @@ pub(super) type Holder = (Pid, String, TargetFd);
 #[derive(Debug)]
 pub(super) struct World {
     pub(super) sockets: HashMap<u64, UnixSocket>,
-    holders: Option<HashMap<u64, Holder>>,
+    /// Listeners by the connections that wait in their backlogs.
+    waiting: HashMap<u64, u64>,
+    /// Addresses of listeners.
+    listening: HashSet<Vec<u8>>,
+    holders: Option<HashMap<u64, Vec<Holder>>>,
 }
 
 impl World {
     pub(super) fn read() -> anyhow::Result<Self> {
         let sockets = SockDiag::here().and_then(|diag| diag.unix()).context("enumerate unix sockets")?;
-        Ok(Self { sockets: sockets.into_iter().map(|s| (s.id, s)).collect(), holders: None })
+        let listeners = || sockets.iter().filter(|s| s.state == LISTEN);
+        let waiting = listeners().flat_map(|l| l.pending.iter().map(|&client| (client, l.id))).collect();
+        let listening = listeners().map(|l| trim_path(&l.name).to_vec()).collect();
+        let sockets = sockets.into_iter().map(|s| (s.id, s)).collect();
+        Ok(Self { sockets, waiting, listening, holders: None })
     }
 
-    /// Somebody who has the socket open. One walk over /proc for all questions.
-    pub(super) fn holder(&mut self, id: u64) -> Option<&Holder> {
+    /// Everybody who has the socket open. One walk over /proc for all questions.
+    pub(super) fn holders(&mut self, id: u64) -> &[Holder] {
         let own = Pid(std::process::id().cast_signed());
         let all = self.holders.get_or_insert_with(|| {
-            let mut all = HashMap::new();
+            let mut all: HashMap<u64, Vec<Holder>> = HashMap::new();
             for (pid, comm, fd, link) in find_holders(|link| link.starts_with(b"socket:[")) {
                 let id = std::str::from_utf8(&link).ok().and_then(sock::parse_id);
                 if let Some(id) = id.filter(|_| pid != own) {
-                    all.entry(id.0).or_insert((pid, comm, fd));
+                    all.entry(id.0).or_default().push((pid, comm, fd));
                 }
             }
             all
         });
-        all.get(&id)
+        all.get(&id).map_or(&[], Vec::as_slice)
+    }
+
+    /// The first of them.
+    pub(super) fn holder(&mut self, id: u64) -> Option<&Holder> {
+        self.holders(id).first()
     }
 
     /// The listener in whose backlog the far end of connection `id` waits.
-    fn waits_at(&self, id: u64) -> Option<&UnixSocket> {
-        self.sockets.values().find(|s| s.state == LISTEN && s.pending.contains(&id))
+    pub(super) fn waits_at(&self, id: u64) -> Option<&UnixSocket> {
+        self.waiting.get(&id).and_then(|listener| self.sockets.get(listener))
     }
 }
 
 /// One socket of the tree.
-struct Socket<'a> {
+pub(super) struct Socket<'a> {
     open: socket::Socket<'a>,
-    diag: UnixSocket,
+    pub(super) diag: UnixSocket,
 }
 
 impl<'a> std::ops::Deref for Socket<'a> {
@@ -93,11 +105,11 @@ impl<'a> std::ops::Deref for Socket<'a> {
 }
 
 impl Socket<'_> {
-    fn what(&self) -> String {
+    pub(super) fn what(&self) -> String {
         format!("unix {} socket {}", kind_name(self.diag.kind), self.diag.id)
     }
 
-    fn refuse(&self, reason: impl std::fmt::Display) -> Refused {
+    pub(super) fn refuse(&self, reason: impl std::fmt::Display) -> Refused {
         self.open.refuse(&self.what(), reason)
     }
 }
@@ -125,34 +137,58 @@ pub fn complete(
         sockets.insert(ino, Socket { open, diag });
     }
     check_ids(options, &sockets)?;
-    let mut queues = Vec::new();
+    let mut used = BTreeSet::new();
+    let mut queues: Vec<(&Socket<'_>, Vec<Message>)> = Vec::new();
     for socket in sockets.values() {
-        let external = decide(socket, &sockets, &mut world, options)?;
-        check_backlog(socket, &sockets, say)?;
+        let external = decide(socket, &sockets, &mut world, options, &mut used)?;
+        let backlog = backlog(socket, &sockets, say)?;
+        let mut messages = Vec::new();
+        if socket.diag.state != LISTEN
+            && (external.is_none() || keep_received(socket, options.queued, say.warn)?)
+        {
+            messages = queue::peek(socket, &sockets)?;
+        }
+        if external.is_some() {
+            messages.extend(unsent(socket, &mut world, options.queued, say.warn)?);
+        }
         let is_external = external.is_some();
-        let keep_queue = !is_external || keep_external_queue(socket, options.queued, say.warn)?;
-        let entry = entry(socket, external, net_ns(socket.pid()), defaults)?;
-        emit(sink, Image::Files, 0, &entry)?;
-        if keep_queue && socket.diag.state != LISTEN {
-            let messages = peek_queue(socket)?;
-            if !messages.is_empty() && entry.usk.as_ref().is_some_and(|u| u.opts.so_passcred == Some(true)) {
-                let reason = "unread messages carry credentials (SO_PASSCRED), which can't be made again";
-                return Err(socket.refuse(reason).advise("checkpoint when they have been read").into());
-            }
-            if !is_external {
-                if !messages.is_empty() {
-                    check_can_refill(socket, &sockets)?;
-                }
-                check_nothing_hidden(socket, &sockets, &messages)?;
-            }
-            queues.push((socket.file_id, messages));
+        let waits_at = world.waits_at(socket.diag.id).map(|l| l.id).filter(|l| sockets.contains_key(l));
+        emit(
+            sink,
+            Image::Files,
+            0,
+            &entry(socket, external, waits_at, backlog, net_ns(socket.pid()), defaults)?,
+        )?;
+        if is_external || socket.diag.state != LISTEN {
+            queues.push((socket, messages));
         }
     }
-    for (id_for, messages) in queues {
+    if let Some((_, unused)) =
+        options.external.iter().enumerate().find(|(i, e)| !used.contains(i) && e.which != Which::All)
+    {
+        bail!(
+            "--external {}: no connection of the tree that leads outside is meant by it; those that do: {}",
+            unused.which,
+            outside(&sockets, &mut world)
+        );
+    }
+    queue::check_nothing_hidden(&queues, &sockets)?;
+    for (socket, messages) in queues {
         for message in messages {
-            let length = u32::try_from(message.len()).context("message length")?;
-            emit(sink, Image::SkQueues, 0, &SkPacketEntry { id_for, length, ..SkPacketEntry::default() })?;
-            sink.data(Image::SkQueues, 0, &message)?;
+            let entry = SkPacketEntry {
+                id_for: socket.file_id,
+                length: u32::try_from(message.bytes.len()).context("message length")?,
+                scm: (!message.rights.is_empty())
+                    .then(|| ScmEntry { r#type: libc::SCM_RIGHTS.unsigned_abs(), rights: message.rights })
+                    .into_iter()
+                    .collect(),
+                ckpt_creds: message.creds,
+                ckpt_sender: message.sender,
+                ckpt_unsent: message.unsent.then_some(true),
+                ..SkPacketEntry::default()
+            };
+            emit(sink, Image::SkQueues, 0, &entry)?;
+            sink.data(Image::SkQueues, 0, &message.bytes)?;
         }
     }
     Ok(())
@@ -161,16 +197,35 @@ pub fn complete(
 /// IDs that the user gave must exist.
 fn check_ids(options: &SkOptions, sockets: &BTreeMap<u64, Socket<'_>>) -> anyhow::Result<()> {
     for external in &options.external {
-        if !sockets.contains_key(&external.id.0) {
+        if let Which::Id(id) = external.which
+            && !sockets.contains_key(&id.0)
+        {
             let there: Vec<String> = sockets
                 .values()
                 .map(|s| format!("{} ({})", s.diag.id, s.subject.split_once(" fd").map_or("", |(p, _)| p)))
                 .collect();
             let there = if there.is_empty() { "none".to_owned() } else { there.join(", ") };
-            bail!("--external {}: the tree has no such unix socket; those that it has: {there}", external.id);
+            bail!("--external {id}: the tree has no such unix socket; those that it has: {there}");
         }
     }
     Ok(())
+}
+
+/// The connections that lead outside, for a message.
+fn outside(sockets: &BTreeMap<u64, Socket<'_>>, world: &mut World) -> String {
+    let mut all = Vec::new();
+    for socket in sockets.values() {
+        let at = world.waits_at(socket.diag.id).map(|l| l.id);
+        let Some(peer) = socket.diag.peer.filter(|&p| p != 0).or(at).filter(|p| !sockets.contains_key(p))
+        else {
+            continue;
+        };
+        let name = world.sockets.get(&peer).map(|p| shown(&p.name)).unwrap_or_default();
+        let who = world.holder(peer).map_or_else(String::new, |(pid, comm, _)| format!("pid {pid}, {comm}"));
+        let words = [who, name].into_iter().filter(|w| !w.is_empty()).collect::<Vec<_>>().join(", ");
+        all.push(format!("{} ({words})", socket.diag.id));
+    }
+    if all.is_empty() { "none".to_owned() } else { all.join(", ") }
 }
 
 /// Whether a socket's connection leads outside, and may; the policy for it.
@@ -179,61 +234,70 @@ fn decide(
     sockets: &BTreeMap<u64, Socket<'_>>,
     world: &mut World,
     options: &SkOptions,
+    used: &mut BTreeSet<usize>,
 ) -> anyhow::Result<Option<ExternalEntry>> {
-    let marked = options.external.iter().find(|e| e.id.0 == socket.diag.id);
-    let wrong_mark = |reason: &str| -> anyhow::Error {
-        socket.refuse(format!("--external {}: {reason}", socket.diag.id)).into()
+    let id = socket.diag.id;
+    let by_id = options.external.iter().any(|e| matches!(e.which, Which::Id(wanted) if wanted.0 == id));
+    // What is no connection to the outside can't be marked as one.
+    let inside = |reason: &str| -> anyhow::Result<Option<ExternalEntry>> {
+        if by_id { Err(socket.refuse(format!("--external {id}: {reason}")).into()) } else { Ok(None) }
     };
     if socket.diag.state == LISTEN {
-        if marked.is_some() {
-            return Err(wrong_mark("it listens, it has no connection"));
-        }
-        return Ok(None);
+        return inside("it listens, it has no connection");
     }
-    let peer = match socket.diag.peer {
-        None if marked.is_some() => return Err(wrong_mark("it has no peer")),
-        None => return Ok(None),
-        Some(peer) => peer,
-    };
+    let Some(peer) = socket.diag.peer else { return inside("it has no peer") };
     if sockets.contains_key(&peer) {
-        if marked.is_some() {
-            return Err(wrong_mark(&format!("its peer {peer} is inside the tree")));
-        }
-        check_one_way(socket, sockets)?;
-        return Ok(None);
+        return inside(&format!("its peer {peer} is inside the tree"));
     }
     // A peer without an inode has been closed, or has not been accepted; only the former shuts us down.
-    let (name, holder) = if peer == 0 {
-        let Some(listener) = world.waits_at(socket.diag.id).cloned() else {
-            if marked.is_some() {
-                return Err(wrong_mark("its peer has closed"));
+    let peer = if peer == 0 {
+        match world.waits_at(id).map(|listener| listener.id) {
+            None => return inside("its peer has closed"),
+            Some(listener) if sockets.contains_key(&listener) => {
+                check_unaccepted(socket)?;
+                return inside("its peer is inside the tree");
             }
-            return Ok(None);
-        };
-        if sockets.contains_key(&listener.id) {
-            let server = sockets.get(&listener.id).map_or("", |s| s.subject.as_str());
-            let reason =
-                format!("its connection to {server} ({}) is not accepted yet", shown(&listener.name));
-            return Err(socket.refuse(reason).advise("checkpoint when it has been accepted").into());
+            Some(listener) => listener,
         }
-        (listener.name.clone(), world.holder(listener.id).cloned())
     } else {
-        let name = world.sockets.get(&peer).map(|s| s.name.clone()).unwrap_or_default();
-        (name, world.holder(peer).cloned())
+        peer
     };
+    let peer_name = world.sockets.get(&peer).map(|s| trim_path(&s.name).to_vec()).unwrap_or_default();
+    let holders = world.holders(peer).to_vec();
+    let pids: Vec<Pid> = holders.iter().map(|(pid, ..)| *pid).collect();
+    let meant: Vec<(usize, &ExternalSocket)> = options
+        .external
+        .iter()
+        .enumerate()
+        .filter(|(_, e)| e.means(id, [&socket.diag.name, &peer_name], &pids))
+        .collect();
+    used.extend(meant.iter().map(|(index, _)| *index));
+    // What names this socket alone counts first.
+    let marked =
+        meant.iter().find(|(_, e)| matches!(e.which, Which::Id(_))).or(meant.first()).map(|(_, e)| *e);
     let Some(marked) = marked else {
-        let who = holder
+        let who = holders
+            .first()
             .map_or_else(|| "nobody in /proc".to_owned(), |(pid, comm, _)| format!("pid {pid}, {comm}"));
-        let advice =
-            format!("pass --external {}[:PATH] here, or dump the peer too (ckpt-scan -t)", socket.diag.id);
+        let advice = format!("pass --external {id}[:PATH] here, or dump the peer too (ckpt-scan -t)");
         return Err(socket.refuse(format!("its peer is outside the tree ({who})")).advise(advice).into());
     };
-    let peer_name = trim_path(&name).to_vec();
-    let policy = if marked.path.is_some() || !peer_name.is_empty() {
+    let own_name = trim_path(&socket.diag.name);
+    let accepts = socket.diag.kind != libc::SOCK_DGRAM && !own_name.is_empty();
+    // Whoever was accepted bears the name of the listener. Once that is gone, it was this end that was
+    // accepted if the other one has no name: nobody can connect to that.
+    let policy = if marked.path.is_some() {
         PolicyKind::Connect
+    } else if accepts && world.listening.contains(own_name) {
+        PolicyKind::Accept
+    } else if !peer_name.is_empty() {
+        PolicyKind::Connect
+    } else if accepts {
+        PolicyKind::Accept
     } else {
         PolicyKind::Inherit
     };
+    let holder = holders.into_iter().next();
     Ok(Some(ExternalEntry {
         policy: policy.into(),
         path: marked.path.clone(),
@@ -243,41 +307,33 @@ fn decide(
     }))
 }
 
-/// A datagram socket can be connected to one that is not connected to it; that is made again by
-/// connecting to the other's name, so there has to be one.
-fn check_one_way(socket: &Socket<'_>, sockets: &BTreeMap<u64, Socket<'_>>) -> anyhow::Result<()> {
-    let Some(peer) = socket.diag.peer.and_then(|p| sockets.get(&p)) else { return Ok(()) };
-    if peer.diag.peer == Some(socket.diag.id) {
+/// A connection inside the tree that has not been accepted: its far end has no descriptor anywhere, so what
+/// waits in it can't be read.
+fn check_unaccepted(socket: &Socket<'_>) -> anyhow::Result<()> {
+    let memory = sock::unread_memory(socket.copy.as_fd())?;
+    if memory == 0 {
         return Ok(());
     }
-    let why = if trim_path(&peer.diag.name).is_empty() {
-        "which has no name"
-    } else if socket_file(peer)?.2 == Some(true) {
-        "whose name was deleted"
-    } else {
-        return Ok(());
-    };
-    let reason = format!("connected one way to {} ({}), {why}: not supported yet", peer.what(), peer.subject);
-    Err(socket.refuse(reason).into())
+    let reason = format!(
+        "it has sent data ({memory} bytes of memory) over a connection that is not accepted yet, where nobody can read them"
+    );
+    Err(socket.refuse(reason).advise("checkpoint when it has been accepted").into())
 }
 
-/// What waits in a listener's backlog. The server has not seen these connections. One from outside
-/// is the business of the original, which runs on and accepts it; a client that connects to the
-/// restored server does so again. One from inside would be lost on both sides.
-fn check_backlog(
+/// What waits in a listener's backlog: gives the connections from inside, in their order. The server has
+/// not seen any of them. One from outside is the business of the original, which runs on and accepts it; a
+/// client that connects to the restored server does so again.
+fn backlog(
     socket: &Socket<'_>,
     sockets: &BTreeMap<u64, Socket<'_>>,
     say: Say<'_>,
-) -> anyhow::Result<()> {
+) -> anyhow::Result<Vec<(u32, SkCreds)>> {
     if socket.diag.state != LISTEN {
-        return Ok(());
+        return Ok(Vec::new());
     }
-    let pending = &socket.diag.pending;
-    if let Some(client) = pending.iter().find_map(|id| sockets.get(id)) {
-        let reason = format!("has not accepted the connection from {}", client.subject);
-        return Err(socket.refuse(reason).advise("checkpoint when it has been accepted").into());
-    }
-    let (gone, there): (Vec<u64>, Vec<u64>) = pending.iter().copied().partition(|&id| id == 0);
+    let (inside, pending): (Vec<u64>, Vec<u64>) =
+        socket.diag.pending.iter().partition(|id| sockets.contains_key(id));
+    let (gone, there): (Vec<u64>, Vec<u64>) = pending.into_iter().partition(|&id| id == 0);
     let name = shown(&socket.diag.name);
     if !there.is_empty() {
         let count = there.len();
@@ -295,11 +351,25 @@ fn check_backlog(
             socket.what(),
         ));
     }
-    Ok(())
+    let clients = inside.iter().filter_map(|id| sockets.get(id));
+    clients.map(|client| Ok((client.ino()?, credentials_of(client.pid())?))).collect()
+}
+
+/// Effective ids and groups of a process.
+fn credentials_of(pid: Pid) -> anyhow::Result<SkCreds> {
+    let path = format!("/proc/{pid}/status");
+    let status = ckpt_proc::status::parse(&std::fs::read(&path).with_context(|| path.clone())?)
+        .with_context(|| path.clone())?;
+    Ok(SkCreds {
+        pid: pid.0.unsigned_abs(),
+        uid: status.uid.effective,
+        gid: status.gid.effective,
+        groups: status.groups,
+    })
 }
 
 /// Whether what an external connection has received goes into the images.
-fn keep_external_queue(socket: &Socket<'_>, queued: Queued, warn: &dyn Fn(&str)) -> anyhow::Result<bool> {
+fn keep_received(socket: &Socket<'_>, queued: Queued, warn: &dyn Fn(&str)) -> anyhow::Result<bool> {
     let bytes = socket.diag.rqueue;
     if bytes == 0 {
         return Ok(false);
@@ -321,61 +391,60 @@ fn keep_external_queue(socket: &Socket<'_>, queued: Queued, warn: &dyn Fn(&str))
     }
 }
 
-/// What is queued can be put back only through the other end.
-fn check_can_refill(socket: &Socket<'_>, sockets: &BTreeMap<u64, Socket<'_>>) -> anyhow::Result<()> {
-    let refillable = match socket.diag.peer {
-        Some(0) => true,
-        Some(peer) => sockets.get(&peer).is_some_and(|p| p.diag.peer == Some(socket.diag.id)),
-        None => false,
-    };
-    if refillable {
-        return Ok(());
-    }
-    let advice = "checkpoint when they have been read";
-    Err(socket.refuse("unread messages from senders that it is not connected to").advise(advice).into())
-}
-
-/// Whether `messages` are all that there are. A message of no bytes behind others shows in one peek
-/// of its life only; but it takes memory, which the sender is charged with, and the same messages
-/// sent once more take the same.
-fn check_nothing_hidden(
+/// What was sent over an external connection and is not read yet. The original's peer reads it; whoever is
+/// the peer after a restore would miss it. Datagrams are another matter: they have arrived where they were
+/// sent, whatever becomes of the sender.
+fn unsent(
     socket: &Socket<'_>,
-    sockets: &BTreeMap<u64, Socket<'_>>,
-    messages: &[Vec<u8>],
-) -> anyhow::Result<()> {
-    let kind = match socket.diag.kind {
-        libc::SOCK_DGRAM => SockType::Datagram,
-        libc::SOCK_SEQPACKET => SockType::SeqPacket,
-        _ => return Ok(()),
-    };
-    let Some(sender) = socket.diag.peer.and_then(|p| sockets.get(&p)) else { return Ok(()) };
-    let charged = sock::unread_memory(sender.copy.as_fd())?;
-    if charged == 0 {
-        return Ok(());
+    world: &mut World,
+    queued: Queued,
+    warn: &dyn Fn(&str),
+) -> anyhow::Result<Vec<Message>> {
+    let memory = sock::unread_memory(socket.copy.as_fd())?;
+    if memory == 0 || socket.diag.kind == libc::SOCK_DGRAM {
+        return Ok(Vec::new());
     }
-    let (a, b) = socketpair(AddressFamily::Unix, kind, None, SockFlag::SOCK_CLOEXEC).context("socketpair")?;
-    let longest = messages.iter().map(Vec::len).max().unwrap_or(0);
-    sock::make_room(a.as_fd(), longest.saturating_mul(2));
-    let mut seen = 0;
-    for message in messages {
-        send(a.as_raw_fd(), message, MsgFlags::MSG_DONTWAIT)
-            .context("send a copy of a message to oneself")?;
-        seen += sock::unread_memory(a.as_fd())?;
-        recv(b.as_raw_fd(), &mut [0; 1], MsgFlags::MSG_DONTWAIT).context("receive a copy of a message")?;
+    let peer = socket.diag.peer.filter(|&p| p != 0);
+    let bytes = peer.and_then(|p| world.sockets.get(&p)).map_or(0, |p| p.rqueue);
+    let what = format!("{bytes} bytes sent ({memory} of memory) and not read yet by its peer outside");
+    match queued {
+        Queued::Refuse => Err(socket
+            .refuse(what)
+            .advise("checkpoint when they have been read, or pass --queued=drop or --queued=keep")
+            .into()),
+        Queued::Drop => {
+            warn(&format!("{}: {}: {what} are left out", socket.subject, socket.what()));
+            Ok(Vec::new())
+        }
+        Queued::Keep => {
+            let cannot = |why: &str| -> anyhow::Error {
+                let refused = socket.refuse(format!("{what}, which can't be kept: {why}"));
+                refused.advise("checkpoint when they have been read, or pass --queued=drop").into()
+            };
+            if socket.diag.kind != libc::SOCK_STREAM {
+                return Err(cannot("packets of somebody else's queue can't be told apart"));
+            }
+            let Some((pid, _, fd)) = peer.and_then(|p| world.holder(p)).cloned() else {
+                return Err(cannot("nobody in /proc has the other end open"));
+            };
+            let copy = pidfd::open(pid).and_then(|task| pidfd::getfd(task.as_fd(), fd));
+            let copy = copy.map_err(|error| cannot(&error.to_string()))?;
+            let mut buffer = vec![0; ckpt_sys::file::readable_bytes(copy.as_fd())? as usize];
+            let got = unixsock::peek(copy.as_fd(), &mut buffer)?.unwrap_or_default();
+            if !got.rights.is_empty() || got.len != buffer.len() {
+                return Err(cannot("they carry descriptors or credentials"));
+            }
+            let pieces = buffer.chunks(queue::STREAM_PIECE);
+            Ok(pieces.map(|p| Message { bytes: p.to_vec(), unsent: true, ..Message::default() }).collect())
+        }
     }
-    if charged == seen {
-        return Ok(());
-    }
-    let reason = format!(
-        "unread messages of no bytes, or to others, from {}: {charged} bytes of memory, {seen} of which could be seen",
-        sender.subject
-    );
-    Err(socket.refuse(reason).advise("checkpoint when they have been read").into())
 }
 
 fn entry(
     socket: &Socket<'_>,
     external: Option<ExternalEntry>,
+    waits_at: Option<u64>,
+    backlog: Vec<(u32, SkCreds)>,
     ns_id: Option<u32>,
     defaults: &sockopt::Defaults,
 ) -> anyhow::Result<FileEntry> {
@@ -394,7 +463,8 @@ fn entry(
         flags: stub.flags,
         uflags: if external.is_some() { EXTERNAL } else { 0 },
         backlog: diag.wqueue,
-        peer: fits(diag.peer.unwrap_or(0))?,
+        // Of one that is not accepted yet, its listener, as CRIU has it.
+        peer: fits(waits_at.or(diag.peer).unwrap_or(0))?,
         fown: stub.fown,
         opts: sockopt::dump(socket, &socket.what(), defaults)?.sk,
         name: diag.name.clone(),
@@ -411,7 +481,14 @@ fn entry(
         mnt_id: None,
         ckpt_external: external,
         ckpt_peek_off: u32::try_from(peek_off).ok(),
-        ..UnixSkEntry::default()
+        ckpt_peer_creds: unixsock::peer_credentials(socket.copy.as_fd())?.map(|c| SkCreds {
+            pid: c.pid,
+            uid: c.ids.uid,
+            gid: c.ids.gid,
+            groups: c.ids.groups,
+        }),
+        ckpt_backlog: backlog.iter().map(|(ino, _)| *ino).collect(),
+        ckpt_backlog_creds: backlog.into_iter().map(|(_, creds)| creds).collect(),
     };
     let kind = FdTypes::Unixsk.into();
     Ok(FileEntry { r#type: kind, id: socket.file_id, usk: Some(usk), ..FileEntry::default() })
@@ -429,8 +506,7 @@ fn socket_file(socket: &Socket<'_>) -> anyhow::Result<SocketFile> {
     let is_it = |m: &std::fs::Metadata| {
         m.ino() & u64::from(u32::MAX) == u64::from(inode) && kernel_dev(m.dev()) == device
     };
-    let cwd = std::fs::read_link(format!("/proc/{}/cwd", socket.stub.pid)).ok();
-    let directory = cwd.filter(|_| !name.starts_with(b"/"));
+    let directory = if name.starts_with(b"/") { None } else { directory(socket, name) };
     let full = directory.as_ref().map_or_else(|| path(name).to_owned(), |d| d.join(path(name)));
     let name_dir = directory.map(|d| std::os::unix::ffi::OsStringExt::into_vec(d.into_os_string()));
     match std::fs::symlink_metadata(&full) {
@@ -438,105 +514,19 @@ fn socket_file(socket: &Socket<'_>) -> anyhow::Result<SocketFile> {
             let perms = FilePermsEntry { mode: m.mode(), uid: m.uid(), gid: m.gid() };
             Ok((Some(perms), name_dir, None))
         }
-        _ if name_dir.is_some() => {
-            let reason = format!("bound to the relative path {}, which is not in its directory", shown(name));
-            Err(socket.refuse(reason).into())
-        }
-        _ => Ok((None, None, Some(true))),
+        _ => Ok((None, name_dir, Some(true))),
     }
 }
 
-/// Lets peeks begin at the front of the queue, and, if `walk`, each go on where the last has ended.
-fn peek_from_front(fd: BorrowedFd<'_>, walk: bool) -> anyhow::Result<Option<LentOption<'_>>> {
-    let now = sock::option(fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF)?;
-    if !walk && now < 0 {
-        return Ok(None);
-    }
-    Ok(Some(LentOption::set(fd, libc::SO_PEEK_OFF, if walk { 0 } else { -1 })?))
-}
-
-/// Everything in a socket's receive queue: messages, or pieces of a stream.
-fn peek_queue(socket: &Socket<'_>) -> anyhow::Result<Vec<Vec<u8>>> {
-    let fd = socket.copy.as_fd();
-    let stream = socket.diag.kind == libc::SOCK_STREAM;
-    if stream && socket.diag.state == CLOSE {
-        return Ok(Vec::new());
-    }
-    // Any receive call would take a waiting error from the target.
-    let mut poll_fd = [PollFd::new(fd, PollFlags::POLLIN)];
-    poll(&mut poll_fd, PollTimeout::ZERO).context("poll")?;
-    if poll_fd[0].revents().is_some_and(|r| r.contains(PollFlags::POLLERR)) {
-        let advice = "checkpoint when it has been read";
-        return Err(socket.refuse("an error (ECONNRESET) waits to be read").advise(advice).into());
-    }
-    let rights = || {
-        let advice = "checkpoint when it has been read";
-        socket.refuse("an unread message carries descriptors (SCM_RIGHTS)").advise(advice)
+/// The directory that a relative name started from: what is in front of it in the path of the file.
+fn directory(socket: &Socket<'_>, name: &[u8]) -> Option<PathBuf> {
+    let by_file = || {
+        let file = unixsock::bound_file(socket.copy.as_fd()).ok()?;
+        let full = std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd())).ok()?;
+        let full = full.as_os_str().as_bytes();
+        let directory = full.strip_suffix(name)?.strip_suffix(b"/")?;
+        Some(if directory.is_empty() { PathBuf::from("/") } else { path(directory).to_owned() })
     };
-    let mut messages = Vec::new();
-    if stream && socket.diag.rqueue == 0 {
-        return Ok(messages);
-    }
-    if stream {
-        let _guard = peek_from_front(fd, false)?;
-        let waiting = file::readable_bytes(fd)? as usize;
-        let mut buffer = vec![0; waiting + 1];
-        let peeked = sock::peek(fd, &mut buffer).with_context(|| socket.subject.clone())?.unwrap_or_default();
-        if peeked.rights > 0 || peeked.control_truncated {
-            return Err(rights().into());
-        }
-        if peeked.len != waiting {
-            let reason = format!("{} of {waiting} unread bytes could be copied", peeked.len);
-            let advice =
-                "unread out-of-band data, descriptors or credentials are in the way: checkpoint later";
-            return Err(socket.refuse(reason).advise(advice).into());
-        }
-        messages.extend(buffer[..peeked.len].chunks(STREAM_PIECE).map(<[u8]>::to_vec));
-        return Ok(messages);
-    }
-    // A socket of this type whose other end is shut down answers a peek at nothing with end of file,
-    // which looks like a message of no bytes: there the number of bytes says when to stop.
-    let ends = socket.diag.kind == libc::SOCK_SEQPACKET && socket.diag.shutdown & 1 != 0;
-    let mut left = if ends { file::readable_bytes(fd)? as usize } else { usize::MAX };
-    if left == 0 {
-        return Ok(messages);
-    }
-    let mut buffer = vec![0; 1 << 16];
-    {
-        // Most queues are empty; a look that leaves SO_PEEK_OFF alone tells.
-        let _guard = peek_from_front(fd, false)?;
-        match peek_message(socket, &mut buffer)? {
-            Some(first) if first.rights > 0 || first.control_truncated => return Err(rights().into()),
-            // The look at it has hidden it from those that follow.
-            Some(first) if first.full_len == 0 => messages.push(Vec::new()),
-            Some(_) => {}
-            None => return Ok(messages),
-        }
-    }
-    let _guard = peek_from_front(fd, true)?;
-    while left > 0 {
-        let Some(peeked) = peek_message(socket, &mut buffer)? else { break };
-        if peeked.rights > 0 || peeked.control_truncated {
-            return Err(rights().into());
-        }
-        messages.push(buffer.get(..peeked.len).unwrap_or_default().to_vec());
-        left = left.saturating_sub(if ends { peeked.len.max(1) } else { 0 });
-    }
-    Ok(messages)
-}
-
-/// Peeks at a message, with a buffer that is made as large as it needs to be.
-fn peek_message(socket: &Socket<'_>, buffer: &mut Vec<u8>) -> anyhow::Result<Option<sock::Peeked>> {
-    let fd = socket.copy.as_fd();
-    let offset = sock::option(fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF)?;
-    loop {
-        let peeked = sock::peek(fd, buffer).with_context(|| socket.subject.clone())?;
-        match peeked {
-            Some(peeked) if peeked.full_len > buffer.len() => {
-                buffer.resize(peeked.full_len, 0);
-                sock::set_option(fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF, offset)?;
-            }
-            peeked => return Ok(peeked),
-        }
-    }
+    // Without the privilege to ask, or with a name like ../x, where the process is now.
+    by_file().or_else(|| std::fs::read_link(format!("/proc/{}/cwd", socket.stub.pid)).ok())
 }

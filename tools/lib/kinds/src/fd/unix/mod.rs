@@ -19,16 +19,19 @@
 //! not seen it. If its client is in the tree it is refused.
 
 pub mod complete;
+mod others;
+mod outside;
+mod queue;
 mod restore;
 
 use ckpt_proto::types::{FdTypes, FileEntry};
-use ckpt_sys::{FileId, SocketId, sock};
+use ckpt_sys::{FileId, Pid, SocketId, sock};
 
 use super::{Descriptor, FileTable, socket};
 use crate::Sink;
 
 pub(super) use complete::complete;
-pub(super) use restore::restore;
+pub(super) use restore::{Sockets, restore, settle};
 
 /// `state`: connected, or a datagram socket with a default peer.
 const ESTABLISHED: u8 = 1;
@@ -39,20 +42,55 @@ const LISTEN: u8 = 10;
 /// `uflags`: the peer is outside the checkpoint.
 const EXTERNAL: u32 = 1;
 
-/// A connection that the user allowed to lead outside: `ID[:PATH]`.
+/// Connections that the user allowed to lead outside.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ExternalSocket {
-    /// The end inside the tree.
-    pub id: SocketId,
+    /// Which ones.
+    pub which: Which,
     /// Where it is to be connected at restore, as in `sun_path` (an abstract name begins with NUL).
     pub path: Option<Vec<u8>>,
 }
 
+/// What a connection that leads outside is called by.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Which {
+    /// The end inside the tree.
+    Id(SocketId),
+    /// The address of either end, as in `sun_path`.
+    Name(Vec<u8>),
+    /// Somebody who has the other end open.
+    PeerPid(Pid),
+    /// All that lead outside, if any do.
+    All,
+}
+
+impl std::fmt::Display for Which {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Id(id) => write!(f, "{id}"),
+            Self::Name(name) => write!(f, "path={}", shown(name)),
+            Self::PeerPid(pid) => write!(f, "peer-pid={pid}"),
+            Self::All => f.write_str("all"),
+        }
+    }
+}
+
 impl ExternalSocket {
-    /// Reads `ID[:PATH]`; ID may be spelled `unix[ID]` or `socket:[ID]`, and a PATH that begins with `@`
-    /// is an abstract name.
+    /// Reads `ID[:PATH]`, `path=PATH`, `peer-pid=PID` or `all`; ID may be spelled `unix[ID]` or
+    /// `socket:[ID]`, and a PATH that begins with `@` is an abstract name.
     #[must_use]
     pub fn parse(text: &[u8]) -> Option<Self> {
+        let any = |which| Some(Self { which, path: None });
+        if text == b"all" {
+            return any(Which::All);
+        }
+        if let Some(path) = text.strip_prefix(b"path=") {
+            return any(Which::Name(parse_name(path)?));
+        }
+        if let Some(pid) = text.strip_prefix(b"peer-pid=") {
+            let pid = std::str::from_utf8(pid).ok()?.parse().ok().filter(|&pid: &i32| pid > 0)?;
+            return any(Which::PeerPid(Pid(pid)));
+        }
         let (id, path) = match text.iter().position(|&b| b == b']') {
             Some(end) if !text.first()?.is_ascii_digit() => {
                 let (id, rest) = text.split_at(end + 1);
@@ -67,13 +105,33 @@ impl ExternalSocket {
                 None => (text, None),
             },
         };
-        let id = sock::parse_id(std::str::from_utf8(id).ok()?)?;
+        let which = Which::Id(sock::parse_id(std::str::from_utf8(id).ok()?)?);
         let path = match path {
-            Some([b'@', name @ ..]) => Some([&[0], name].concat()),
-            Some([]) => return None,
-            path => path.map(<[u8]>::to_vec),
+            Some(path) => Some(parse_name(path)?),
+            None => None,
         };
-        Some(Self { id, path })
+        Some(Self { which, path })
+    }
+
+    /// Whether this means the connection of socket `id`, whose ends have these addresses and whose other end
+    /// these processes have open.
+    pub fn means(&self, id: u64, names: [&[u8]; 2], peers: &[Pid]) -> bool {
+        match &self.which {
+            Which::Id(wanted) => wanted.0 == id,
+            Which::Name(name) => names.iter().any(|n| !n.is_empty() && sock::trim_path(n) == name),
+            Which::PeerPid(pid) => peers.contains(pid),
+            Which::All => true,
+        }
+    }
+}
+
+/// An address as people write it: a path, or an abstract name with `@` in front. `None` if it is empty.
+#[must_use]
+pub fn parse_name(text: &[u8]) -> Option<Vec<u8>> {
+    match text {
+        [] => None,
+        [b'@', name @ ..] => Some([&[0], name].concat()),
+        path => Some(path.to_vec()),
     }
 }
 
@@ -117,15 +175,23 @@ mod tests {
     #[test]
     fn external_ids_in_all_spellings() {
         let parse = |text: &str| ExternalSocket::parse(text.as_bytes());
-        let plain = Some(ExternalSocket { id: SocketId(48213), path: None });
+        let id = || Which::Id(SocketId(48213));
+        let plain = Some(ExternalSocket { which: id(), path: None });
         assert_eq!(parse("48213"), plain);
         assert_eq!(parse("unix[48213]"), plain);
         assert_eq!(parse("socket:[48213]"), plain);
-        let with = |path: &[u8]| Some(ExternalSocket { id: SocketId(48213), path: Some(path.to_vec()) });
+        let with = |path: &[u8]| Some(ExternalSocket { which: id(), path: Some(path.to_vec()) });
         assert_eq!(parse("48213:/run/b.sock"), with(b"/run/b.sock"));
         assert_eq!(parse("socket:[48213]:/run/b].sock"), with(b"/run/b].sock"));
         assert_eq!(parse("48213:@name"), with(b"\0name"));
-        for text in ["", "x", "48213:", "unix[48213", "unix[48213]x", ":/run"] {
+        let any = |which| Some(ExternalSocket { which, path: None });
+        assert_eq!(parse("path=/run/b.sock"), any(Which::Name(b"/run/b.sock".to_vec())));
+        assert_eq!(parse("path=@b"), any(Which::Name(b"\0b".to_vec())));
+        assert_eq!(parse("peer-pid=12"), any(Which::PeerPid(Pid(12))));
+        assert_eq!(parse("all"), any(Which::All));
+        for text in
+            ["", "x", "48213:", "unix[48213", "unix[48213]x", ":/run", "path=", "peer-pid=0", "peer-pid="]
+        {
             assert_eq!(parse(text), None, "{text}");
         }
     }

@@ -1,14 +1,21 @@
 //! ckpt-restore's side.
 //!
-//! Order matters. Listeners come first: a connection whose accepted end bears the name of a listener
-//! of the tree is made by connecting to that listener, since nothing else may bear its name. Then
-//! pairs, connections to the outside, and all others. Queues are filled through the other end
-//! while buffers are as large as need be; then come shutdowns, options and flags. What the peer's
-//! credentials were (SO_PEERCRED) is not restored: the kernel notes those of whoever makes a
-//! connection, which is ckpt-restore. A program that asks again sees its pid and user.
+//! Order matters.
+//!
+//! 1. What the user hands in, then listeners: a connection whose accepted end bears the name of a listener
+//!    of the tree is made by connecting to that listener, since nothing else may bear its name. If the listener
+//!    is gone, one is made for a moment, *apart* from the file system ([`ckpt_sys::standin`]).
+//! 2. Pairs and all others, then connections to the outside ([`super::outside`]), which may have to be waited
+//!    for, and last the connections that nobody has accepted.
+//! 3. When files of all kinds are open ([`settle`]), for any of them may be in flight: queues are filled, through
+//!    the other end while buffers are as large as need be; then come datagram sockets that send to one that
+//!    does not answer to them, shutdowns, options and flags.
+//!
+//! Sockets are reached through a descriptor of their file, `/proc/self/fd/N`, which works whatever has
+//! become of the path. Calls that the kernel takes note of are made by stand-ins ([`super::others`]).
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap, hash_map::Entry},
+    collections::{BTreeMap, BTreeSet, HashMap},
     fs,
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
@@ -18,25 +25,25 @@ use std::{
         },
     },
     path::PathBuf,
+    rc::Rc,
 };
 
 use anyhow::{Context, bail};
 use ckpt_proto::{
     Image,
-    types::{FileEntry, SkPacketEntry, SkShutdown, UnixSkEntry, external_socket::PolicyKind},
+    types::{FileEntry, SkCreds, SkPacketEntry, SkShutdown, UnixSkEntry},
 };
 use ckpt_sys::{
     FileId, Refused,
     sock::{self, trim_path},
+    unixsock,
 };
 use nix::{
     errno::Errno,
-    sys::socket::{
-        AddressFamily, MsgFlags, Shutdown, SockFlag, SockType, send, shutdown, socket, socketpair,
-    },
+    sys::socket::{AddressFamily, Shutdown, SockFlag, SockType, shutdown, socket},
 };
 
-use super::{ESTABLISHED, EXTERNAL, LISTEN, kind_name, shown};
+use super::{ESTABLISHED, EXTERNAL, LISTEN, kind_name, others::Others, outside, shown};
 use crate::fd::{
     Opening,
     dump::path,
@@ -45,15 +52,48 @@ use crate::fd::{
 
 /// What a byte in a queue costs at most, counting the kernel's own structures for small messages.
 const OVERHEAD: usize = 1024;
+/// The backlog of listeners while connections are made; it can be larger than any that they had.
+const MANY: i32 = i32::MAX;
+
+/// Who listens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(super) enum Place {
+    /// A socket of the images, by inode.
+    Ours(u64),
+    /// A listener that is made for a moment.
+    Momentary(usize),
+}
+
+/// A listener that does not stay.
+#[derive(Debug)]
+pub(super) struct Momentary {
+    pub(super) name: Vec<u8>,
+    kind: u32,
+    fd: OwnedFd,
+    handle: Option<OwnedFd>,
+    /// Others can connect to it too.
+    pub(super) in_place: bool,
+}
 
 /// Sockets being made, by inode.
-struct Sockets<'e> {
-    entries: BTreeMap<u64, &'e UnixSkEntry>,
+#[derive(Debug)]
+pub(in crate::fd) struct Sockets {
+    entries: BTreeMap<u64, Rc<UnixSkEntry>>,
     made: HashMap<u64, OwnedFd>,
     /// Other ends that are not part of the images: to fill queues through, and to be closed then.
-    far: HashMap<u64, OwnedFd>,
+    pub(super) far: HashMap<u64, OwnedFd>,
     /// Handed in by the user: taken as they are.
     given: BTreeSet<u64>,
+    /// Files that they are bound to (O_PATH).
+    handles: HashMap<u64, OwnedFd>,
+    pub(super) momentary: Vec<Momentary>,
+    /// In whose name the listeners listen.
+    listen: HashMap<Place, Option<SkCreds>>,
+    /// Accepted, and not ours: somebody was quicker.
+    pub(super) strangers: HashMap<Place, Vec<OwnedFd>>,
+    /// Datagram sockets that get another peer when all queues are filled; `None`: no peer.
+    connect_later: Vec<(u64, Option<u64>)>,
+    pub(super) others: Others,
 }
 
 pub(in crate::fd) fn restore(opening: &mut Opening<'_>, files: &[FileEntry]) -> anyhow::Result<()> {
@@ -62,32 +102,69 @@ pub(in crate::fd) fn restore(opening: &mut Opening<'_>, files: &[FileEntry]) -> 
         made: HashMap::new(),
         far: HashMap::new(),
         given: BTreeSet::new(),
+        handles: HashMap::new(),
+        momentary: Vec::new(),
+        listen: HashMap::new(),
+        strangers: HashMap::new(),
+        connect_later: Vec::new(),
+        others: Others::new(opening.options.warn),
     };
     for file in files {
         let usk = file.usk.as_ref().with_context(|| {
             let stub = if file.ckpt_stub.is_some() { " (it did not pass ckpt-sk)" } else { "" };
             format!("unix socket {} without its entry{stub}", file.id)
         })?;
-        if sockets.entries.insert(usk.ino.into(), usk).is_some() {
+        if sockets.entries.insert(usk.ino.into(), Rc::new(usk.clone())).is_some() {
             bail!("two unix sockets have inode {}", usk.ino);
         }
     }
     sockets.make_all(opening)?;
-    sockets.fill_queues(opening)?;
-    sockets.far.clear();
-    let Sockets { entries, mut made, given, .. } = sockets;
-    for (ino, usk) in entries {
-        let fd = made.remove(&ino).with_context(|| format!("unix socket {ino} was not made"))?;
-        if !given.contains(&ino) {
-            finish(usk, &fd).with_context(|| what(usk))?;
-        }
-        opening.set_flags(fd.as_fd(), usk.flags)?;
+    for (ino, usk) in &sockets.entries {
+        let fd = sockets.made.remove(ino).with_context(|| format!("unix socket {ino} was not made"))?;
         opening.keep(FileId(usk.id), fd)?;
+    }
+    opening.unix = Some(sockets);
+    Ok(())
+}
+
+/// What is left to do when files of all kinds are open.
+pub(in crate::fd) fn settle(opening: &mut Opening<'_>) -> anyhow::Result<()> {
+    let Some(mut sockets) = opening.unix.take() else { return Ok(()) };
+    sockets.fill_queues(opening)?;
+    for (ino, to) in std::mem::take(&mut sockets.connect_later) {
+        let usk = sockets.entry(ino)?;
+        sockets.change_peer(opening, &usk, to).with_context(|| what(&usk))?;
+    }
+    sockets.far.clear();
+    for (&ino, usk) in &sockets.entries.clone() {
+        let fd = kept(opening, usk)?;
+        if !sockets.given.contains(&ino) {
+            if usk.state == u32::from(LISTEN) {
+                let backlog = i32::try_from(usk.backlog).unwrap_or(i32::MAX);
+                sockets
+                    .others
+                    .listen(usk.ckpt_peer_creds.as_ref(), fd, backlog)
+                    .with_context(|| what(usk))?;
+            }
+            finish(usk, fd).with_context(|| what(usk))?;
+        }
+        opening.set_flags(fd, usk.flags)?;
+    }
+    let warn = opening.options.warn;
+    let strangers: usize = sockets.strangers.values().map(Vec::len).sum();
+    if strangers > 0 {
+        warn(&format!(
+            "{strangers} clients connected while the restore was under way and have to do it again"
+        ));
     }
     Ok(())
 }
 
-fn what(usk: &UnixSkEntry) -> String {
+fn kept<'o>(opening: &'o Opening<'_>, usk: &UnixSkEntry) -> anyhow::Result<BorrowedFd<'o>> {
+    opening.kept(FileId(usk.id)).with_context(|| format!("{} was not made", what(usk)))
+}
+
+pub(super) fn what(usk: &UnixSkEntry) -> String {
     let kind = kind_name(i32::try_from(usk.r#type).unwrap_or(0));
     let name = shown(&usk.name);
     if name.is_empty() {
@@ -106,21 +183,29 @@ fn kind(usk: &UnixSkEntry) -> anyhow::Result<SockType> {
     })
 }
 
-fn new_socket(usk: &UnixSkEntry) -> anyhow::Result<OwnedFd> {
+pub(super) fn is_datagram(usk: &UnixSkEntry) -> bool {
+    usk.r#type == libc::SOCK_DGRAM.unsigned_abs()
+}
+
+pub(super) fn new_socket(usk: &UnixSkEntry) -> anyhow::Result<OwnedFd> {
     socket(AddressFamily::Unix, kind(usk)?, SockFlag::SOCK_CLOEXEC, None).context("socket")
 }
 
-fn new_pair(usk: &UnixSkEntry) -> anyhow::Result<(OwnedFd, OwnedFd)> {
-    socketpair(AddressFamily::Unix, kind(usk)?, None, SockFlag::SOCK_CLOEXEC).context("socketpair")
-}
-
-fn is_external(usk: &UnixSkEntry) -> bool {
+pub(super) fn is_external(usk: &UnixSkEntry) -> bool {
     usk.ckpt_external.is_some() || usk.uflags & EXTERNAL != 0
 }
 
-impl<'e> Sockets<'e> {
+fn handle_name(handle: &OwnedFd) -> Vec<u8> {
+    format!("/proc/self/fd/{}", handle.as_raw_fd()).into_bytes()
+}
+
+impl Sockets {
+    fn entry(&self, ino: u64) -> anyhow::Result<Rc<UnixSkEntry>> {
+        self.entries.get(&ino).cloned().with_context(|| format!("no unix socket {ino}"))
+    }
+
     fn make_all(&mut self, opening: &mut Opening<'_>) -> anyhow::Result<()> {
-        let all: Vec<&'e UnixSkEntry> = self.entries.values().copied().collect();
+        let all: Vec<Rc<UnixSkEntry>> = self.entries.values().cloned().collect();
         for usk in &all {
             // Every connection may be handed in, but only those that lead outside are asked for.
             let key = format!("socket:[{}]", usk.ino);
@@ -133,191 +218,359 @@ impl<'e> Sockets<'e> {
                 self.given.insert(usk.ino.into());
             }
         }
+        self.check_queues(opening)?;
         for usk in all.iter().filter(|u| u.state == u32::from(LISTEN)) {
-            if let Entry::Vacant(place) = self.made.entry(usk.ino.into()) {
-                place.insert(listener(opening, usk).with_context(|| what(usk))?);
+            if !self.made.contains_key(&usk.ino.into()) {
+                self.listener(opening, usk).with_context(|| what(usk))?;
             }
         }
         for usk in &all {
+            if is_external(usk) || self.waits_at(usk).is_some() {
+                continue;
+            }
             self.make(opening, usk).with_context(|| what(usk))?;
         }
-        // Datagram sockets that send to one that does not answer to them.
-        for usk in &all {
-            let peer = self.entries.get(&usk.peer.into()).copied();
-            if let Some(peer) = peer.filter(|p| p.peer != usk.ino && !is_external(usk)) {
-                let fd = self.made.get(&usk.ino.into()).context("a socket made above")?;
-                if peer.name.is_empty() {
-                    let reason = "connected one way to a socket without a name: not supported yet";
-                    return Err(Refused::new(what(usk), reason).into());
-                }
-                with_directory(peer, |name| Ok(sock::connect_unix(fd.as_fd(), name)?))
-                    .with_context(|| what(usk))?;
+        for usk in all.iter().filter(|u| is_external(u)) {
+            if !self.made.contains_key(&usk.ino.into()) {
+                let fd = outside::connection(self, opening, usk).with_context(|| what(usk))?;
+                self.made.insert(usk.ino.into(), fd);
             }
         }
-        Ok(())
+        self.fill_backlogs(opening, &all)
+    }
+
+    /// The listener in whose backlog a connection waits.
+    fn waits_at(&self, usk: &UnixSkEntry) -> Option<&Rc<UnixSkEntry>> {
+        let connected = usk.state == u32::from(ESTABLISHED) && !is_datagram(usk) && !is_external(usk);
+        self.entries.get(&usk.peer.into()).filter(|p| connected && p.state == u32::from(LISTEN))
     }
 
     /// Makes a socket, and its peer with it if that is in the images too.
-    fn make(&mut self, opening: &mut Opening<'_>, usk: &'e UnixSkEntry) -> anyhow::Result<()> {
+    fn make(&mut self, opening: &mut Opening<'_>, usk: &Rc<UnixSkEntry>) -> anyhow::Result<()> {
         let ino = u64::from(usk.ino);
         if self.made.contains_key(&ino) {
             return Ok(());
         }
-        if is_external(usk) {
-            let fd = self.external(opening, usk)?;
-            self.made.insert(ino, fd);
-            return Ok(());
-        }
-        let peer =
-            self.entries.get(&usk.peer.into()).copied().filter(|p| p.peer == usk.ino && p.ino != usk.ino);
-        if let Some(peer) = peer {
+        let peer = self.entries.get(&usk.peer.into()).cloned().filter(|p| usk.peer != 0 && p.ino != usk.ino);
+        if let Some(peer) = &peer {
             if peer.r#type != usk.r#type {
                 bail!("its peer {} is of another type", peer.ino);
             }
-            return self.pair(opening, usk, peer);
+            // A datagram socket without a name can only have been reached by the other half of its pair.
+            let was_pair =
+                peer.name.is_empty() && !self.made.contains_key(&peer.ino.into()) && !is_external(peer);
+            if peer.peer == usk.ino || (is_datagram(usk) && was_pair) {
+                return self.pair(opening, usk, peer);
+            }
+            if !is_datagram(usk) {
+                bail!("its peer {} has another peer", peer.ino);
+            }
+            self.connect_later.push((ino, Some(peer.ino.into())));
         }
         let connected = usk.state == u32::from(ESTABLISHED);
-        if connected && usk.peer != 0 && !self.entries.contains_key(&usk.peer.into()) {
+        if connected && usk.peer != 0 && peer.is_none() {
             bail!("its peer {} is not in the images, and it is not marked as external", usk.peer);
         }
         if connected && usk.peer == 0 {
             // The peer has closed.
-            let accepted = self.accepted(usk, || new_socket(usk))?;
-            let (fd, far) = match accepted {
-                Some(both) => both,
-                None => {
-                    let (fd, far) = new_pair(usk)?;
-                    bind(opening, usk, &fd)?;
-                    (fd, far)
-                }
-            };
+            let (fd, far) = self.alone(opening, usk)?;
             self.made.insert(ino, fd);
             self.far.insert(ino, far);
             return Ok(());
         }
         let fd = new_socket(usk)?;
-        bind(opening, usk, &fd)?;
+        self.bind(opening, usk, &fd)?;
         self.made.insert(ino, fd);
         Ok(())
     }
 
-    /// The listener of the images that bears the name of `usk`.
-    fn listener_of(&self, usk: &UnixSkEntry) -> Option<&'e UnixSkEntry> {
-        let name = trim_path(&usk.name);
-        let bears_it = |l: &&&UnixSkEntry| {
-            l.state == u32::from(LISTEN) && l.r#type == usk.r#type && trim_path(&l.name) == name
-        };
-        (!name.is_empty()).then(|| self.entries.values().find(bears_it).copied()).flatten()
+    /// A connection whose other end belongs to nobody.
+    pub(super) fn alone(
+        &mut self,
+        opening: &mut Opening<'_>,
+        usk: &Rc<UnixSkEntry>,
+    ) -> anyhow::Result<(OwnedFd, OwnedFd)> {
+        if !is_datagram(usk) && !trim_path(&usk.name).is_empty() {
+            return self.accepted(opening, usk, None);
+        }
+        let (fd, far) = self.others.pair(usk.ckpt_peer_creds.as_ref(), usk.r#type.cast_signed())?;
+        self.bind(opening, usk, &fd)?;
+        Ok((fd, far))
     }
 
-    /// A connection whose end `server` was accepted, so that it bears the name of a listener without being
-    /// bound to it, and its other end; `None` if it has no such name.
+    /// The listener of the images that bears the name of `usk`.
+    pub(super) fn listener_of(&self, usk: &UnixSkEntry) -> Option<&Rc<UnixSkEntry>> {
+        let name = trim_path(&usk.name);
+        let bears_it = |l: &&Rc<UnixSkEntry>| {
+            l.state == u32::from(LISTEN) && l.r#type == usk.r#type && trim_path(&l.name) == name
+        };
+        if name.is_empty() {
+            return None;
+        }
+        // There can be one whose file was deleted, and a newer one.
+        let exact = self.entries.values().filter(bears_it).find(|l| l.deleted == usk.deleted);
+        exact.or_else(|| self.entries.values().find(bears_it))
+    }
+
+    /// Somebody who listens with the name of `usk`.
+    fn place_of(&mut self, usk: &UnixSkEntry) -> anyhow::Result<Place> {
+        if let Some(listener) = self.listener_of(usk) {
+            return Ok(Place::Ours(listener.ino.into()));
+        }
+        let name = trim_path(&usk.name);
+        let known = self.momentary.iter().position(|m| m.name == name && m.kind == usk.r#type && !m.in_place);
+        if let Some(index) = known {
+            return Ok(Place::Momentary(index));
+        }
+        let fd = new_socket(usk)?;
+        let mut handle = None;
+        if name.first() == Some(&0) {
+            sock::bind_unix(fd.as_fd(), name)?;
+        } else {
+            handle = self.others.bind_apart(fd.as_fd(), name)?;
+            if handle.is_none() {
+                let file = socket_path(usk).context("a path")?;
+                remove_stale(usk, &file)?;
+                with_directory(usk, |name| Ok(sock::bind_unix(fd.as_fd(), name)?))?;
+                handle = Some(open_handle(&file)?);
+                fs::remove_file(&file).with_context(|| format!("remove {}", file.display()))?;
+            }
+        }
+        Ok(self.add_momentary(name.to_vec(), usk, fd, handle, false))
+    }
+
+    pub(super) fn add_momentary(
+        &mut self,
+        name: Vec<u8>,
+        usk: &UnixSkEntry,
+        fd: OwnedFd,
+        handle: Option<OwnedFd>,
+        in_place: bool,
+    ) -> Place {
+        self.momentary.push(Momentary { name, kind: usk.r#type, fd, handle, in_place });
+        Place::Momentary(self.momentary.len() - 1)
+    }
+
+    pub(super) fn listening(&self, place: Place) -> anyhow::Result<BorrowedFd<'_>> {
+        match place {
+            Place::Ours(ino) => self.made.get(&ino).map(AsFd::as_fd),
+            Place::Momentary(index) => self.momentary.get(index).map(|m| m.fd.as_fd()),
+        }
+        .context("a listener made before")
+    }
+
+    /// What to connect to, to reach it.
+    fn address(&self, place: Place) -> anyhow::Result<Vec<u8>> {
+        match place {
+            Place::Ours(ino) => self.address_of(ino),
+            Place::Momentary(index) => {
+                let momentary = self.momentary.get(index).context("a listener made before")?;
+                Ok(momentary.handle.as_ref().map_or_else(|| momentary.name.clone(), handle_name))
+            }
+        }
+    }
+
+    /// The address under which socket `ino` is reached now; empty if it has none.
+    fn address_of(&self, ino: u64) -> anyhow::Result<Vec<u8>> {
+        if let Some(handle) = self.handles.get(&ino) {
+            return Ok(handle_name(handle));
+        }
+        match self.made.get(&ino) {
+            // Handed in.
+            Some(fd) if self.given.contains(&ino) => Ok(sock::unix_name(fd.as_fd(), sock::Side::Local)?),
+            _ => Ok(self.entry(ino)?.name.clone()),
+        }
+    }
+
+    /// Lets it listen in the name of `creds`: that is whom its clients see.
+    pub(super) fn listen_as(&mut self, place: Place, creds: Option<&SkCreds>) -> anyhow::Result<()> {
+        if let Place::Ours(ino) = place
+            && self.given.contains(&ino)
+        {
+            return Ok(());
+        }
+        if self.listen.get(&place).is_some_and(|now| now.as_ref() == creds) {
+            return Ok(());
+        }
+        let fd = match place {
+            Place::Ours(ino) => self.made.get(&ino).map(AsFd::as_fd),
+            Place::Momentary(index) => self.momentary.get(index).map(|m| m.fd.as_fd()),
+        };
+        self.others.listen(creds, fd.context("a listener made before")?, MANY)?;
+        self.listen.insert(place, creds.cloned());
+        Ok(())
+    }
+
+    /// A connection whose end `server` was accepted from a listener of its name, and its other end, which
+    /// is `client` or nobody's.
     fn accepted(
-        &self,
-        server: &UnixSkEntry,
-        client: impl FnOnce() -> anyhow::Result<OwnedFd>,
-    ) -> anyhow::Result<Option<(OwnedFd, OwnedFd)>> {
-        if let Some(at) = self.listener_of(server) {
-            let listening = self.made.get(&at.ino.into()).context("a listener made above")?;
-            let client = client()?;
-            connect_now(at, &client)?;
-            return Ok(Some((sock::accept(listening.as_fd())?, client)));
+        &mut self,
+        opening: &mut Opening<'_>,
+        server: &Rc<UnixSkEntry>,
+        client: Option<&Rc<UnixSkEntry>>,
+    ) -> anyhow::Result<(OwnedFd, OwnedFd)> {
+        let place = self.place_of(server)?;
+        let far = new_socket(server)?;
+        if let Some(client) = client {
+            self.bind(opening, client, &far)?;
         }
-        // A name that is no file can be borne by several sockets if they were all accepted by one listener,
-        // which is gone: it is made for a moment. (Of several files with one name the last one stays.)
-        if server.name.first() == Some(&0) && kind(server)? != SockType::Datagram {
-            let listening = new_socket(server)?;
-            sock::bind_unix(listening.as_fd(), &server.name)?;
-            sock::listen(listening.as_fd(), 1)?;
-            let client = client()?;
-            connect_now(server, &client)?;
-            return Ok(Some((sock::accept(listening.as_fd())?, client)));
+        self.listen_as(place, client.and_then(|c| c.ckpt_peer_creds.as_ref()))?;
+        self.connect_now(place, &far, server.ckpt_peer_creds.as_ref())?;
+        let pid = self.others.pid_of(server.ckpt_peer_creds.as_ref());
+        loop {
+            let fd = sock::accept(self.listening(place)?)?;
+            if unixsock::peer_credentials(fd.as_fd())?.is_some_and(|c| c.pid == pid) {
+                return Ok((fd, far));
+            }
+            // Somebody connected before we did.
+            self.strangers.entry(place).or_default().push(fd);
         }
-        Ok(None)
+    }
+
+    /// Connects without waiting for room in the backlog.
+    fn connect_now(&mut self, place: Place, fd: &OwnedFd, creds: Option<&SkCreds>) -> anyhow::Result<()> {
+        let name = self.address(place)?;
+        ckpt_sys::file::set_flags(fd.as_fd(), libc::O_NONBLOCK.cast_unsigned())?;
+        self.others.connect(creds, fd.as_fd(), &name)?;
+        Ok(ckpt_sys::file::set_flags(fd.as_fd(), 0)?)
     }
 
     fn pair(
         &mut self,
         opening: &mut Opening<'_>,
-        a: &'e UnixSkEntry,
-        b: &'e UnixSkEntry,
+        a: &Rc<UnixSkEntry>,
+        b: &Rc<UnixSkEntry>,
     ) -> anyhow::Result<()> {
-        // One end may have been accepted from a listener; rather from one that is there.
-        let mut ends = [(a, b), (b, a)];
-        ends.sort_by_key(|(server, _)| self.listener_of(server).is_none());
-        for (server, client) in ends {
-            let make_client = || {
-                let fd = new_socket(client)?;
-                bind(opening, client, &fd)?;
-                Ok(fd)
-            };
-            if let Some((fd, other)) = self.accepted(server, make_client)? {
-                self.made.insert(server.ino.into(), fd);
-                self.made.insert(client.ino.into(), other);
+        let named = |usk: &UnixSkEntry| !trim_path(&usk.name).is_empty();
+        if is_datagram(a) {
+            // Two that were connected by name have no credentials noted.
+            if named(a) && named(b) && a.ckpt_peer_creds.is_none() && b.ckpt_peer_creds.is_none() {
+                for (usk, peer) in [(a, b), (b, a)] {
+                    let fd = new_socket(usk)?;
+                    self.bind(opening, usk, &fd)?;
+                    self.made.insert(usk.ino.into(), fd);
+                    self.connect_later.push((usk.ino.into(), Some(peer.ino.into())));
+                }
                 return Ok(());
             }
+            let creds = a.ckpt_peer_creds.as_ref().or(b.ckpt_peer_creds.as_ref());
+            let (fd_a, fd_b) = self.others.pair(creds, libc::SOCK_DGRAM)?;
+            self.bind(opening, a, &fd_a)?;
+            self.bind(opening, b, &fd_b)?;
+            self.made.insert(a.ino.into(), fd_a);
+            self.made.insert(b.ino.into(), fd_b);
+            if b.peer != a.ino {
+                let to = Some(u64::from(b.peer)).filter(|&p| p != 0);
+                self.connect_later.push((b.ino.into(), to));
+            }
+            return Ok(());
         }
-        let (fd_a, fd_b) = new_pair(a)?;
-        bind(opening, a, &fd_a)?;
-        bind(opening, b, &fd_b)?;
-        self.made.insert(a.ino.into(), fd_a);
-        self.made.insert(b.ino.into(), fd_b);
+        // One end may have been accepted from a listener; rather from one that is there. One with a name
+        // whose other end has none was accepted, since nobody can connect to that.
+        let mut ends = [(a, b), (b, a)];
+        ends.sort_by_key(|(server, client)| {
+            (self.listener_of(server).is_none(), !named(server), named(client))
+        });
+        let (server, client) = ends[0];
+        let (fd, other) = if named(server) {
+            self.accepted(opening, server, Some(client))?
+        } else {
+            self.others.pair(server.ckpt_peer_creds.as_ref(), server.r#type.cast_signed())?
+        };
+        self.made.insert(server.ino.into(), fd);
+        self.made.insert(client.ino.into(), other);
         Ok(())
     }
 
-    /// A connection to the outside.
-    fn external(&mut self, opening: &mut Opening<'_>, usk: &'e UnixSkEntry) -> anyhow::Result<OwnedFd> {
-        let ino = u64::from(usk.ino);
-        let chosen =
-            opening.options.external_unix.iter().find(|(id, _)| id.0 == ino).map(|(_, path)| path.clone());
-        if chosen.is_some() {
-            opening.connected.insert(ino);
-        }
-        let external = usk.ckpt_external.as_ref();
-        let policy = if chosen.is_some() {
-            PolicyKind::Connect
-        } else {
-            external.map_or(PolicyKind::Inherit, ckpt_proto::types::ExternalSocket::policy)
-        };
-        let by_hand = format!("--inherit-fd fd[N]:socket:[{ino}] or --external 'unix[{ino}]:PATH'");
-        match policy {
-            PolicyKind::Close => {
-                let (fd, far) = new_pair(usk)?;
-                self.far.insert(ino, far);
-                Ok(fd)
-            }
-            PolicyKind::Accept => {
-                let reason = "waiting for its peer to connect is not supported yet";
-                Err(Refused::new(what(usk), reason).advise(format!("pass {by_hand}")).into())
-            }
-            PolicyKind::Inherit => {
-                let reason = "its peer is outside the checkpoint and has no name to connect to";
-                Err(Refused::new(what(usk), reason).advise(format!("pass {by_hand}")).into())
-            }
-            PolicyKind::Connect => {
-                let stored = external.and_then(|e| e.path.clone().or_else(|| e.peer_name.clone()));
-                let Some(name) = chosen.or(stored).filter(|n| !trim_path(n).is_empty()) else {
-                    let reason = "its peer is outside the checkpoint and has no name to connect to";
-                    return Err(Refused::new(what(usk), reason).advise(format!("pass {by_hand}")).into());
-                };
-                let fd = new_socket(usk)?;
-                if self.listener_of(usk).is_none() {
-                    bind_if_free(opening, usk, &fd)?;
-                } else {
-                    // It was accepted; now it connects, and the name is the listener's.
-                    let reason = "its name is that of a listener, it comes back without one";
-                    (opening.options.warn)(&format!("{}: {reason}", what(usk)));
-                }
-                sock::connect_unix(fd.as_fd(), trim_path(&name)).with_context(|| {
-                    format!("connect to {} (to change this pass {by_hand})", shown(&name))
-                })?;
-                Ok(fd)
-            }
-        }
+    fn listener(&mut self, opening: &mut Opening<'_>, usk: &Rc<UnixSkEntry>) -> anyhow::Result<()> {
+        let fd = new_socket(usk)?;
+        self.bind(opening, usk, &fd)?;
+        self.made.insert(usk.ino.into(), fd);
+        self.listen_as(Place::Ours(usk.ino.into()), usk.ckpt_peer_creds.as_ref())
     }
 
-    fn fill_queues(&self, opening: &Opening<'_>) -> anyhow::Result<()> {
-        let by_file: HashMap<u32, &UnixSkEntry> = self.entries.values().map(|u| (u.id, *u)).collect();
+    /// Connections that wait to be accepted, in their order where it is known.
+    fn fill_backlogs(&mut self, opening: &mut Opening<'_>, all: &[Rc<UnixSkEntry>]) -> anyhow::Result<()> {
+        let mut order: HashMap<u32, (usize, SkCreds)> = HashMap::new();
+        for listener in all {
+            let creds = listener.ckpt_backlog_creds.iter().cloned().map(Some).chain(std::iter::repeat(None));
+            for (index, (&ino, creds)) in listener.ckpt_backlog.iter().zip(creds).enumerate() {
+                if let Some(creds) = creds {
+                    order.insert(ino, (index, creds));
+                }
+            }
+        }
+        let mut waiting: Vec<(Rc<UnixSkEntry>, u64)> = all
+            .iter()
+            .filter_map(|usk| Some((usk.clone(), u64::from(self.waits_at(usk)?.ino))))
+            .filter(|(usk, _)| !self.made.contains_key(&usk.ino.into()))
+            .collect();
+        waiting.sort_by_key(|(usk, listener)| {
+            (*listener, order.get(&usk.ino).map_or(usize::MAX, |(i, _)| *i), usk.ino)
+        });
+        for (usk, listener) in waiting {
+            let fd = new_socket(&usk)?;
+            self.bind(opening, &usk, &fd).with_context(|| what(&usk))?;
+            let place = Place::Ours(listener);
+            self.listen_as(place, usk.ckpt_peer_creds.as_ref())?;
+            self.connect_now(place, &fd, order.get(&usk.ino).map(|(_, creds)| creds))
+                .with_context(|| what(&usk))?;
+            self.made.insert(usk.ino.into(), fd);
+        }
+        Ok(())
+    }
+
+    /// Gives a datagram socket the peer that it shall have.
+    fn change_peer(
+        &mut self,
+        opening: &Opening<'_>,
+        usk: &UnixSkEntry,
+        to: Option<u64>,
+    ) -> anyhow::Result<()> {
+        let fd = kept(opening, usk)?;
+        let Some(to) = to else {
+            return Ok(unixsock::disconnect(fd)?);
+        };
+        let name = self.address_of(to)?;
+        if name.is_empty() {
+            let reason = "connected one way to a socket without a name: not supported";
+            return Err(Refused::new(what(usk), reason).into());
+        }
+        sock::connect_unix(fd, &name)?;
+        // The old peer of a pair is told by an error that it did not have.
+        for other in self.entries.values().filter(|o| o.peer == usk.ino) {
+            let _ = sock::option(kept(opening, other)?, libc::SOL_SOCKET, libc::SO_ERROR);
+        }
+        Ok(())
+    }
+
+    /// What was received from outside can't be given to a new connection; that is to be known
+    /// before anybody waits for one.
+    fn check_queues(&self, opening: &Opening<'_>) -> anyhow::Result<()> {
+        let mut bytes: BTreeMap<u32, u64> = BTreeMap::new();
+        for packet in opening.set.all::<SkPacketEntry>(Image::SkQueues, 0)? {
+            if packet.ckpt_unsent != Some(true) {
+                *bytes.entry(packet.id_for).or_default() += u64::from(packet.length);
+            }
+        }
+        for (&ino, usk) in &self.entries {
+            let Some(bytes) = bytes.get(&usk.id) else { continue };
+            let lost = is_external(usk) && !outside::is_closed(opening, usk);
+            if lost || self.given.contains(&ino) || usk.state == u32::from(LISTEN) {
+                let reason = format!(
+                    "it had received {bytes} bytes from its peer outside, which can't be given to it again"
+                );
+                let advice =
+                    format!("restore without them: ... | sk-rewrite --drop-queues {ino} | ckpt-restore");
+                return Err(Refused::new(what(usk), reason).advise(advice).into());
+            }
+        }
+        Ok(())
+    }
+
+    fn fill_queues(&mut self, opening: &Opening<'_>) -> anyhow::Result<()> {
+        let by_file: HashMap<u32, Rc<UnixSkEntry>> =
+            self.entries.values().map(|u| (u.id, u.clone())).collect();
         let packets: Vec<SkPacketEntry> = opening.set.all(Image::SkQueues, 0)?;
         let mut totals: HashMap<u32, usize> = HashMap::new();
         for packet in &packets {
@@ -326,43 +579,173 @@ impl<'e> Sockets<'e> {
         }
         for (index, packet) in packets.iter().enumerate() {
             // Queues of other kinds of sockets are their own business.
-            let Some(usk) = by_file.get(&packet.id_for) else { continue };
-            let ino = u64::from(usk.ino);
-            let far = self.far.get(&ino).or_else(|| self.made.get(&usk.peer.into()));
-            let Some(far) = far.filter(|_| !self.given.contains(&ino) && usk.state != u32::from(LISTEN))
-            else {
-                let reason = format!(
-                    "it had received {} bytes from its peer outside, which can't be given to it again",
-                    packet.length
-                );
-                let advice =
-                    format!("restore without them: ... | sk-rewrite --drop-queues {ino} | ckpt-restore");
-                return Err(Refused::new(what(usk), reason).advise(advice).into());
-            };
-            if let Some(&total) = totals.get(&packet.id_for) {
-                sock::make_room(far.as_fd(), total);
+            let Some(usk) = by_file.get(&packet.id_for).cloned() else { continue };
+            let unsent = packet.ckpt_unsent == Some(true);
+            if unsent && outside::is_closed(opening, &usk) && !self.given.contains(&usk.ino.into()) {
+                continue;
             }
             let bytes = opening.set.payload_bytes(Image::SkQueues, 0, index, packet.length.into())?;
-            put(far.as_fd(), &bytes, usk)
-                .with_context(|| format!("{}: put back what it has received", what(usk)))?;
+            let room = totals.get(&packet.id_for).copied().unwrap_or(0);
+            self.put(opening, &usk, packet, &bytes, room).with_context(|| {
+                let doing =
+                    if unsent { "send what its peer has not read" } else { "put back what it has received" };
+                format!("{}: {doing}", what(&usk))
+            })?;
         }
         Ok(())
     }
-}
 
-fn put(far: BorrowedFd<'_>, bytes: &[u8], usk: &UnixSkEntry) -> anyhow::Result<()> {
-    let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
-    let mut rest = bytes;
-    loop {
-        let n = send(far.as_raw_fd(), rest, flags).with_context(|| format!("send {} bytes", rest.len()))?;
-        rest = rest.get(n..).unwrap_or_default();
-        if rest.is_empty() {
-            return Ok(());
+    /// Puts one message into the queue of `usk` (or of its peer, if it is `ckpt_unsent`).
+    fn put(
+        &mut self,
+        opening: &Opening<'_>,
+        usk: &UnixSkEntry,
+        packet: &SkPacketEntry,
+        bytes: &[u8],
+        room: usize,
+    ) -> anyhow::Result<()> {
+        let ino = u64::from(usk.ino);
+        let mut rights = Vec::new();
+        for id in packet.scm.iter().flat_map(|scm| &scm.rights) {
+            rights.push(
+                opening.kept(FileId(*id)).with_context(|| format!("file {id}, in flight, was not made"))?,
+            );
         }
-        if kind(usk)? != SockType::Stream {
-            bail!("a message of {} bytes was cut to {n}", bytes.len());
+        if let Some(creds) = &packet.ckpt_creds {
+            self.others.ensure(creds.pid);
+        }
+        let unsent = packet.ckpt_unsent == Some(true);
+        let named = is_datagram(usk) && !unsent && !trim_path(&usk.name).is_empty();
+        let to = if named { unixsock::address(&self.address_of(ino)?) } else { None };
+        let sender = packet.ckpt_sender.as_ref().filter(|_| to.is_some());
+        let known = sender.and_then(|name| self.datagram_named(name)).cloned();
+        let own = match sender {
+            Some(name) if known.is_none() => Some(self.stranger(usk, name)?),
+            _ => None,
+        };
+        let from = match (&own, known.as_ref().or_else(|| self.entries.get(&usk.peer.into()))) {
+            (Some(own), _) => own.as_fd(),
+            _ if unsent => kept(opening, usk)?,
+            (None, Some(entry)) => kept(opening, entry)?,
+            (None, None) => self.far.get(&ino).context("nobody is there who could have sent it")?.as_fd(),
+        };
+        sock::make_room(from, room);
+        let mut creds = packet.ckpt_creds.as_ref().map(|c| (c.pid, c.uid, c.gid));
+        let mut rest = bytes;
+        loop {
+            let sent = match unixsock::send_message(from, rest, to.as_deref(), &rights, creds) {
+                Err(error) if creds.is_some() && matches!(error.errno, Errno::EPERM | Errno::ESRCH) => {
+                    let warn = opening.options.warn;
+                    warn(&format!("{}: credentials of unread messages are lost: {error}", what(usk)));
+                    creds = None;
+                    continue;
+                }
+                sent => sent?,
+            };
+            rights.clear();
+            rest = rest.get(sent..).unwrap_or_default();
+            if rest.is_empty() {
+                return Ok(());
+            }
+            if kind(usk)? != SockType::Stream {
+                bail!("a message of {} bytes was cut to {sent}", bytes.len());
+            }
         }
     }
+
+    /// The datagram socket of the images that bears this name.
+    fn datagram_named(&self, name: &[u8]) -> Option<&Rc<UnixSkEntry>> {
+        let mut datagrams = self.entries.values().filter(|u| is_datagram(u) && !name.is_empty());
+        datagrams.find(|u| trim_path(&u.name) == trim_path(name))
+    }
+
+    /// A socket with the address of somebody outside, or gone, who has sent something.
+    fn stranger(&mut self, usk: &UnixSkEntry, name: &[u8]) -> anyhow::Result<OwnedFd> {
+        let fd = new_socket(usk)?;
+        match name.first() {
+            None => {}
+            Some(0) => sock::bind_unix(fd.as_fd(), name)
+                .with_context(|| format!("take the name of the sender {} for a moment", shown(name)))?,
+            Some(_) => {
+                let taken = self.others.bind_apart(fd.as_fd(), trim_path(name))?;
+                taken.with_context(|| {
+                    format!("it takes CAP_SYS_ADMIN to send in the name of {}", shown(name))
+                })?;
+            }
+        }
+        Ok(fd)
+    }
+
+    /// Binds a socket to its name if it has one.
+    pub(super) fn bind(
+        &mut self,
+        opening: &mut Opening<'_>,
+        usk: &UnixSkEntry,
+        fd: &OwnedFd,
+    ) -> anyhow::Result<()> {
+        let name = trim_path(&usk.name);
+        if name.is_empty() {
+            return Ok(());
+        }
+        let Some(file) = socket_path(usk) else { return Ok(sock::bind_unix(fd.as_fd(), &usk.name)?) };
+        let ino = u64::from(usk.ino);
+        let deleted = usk.deleted == Some(true);
+        if deleted && let Some(handle) = self.others.bind_apart(fd.as_fd(), name)? {
+            self.handles.insert(ino, handle);
+            return Ok(());
+        }
+        remove_stale(usk, &file)?;
+        with_directory(usk, |name| Ok(sock::bind_unix(fd.as_fd(), name)?))?;
+        let made = if deleted {
+            Some(opening.created(file.clone(), false))
+        } else {
+            opening.created_socket(file.clone());
+            None
+        };
+        self.handles.insert(ino, open_handle(&file)?);
+        if let Some(perms) = &usk.file_perms {
+            let set = || -> std::io::Result<()> {
+                std::os::unix::fs::chown(&file, Some(perms.uid), Some(perms.gid))?;
+                fs::set_permissions(&file, fs::Permissions::from_mode(perms.mode & 0o7777))
+            };
+            set().with_context(|| format!("owner and mode of {}", file.display()))?;
+        }
+        if let Some(token) = made {
+            opening.remove_created(token);
+        }
+        Ok(())
+    }
+
+    /// Like [`Self::bind`], for a socket that only happens to have a name: left out, and told, if somebody has
+    /// it now.
+    pub(super) fn bind_if_free(
+        &mut self,
+        opening: &mut Opening<'_>,
+        usk: &UnixSkEntry,
+        fd: &OwnedFd,
+    ) -> anyhow::Result<()> {
+        let warn = opening.options.warn;
+        let taken = || warn(&format!("{}: its name is taken, it comes back without one", what(usk)));
+        if socket_path(usk).is_some_and(|file| fs::symlink_metadata(file).is_ok()) {
+            taken();
+            return Ok(());
+        }
+        match self.bind(opening, usk, fd) {
+            Err(e)
+                if e.downcast_ref::<ckpt_sys::SysError>().is_some_and(|e| e.errno == Errno::EADDRINUSE) =>
+            {
+                taken();
+                Ok(())
+            }
+            other => other,
+        }
+    }
+}
+
+/// The file of a socket, to reach it by.
+fn open_handle(file: &std::path::Path) -> anyhow::Result<OwnedFd> {
+    let flags = libc::O_PATH | libc::O_NOFOLLOW | libc::O_CLOEXEC;
+    Ok(ckpt_sys::file::open(file, flags.cast_unsigned(), 0)?)
 }
 
 /// What the user hands in must fit.
@@ -379,9 +762,13 @@ fn check_given(usk: &UnixSkEntry, fd: &OwnedFd) -> anyhow::Result<()> {
         let wanted = kind_name(i32::try_from(usk.r#type).unwrap_or(0));
         bail!("the descriptor is a {} socket, the checkpoint has a {wanted} socket", kind_name(given));
     }
+    let listens = option(libc::SO_ACCEPTCONN)? != 0;
     let connected = sock::unix_name(fd.as_fd(), sock::Side::Peer).is_ok();
-    if usk.state == u32::from(ESTABLISHED) && !connected {
-        bail!("the descriptor is not connected");
+    match usk.state == u32::from(LISTEN) {
+        true if !listens => bail!("the descriptor does not listen, the socket of the checkpoint does"),
+        false if listens => bail!("the descriptor listens, the socket of the checkpoint does not"),
+        _ if usk.state == u32::from(ESTABLISHED) && !connected => bail!("the descriptor is not connected"),
+        _ => {}
     }
     Ok(())
 }
@@ -402,69 +789,16 @@ fn with_directory<T>(usk: &UnixSkEntry, f: impl FnOnce(&[u8]) -> anyhow::Result<
     result
 }
 
-/// Connects without waiting for room in the backlog.
-fn connect_now(listener: &UnixSkEntry, fd: &OwnedFd) -> anyhow::Result<()> {
-    ckpt_sys::file::set_flags(fd.as_fd(), libc::O_NONBLOCK.cast_unsigned())?;
-    with_directory(listener, |name| Ok(sock::connect_unix(fd.as_fd(), name)?))?;
-    Ok(ckpt_sys::file::set_flags(fd.as_fd(), 0)?)
-}
-
 /// The path of a socket file, absolute; `None` for other names.
-fn socket_path(usk: &UnixSkEntry) -> Option<PathBuf> {
+pub(super) fn socket_path(usk: &UnixSkEntry) -> Option<PathBuf> {
     let name = trim_path(&usk.name);
     name.first().filter(|&&b| b != 0)?;
     let directory = usk.name_dir.as_ref().map_or(PathBuf::new(), |d| path(trim_path(d)).to_owned());
     Some(directory.join(path(name)))
 }
 
-/// Binds a socket to its name if it has one.
-fn bind(opening: &mut Opening<'_>, usk: &UnixSkEntry, fd: &OwnedFd) -> anyhow::Result<()> {
-    if trim_path(&usk.name).is_empty() {
-        return Ok(());
-    }
-    if let Some(file) = socket_path(usk) {
-        remove_stale(usk, &file)?;
-        with_directory(usk, |name| Ok(sock::bind_unix(fd.as_fd(), name)?))?;
-        let made = if usk.deleted == Some(true) {
-            Some(opening.created(file.clone(), false))
-        } else {
-            opening.created_socket(file.clone());
-            None
-        };
-        if let Some(perms) = &usk.file_perms {
-            let set = || -> std::io::Result<()> {
-                std::os::unix::fs::chown(&file, Some(perms.uid), Some(perms.gid))?;
-                fs::set_permissions(&file, fs::Permissions::from_mode(perms.mode & 0o7777))
-            };
-            set().with_context(|| format!("owner and mode of {}", file.display()))?;
-        }
-        if let Some(token) = made {
-            opening.remove_created(token);
-        }
-        return Ok(());
-    }
-    Ok(sock::bind_unix(fd.as_fd(), &usk.name)?)
-}
-
-/// Like [`bind`], for a socket that only happens to have a name: left out, and told, if somebody has it now.
-fn bind_if_free(opening: &mut Opening<'_>, usk: &UnixSkEntry, fd: &OwnedFd) -> anyhow::Result<()> {
-    let warn = opening.options.warn;
-    let taken = || warn(&format!("{}: its name is taken, it comes back without one", what(usk)));
-    if socket_path(usk).is_some_and(|file| fs::symlink_metadata(file).is_ok()) {
-        taken();
-        return Ok(());
-    }
-    match bind(opening, usk, fd) {
-        Err(e) if e.downcast_ref::<ckpt_sys::SysError>().is_some_and(|e| e.errno == Errno::EADDRINUSE) => {
-            taken();
-            Ok(())
-        }
-        other => other,
-    }
-}
-
 /// Removes a socket file that nobody listens at. Anything else in its place is an error.
-fn remove_stale(usk: &UnixSkEntry, file: &PathBuf) -> anyhow::Result<()> {
+pub(super) fn remove_stale(usk: &UnixSkEntry, file: &PathBuf) -> anyhow::Result<()> {
     let Ok(found) = fs::symlink_metadata(file) else { return Ok(()) };
     if !found.file_type().is_socket() {
         bail!("{}: a file is in the way that is no socket", file.display());
@@ -483,15 +817,8 @@ fn remove_stale(usk: &UnixSkEntry, file: &PathBuf) -> anyhow::Result<()> {
     }
 }
 
-fn listener(opening: &mut Opening<'_>, usk: &UnixSkEntry) -> anyhow::Result<OwnedFd> {
-    let fd = new_socket(usk)?;
-    bind(opening, usk, &fd)?;
-    sock::listen(fd.as_fd(), i32::try_from(usk.backlog).unwrap_or(i32::MAX))?;
-    Ok(fd)
-}
-
 /// Shutdown state and options.
-fn finish(usk: &UnixSkEntry, fd: &OwnedFd) -> anyhow::Result<()> {
+fn finish(usk: &UnixSkEntry, fd: BorrowedFd<'_>) -> anyhow::Result<()> {
     let how = match usk.shutdown.and_then(|s| SkShutdown::try_from(s).ok()) {
         Some(SkShutdown::Read) => Some(Shutdown::Read),
         Some(SkShutdown::Write) => Some(Shutdown::Write),
@@ -508,11 +835,11 @@ fn finish(usk: &UnixSkEntry, fd: &OwnedFd) -> anyhow::Result<()> {
     let class = Class::of(libc::AF_UNIX.unsigned_abs(), usk.r#type, 0);
     let options = sockopt::Options::of(&usk.opts);
     for when in [When::BeforeBind, When::Later, When::Last] {
-        sockopt::restore(fd.as_fd(), &what(usk), class, &options, when)?;
+        sockopt::restore(fd, &what(usk), class, &options, when)?;
     }
     if let Some(offset) = usk.ckpt_peek_off {
         let offset = i32::try_from(offset).context("SO_PEEK_OFF")?;
-        sock::set_option(fd.as_fd(), libc::SOL_SOCKET, libc::SO_PEEK_OFF, offset)?;
+        sock::set_option(fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF, offset)?;
     }
     Ok(())
 }
