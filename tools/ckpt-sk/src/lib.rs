@@ -44,7 +44,6 @@ const LACKS: &str = "sk";
 const EXAMPLES: &str = "\
 Examples:
   ckpt-scan -t 4711 | ckpt-sk --external 48213 | ckpt-write checkpoint
-  ckpt-scan -t 4711 | ckpt-sk --external 48213:/run/b.sock | ckpt-write checkpoint
   ckpt-scan -t 4711 | ckpt-sk --external path=/run/b.sock | ckpt-write checkpoint
   ckpt-sk --list -t 4711                            # which IDs, and who is at the other end?";
 
@@ -56,9 +55,8 @@ Examples:
 #[derive(Debug, Clone, Parser)]
 #[command(name = "ckpt-sk", version, after_help = EXAMPLES)]
 pub struct Args {
-    /// Connections whose other end is not part of the checkpoint: that of socket ID (on restore, connect it to
-    /// PATH), those from or to an address, those to a process, or all. Without PATH they are connected
-    /// to their peer's name; those that were accepted take the next client; others have to be handed in
+    /// Connections whose other end is not part of the checkpoint. On restore they are connected to
+    /// PATH; else, if they were accepted, they take the next client; else connect to their peer's name
     #[arg(
         long,
         value_name = "ID[:PATH]|path=PATH|peer-pid=PID|all",
