@@ -5,6 +5,7 @@
 //! - `snapshots`: `ckpt-scan --snapshot`: the target runs on and notices nothing
 //! - `inet`: UDP, raw and other sockets that are not TCP; socket options
 //! - `tcp`: connections, and the network lock
+//! - `rewrite`: sk-rewrite between a checkpoint and its restore
 //! - `increments`: tracking, and checkpoints that continue others
 //! - `invariants`: attacks: tools killed, disks full, pipes closed, images damaged
 //! - `images`: compressed pages, chains of increments, checksums
@@ -25,6 +26,7 @@ mod invariants;
 mod memory;
 mod outside;
 mod programs;
+mod rewrite;
 mod signals;
 mod snapshots;
 mod sockets;

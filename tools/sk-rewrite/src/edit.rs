@@ -11,7 +11,7 @@ use std::{
 use anyhow::{anyhow, bail};
 use ckpt_proto::{
     Message,
-    types::{FileEntry, InetSkEntry, external_socket::PolicyKind},
+    types::{ClosedConnection, FileEntry, InetSkEntry, external_socket::PolicyKind},
 };
 use ckpt_socket::{CLOSE, ESTABLISHED, Holder, LISTEN, Match, SocketPath, View, address, words};
 use prost_reflect::{DynamicMessage, ReflectMessage, Value};
@@ -254,9 +254,7 @@ impl Sockets {
             Edit::Close if socket.tcp_connection().is_some() => {
                 if let Some(tcp) = &mut socket.entry.isk {
                     tcp.state = CLOSE;
-                    tcp.dst_port = 0;
-                    tcp.dst_addr.fill(0);
-                    tcp.shutdown = None;
+                    tcp.ckpt_closed = Some(ClosedConnection::Ended.into());
                 }
                 effects.closed_tcp.extend(id);
                 return Ok(());

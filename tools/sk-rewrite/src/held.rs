@@ -4,6 +4,7 @@ use std::{
     collections::HashMap,
     fs::File,
     io::{Read, Seek, SeekFrom},
+    ops::Range,
 };
 
 use anyhow::Context;
@@ -86,13 +87,13 @@ impl Held {
         Ok(())
     }
 
-    /// Writes all that was kept. `edit` gives each entry's message, and how many bytes of its contents are
-    /// left out at their beginning; `None` leaves out the entry. An image of many entries stays, though empty,
+    /// Writes all that was kept. `edit` gives each entry's message, and which bytes of its contents stay; `None`
+    /// leaves out the entry. An image of many entries stays, though empty,
     /// when all of its entries go.
     pub fn write(
         mut self,
         writer: &mut Writer<File>,
-        edit: impl Fn(&Entry) -> anyhow::Result<Option<(Vec<u8>, u64)>>,
+        edit: impl Fn(&Entry) -> anyhow::Result<Option<(Vec<u8>, Range<u64>)>>,
     ) -> anyhow::Result<()> {
         let mut gone: HashMap<(Image, u64), bool> = HashMap::new();
         for entry in &self.entries {
@@ -101,16 +102,17 @@ impl Held {
                 writer.data_header(image.name(), arg, 0).context("write the stream")?;
                 continue;
             }
-            let Some((message, mut skip)) = edit(entry)? else {
+            let Some((message, stays)) = edit(entry)? else {
                 gone.entry((image, arg)).or_insert(true);
                 continue;
             };
             gone.insert((image, arg), false);
             writer.entry(image, arg, &message).context("write the stream")?;
+            let mut begin = 0;
             for &(at, len) in &entry.pieces {
-                let skipped = skip.min(len);
-                skip -= skipped;
-                copy(&mut self.file, at + skipped, len - skipped, image, arg, writer)?;
+                let (from, to) = (stays.start.clamp(begin, begin + len), stays.end.clamp(begin, begin + len));
+                copy(&mut self.file, at + (from - begin), to.saturating_sub(from), image, arg, writer)?;
+                begin += len;
             }
         }
         for ((image, arg), _) in gone.into_iter().filter(|((image, _), gone)| *gone && !image.single()) {

@@ -18,7 +18,7 @@ mod held;
 mod option;
 mod rule;
 
-use std::{collections::HashMap, fs::File, os::fd::AsFd, path::PathBuf};
+use std::{collections::HashMap, fs::File, ops::Range, os::fd::AsFd, path::PathBuf};
 
 use anyhow::{Context, anyhow};
 use ckpt_cli::UsageError;
@@ -40,8 +40,8 @@ pub use rule::{Change, Edit, Rule};
 /// Edits the sockets of a checkpoint stream
 ///
 /// From standard input to standard output. MATCH is ID (the number in socket:[ID] of
-/// /proc/PID/fd at dump time), path=PATH, addr=IP[:PORT], fd=PID/FD, peer=ID|PATH|ADDRESS
-/// or kind=KIND. A PATH that begins with @ is an abstract name.
+/// /proc/PID/fd at dump time), path=PATH, addr=IP[:PORT], fd=PID/FD, peer=ID|PATH|ADDRESS,
+/// peer-pid=PID or kind=KIND. A PATH that begins with @ is an abstract name.
 #[derive(Debug, Clone, Parser)]
 #[command(name = "sk-rewrite", version, after_help = EXAMPLES)]
 pub struct Args {
@@ -57,7 +57,7 @@ pub struct Args {
     /// The socket's peer is outside: connect to PATH, else to the peer's name, else inherit
     #[arg(long, value_name = "MATCH[:PATH]", value_parser = value_parser("external"))]
     pub external: Vec<Rule>,
-    /// The peer is gone: what is queued can be read, then end of file; TCP: closed
+    /// The peer is gone: what is queued can be read, then end of file
     #[arg(long, value_name = "MATCH", value_parser = value_parser("close"))]
     pub close: Vec<Rule>,
     /// Forget what the socket has received but not read
@@ -355,33 +355,41 @@ fn is_queue(image: Image) -> bool {
     matches!(image, Image::SkQueues | Image::TcpStream)
 }
 
-/// What becomes of an entry of an image of queues, and how many bytes of its contents go.
-fn queued(entry: &held::Entry, effects: &Effects) -> anyhow::Result<Option<(Vec<u8>, u64)>> {
-    let whole = || Ok(Some((entry.message.clone(), 0)));
+/// What becomes of an entry of an image of queues, and which bytes of its contents stay.
+fn queued(entry: &held::Entry, effects: &Effects) -> anyhow::Result<Option<(Vec<u8>, Range<u64>)>> {
+    use prost_reflect::{Value, prost::Message as _};
+    let whole = || Ok(Some((entry.message.clone(), 0..u64::MAX)));
     if entry.image == Image::SkQueues {
         let packet = SkPacketEntry::decode(&entry.message[..])?;
         return if effects.dropped.contains(&packet.id_for) { Ok(None) } else { whole() };
     }
-    if effects.closed_tcp.contains(&entry.arg) {
-        return Ok(None);
-    }
     let options: Vec<_> = effects.tcp_options.iter().filter(|(id, ..)| *id == entry.arg).collect();
-    let drop = effects.dropped_tcp.contains(&entry.arg);
-    if options.is_empty() && !drop {
+    let (drop, close) = (effects.dropped_tcp.contains(&entry.arg), effects.closed_tcp.contains(&entry.arg));
+    if options.is_empty() && !drop && !close {
         return whole();
     }
     let mut message = edit::decode("tcp_stream_entry", &entry.message)?;
     for (_, name, value) in options {
         option::set_stream_option(&mut message, name, value).map_err(|what| anyhow!(what))?;
     }
-    let mut skip = 0;
+    let stream = TcpStreamEntry::decode(&entry.message[..])?;
+    let received = u64::from(stream.inq_len);
+    let mut stays = 0..received + u64::from(stream.outq_len);
     if drop {
         // `inq_seq` is the number of the first byte that has not been received: it stays.
-        skip = u64::from(TcpStreamEntry::decode(&entry.message[..])?.inq_len);
-        message.set_field_by_name("inq_len", prost_reflect::Value::U32(0));
+        stays.start = received;
+        message.set_field_by_name("inq_len", Value::U32(0));
     }
-    use prost_reflect::prost::Message as _;
-    Ok(Some((message.encode_to_vec(), skip)))
+    if close {
+        // What was received can be read; nobody waits for the rest.
+        stays.end = received;
+        message.set_field_by_name("outq_len", Value::U32(0));
+        message.set_field_by_name("unsq_len", Value::U32(0));
+        if stays.is_empty() {
+            return Ok(None);
+        }
+    }
+    Ok(Some((message.encode_to_vec(), stays)))
 }
 
 /// The sockets that there are, for people whose rule met none of them.

@@ -286,7 +286,7 @@ fn a_connection_that_leads_out_moves_only_with_its_peer() {
     }
     // A closed connection has no other end.
     let output = rewritten("--close 2 --port 80=81", &input).unwrap();
-    assert_eq!(sides(&output), ["10.0.0.1:81 0.0.0.0:0", "10.0.0.1:81 0.0.0.0:0"]);
+    assert_eq!(sides(&output), ["10.0.0.1:81 0.0.0.0:0", "10.0.0.1:81 10.0.0.9:4000"]);
 }
 
 #[test]
@@ -307,7 +307,15 @@ fn a_tcp_connection_is_closed_with_its_state() {
     assert!(error.contains("socket 426768") && error.contains("as well"), "{error}");
     // The listener at this address stays: it has no connection.
     let closed = set("--close addr=127.0.0.1:47113 --close 426766");
+    // What was received stays to be read.
+    let entry: TcpStreamEntry = closed.one(Image::TcpStream, 426_766).unwrap();
+    assert_eq!((entry.inq_len, entry.outq_len), (6, 0));
+    assert_eq!(closed.payload_bytes(Image::TcpStream, 426_766, 0, 99).unwrap(), b"world!");
+    let closed = set("--close addr=127.0.0.1 --drop-queues kind=tcp");
     assert_eq!(closed.args(Image::TcpStream).len(), 0);
+    let files: Vec<FileEntry> = closed.all(Image::Files, 0).unwrap();
+    let states = files.iter().filter_map(|f| f.isk.as_ref()).map(|s| (s.state, s.ckpt_closed));
+    assert_eq!(states.filter(|(state, closed)| *state == 7 && *closed == Some(1)).count(), 2);
 }
 
 #[test]

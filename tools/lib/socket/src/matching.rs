@@ -7,6 +7,7 @@
 //! | `addr=127.0.0.1:80`, `addr=[::1]:80`, `addr=::1` | inet sockets bound to it; without a port, to any |
 //! | `fd=4711/5`, `fd=4711/*` | what descriptor 5, or any, of process 4711 refers to |
 //! | `peer=48214`, `peer=/run/b.sock`, `peer=10.0.0.1:80` | those whose other end is this |
+//! | `peer-pid=4712` | unix connections to that process outside of the checkpoint |
 //! | `kind=unix-stream`, `kind=unix`, `kind=tcp`, `kind=tcp4` | those of this kind |
 //!
 //! A match is often followed by `=` or `:` and something else. There `\` before a character of the match takes
@@ -36,6 +37,8 @@ pub enum Match {
     PeerPath(SocketPath),
     /// The other end's address.
     PeerAddress(IpAddr, Option<u16>),
+    /// Who held the other end at dump time.
+    PeerPid(u32),
     /// The kind, or a group of kinds.
     Kind(String),
 }
@@ -51,6 +54,7 @@ impl std::fmt::Display for Match {
             Self::PeerId(id) => write!(f, "peer={id}"),
             Self::PeerPath(path) => write!(f, "peer={path}"),
             Self::PeerAddress(ip, port) => write!(f, "peer={}", shown(*ip, *port)),
+            Self::PeerPid(pid) => write!(f, "peer-pid={pid}"),
             Self::Kind(kind) => write!(f, "kind={kind}"),
         }
     }
@@ -72,7 +76,7 @@ impl Match {
             return match id(text) {
                 Some(id) => Ok(Self::Id(id)),
                 None => wrong(
-                    "match: expected ID, unix[ID], id=ID, path=PATH, addr=ADDRESS, fd=PID/FD, peer=ID|PATH|ADDRESS or kind=KIND",
+                    "match: expected ID, unix[ID], id=ID, path=PATH, addr=ADDRESS, fd=PID/FD, peer=ID|PATH|ADDRESS, peer-pid=PID or kind=KIND",
                 ),
             };
         };
@@ -91,6 +95,7 @@ impl Match {
                 });
                 parsed.map_or_else(|| wrong("descriptor: expected PID/FD or PID/*"), Ok)
             }
+            "peer-pid=" => as_text.parse().map_or_else(|_| wrong("process id"), |pid| Ok(Self::PeerPid(pid))),
             "peer=" => match (id(value), address(as_text)) {
                 (Some(id), _) => Ok(Self::PeerId(id)),
                 (_, Some((ip, port))) => Ok(Self::PeerAddress(ip, port)),
@@ -128,12 +133,13 @@ impl Match {
                 let remote = socket.addresses.map(|(_, remote)| remote).filter(|remote| remote.port() != 0);
                 side(remote, *ip, *port)
             }
+            Self::PeerPid(pid) => socket.peer_holder.as_ref().is_some_and(|(holder, _)| holder == pid),
             Self::Kind(kind) => is_kind(socket.kind, kind),
         }
     }
 }
 
-const KEYS: [&str; 6] = ["id=", "path=", "addr=", "fd=", "peer=", "kind="];
+const KEYS: [&str; 7] = ["id=", "path=", "addr=", "fd=", "peer=", "peer-pid=", "kind="];
 
 /// `unix` is every unix socket, `tcp` both IP versions, `tcp4` and `tcp6` one.
 fn is_kind(of: &str, wanted: &str) -> bool {
@@ -213,6 +219,7 @@ mod tests {
             "peer=/run/b",
             "peer=@b",
             "peer=10.0.0.1:80",
+            "peer-pid=4712",
             "kind=unix-stream",
             "kind=unix",
             "kind=tcp4",
