@@ -8,6 +8,8 @@ crate::survives! {
     socket_options_of_all_kinds: "socket_options";
     udp_queues_names_and_memberships: "udp_sockets";
     raw_sockets_work_again: "raw_sockets";
+    netlink_ports_and_groups: "netlink_sockets";
+    packet_sockets_filters_and_rings: "packet_sockets";
 }
 
 /// A Python program that makes sockets, says ready and stays.
@@ -112,6 +114,50 @@ fn an_ebpf_filter_is_refused() {
          os.close(prog)",
     );
     refused(&target, &["UDP socket", "eBPF"]);
+}
+
+#[test]
+fn an_unread_netlink_message_needs_a_word() {
+    let target = python(
+        "netlink_queue",
+        "import struct\n\
+         s = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)\n\
+         s.bind((0, 0))\n\
+         s.send(struct.pack('IHHIIII', 20, 999, 1, 1, 0, 0, 0)[:20])",
+    );
+    refused(&target, &["netlink socket", "not read", "--queued=drop"]);
+}
+
+#[test]
+fn a_mapped_packet_ring_is_refused() {
+    let target = python(
+        "packet_ring",
+        "import struct, mmap\n\
+         s = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)\n\
+         s.setsockopt(263, 5, struct.pack('IIII', 4096, 4, 2048, 8))\n\
+         m = mmap.mmap(s.fileno(), 16384)",
+    );
+    let before = target.at_rest();
+    let _ = target.dump("img").fails("ckpt-scan", 3, &["socket:[", "ring of a packet socket"]);
+    assert!(!target.path("img").exists());
+    target.unchanged(&before);
+}
+
+/// Without privileges what needs one is named, and nothing is left behind.
+#[test]
+fn a_missing_capability_is_named() {
+    let target = python("raw_unprivileged", "s = socket.socket(socket.AF_INET, socket.SOCK_RAW, 253)");
+    target.dump_ok("img");
+    target.end();
+    let outcome = Command::new("setpriv")
+        .args(["--inh-caps=-net_raw", "--bounding-set=-net_raw"])
+        .args([ckpt_tests::tool("ckpt-restore"), "--detach".into(), target.path("img")])
+        .output()
+        .expect("run setpriv");
+    let said = String::from_utf8_lossy(&outcome.stderr);
+    assert_eq!(outcome.status.code(), Some(3), "{said}");
+    assert!(said.contains("raw socket") && said.contains("CAP_NET_RAW"), "{said}");
+    assert!(ckpt_tests::soon(|| ckpt_tests::process::is_free(target.pid)));
 }
 
 /// Ports and addresses are free again for others, and taken again by the restored one.

@@ -25,10 +25,8 @@ static const struct { const char *name; int domain, type, protocol, listen; } ki
 	{ "raw6 of 253", AF_INET6, SOCK_RAW, 253, 0 },
 	{ "ping", AF_INET, SOCK_DGRAM, IPPROTO_ICMP, 0 },
 	{ "ping6", AF_INET6, SOCK_DGRAM, IPPROTO_ICMPV6, 0 },
-#ifdef LATER
 	{ "netlink", AF_NETLINK, SOCK_RAW, NETLINK_ROUTE, 0 },
 	{ "packet", AF_PACKET, SOCK_RAW, 0, 0 },
-#endif
 };
 enum { KINDS = sizeof kinds / sizeof *kinds };
 struct value { int len; unsigned char bytes[64]; };

@@ -466,6 +466,17 @@ pub fn poll_now(fd: BorrowedFd<'_>, events: i16) -> Result<i16, SysError> {
     if ret < 0 { Err(SysError::last("poll", on(fd))) } else { Ok(entry.revents) }
 }
 
+/// bind(2) to an address of any family, as the kernel has it.
+///
+/// # Errors
+/// EADDRINUSE, EADDRNOTAVAIL, EINVAL, ENODEV.
+pub fn bind_to(fd: BorrowedFd<'_>, address: &[u8]) -> Result<(), SysError> {
+    let len = libc::socklen_t::try_from(address.len()).unwrap_or(0);
+    // SAFETY: the kernel reads `len` bytes, the size of `address`.
+    let ret = unsafe { libc::bind(fd.as_raw_fd(), address.as_ptr().cast(), len) };
+    if ret < 0 { Err(SysError::last("bind", on(fd))) } else { Ok(()) }
+}
+
 /// Lets a datagram socket be connected to nobody. It stays bound to its port, but to no device.
 ///
 /// # Errors

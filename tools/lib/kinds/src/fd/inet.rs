@@ -232,7 +232,16 @@ pub(super) fn new_socket(isk: &InetSkEntry, what: &str) -> anyhow::Result<OwnedF
         _ => bail!("inet socket {}: unknown type {}", isk.ino, isk.r#type),
     };
     let protocol = i32::try_from(isk.proto).context("a socket's protocol")?;
-    let fd = sock::socket(family, kind | libc::SOCK_CLOEXEC, protocol)?;
+    let fd = match sock::socket(family, kind | libc::SOCK_CLOEXEC, protocol) {
+        Err(e) if e.errno == Errno::EPERM => {
+            return Err(Refused::new(what, "making it needs CAP_NET_RAW").into());
+        }
+        Err(e) if e.errno == Errno::EACCES => {
+            let reason = "making it is allowed to the groups in net.ipv4.ping_group_range only";
+            return Err(Refused::new(what, reason).into());
+        }
+        fd => fd?,
+    };
     let class = Class::of_inet(isk);
     sockopt::restore(fd.as_fd(), what, class, &Options::of_inet(isk), When::BeforeBind)?;
     Ok(fd)

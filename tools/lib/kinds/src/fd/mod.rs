@@ -28,6 +28,8 @@ mod inet;
 pub mod lock;
 pub mod memfd;
 mod multicast;
+mod netlink;
+mod packet;
 pub mod pipe;
 mod raw;
 pub mod reg;
@@ -117,8 +119,8 @@ pub const KINDS: &[Kind] = &[
         |d| matches!(d.domain(), Some(libc::AF_INET | libc::AF_INET6)),
         "not supported"
     ),
-    refused!("netlink socket", |d| d.domain() == Some(libc::AF_NETLINK), "not supported yet"),
-    refused!("packet socket", |d| d.domain() == Some(libc::AF_PACKET), "not supported yet"),
+    full!("netlink socket", Netlinksk, netlink),
+    full!("packet socket", Packetsk, packet),
     refused!("vsock socket", |d| d.domain() == Some(libc::AF_VSOCK), "its other end is another machine"),
     refused!("socket of an unknown family", |d| d.is(SFlag::S_IFSOCK), "not supported"),
     full!("pipe", Pipe, pipe),

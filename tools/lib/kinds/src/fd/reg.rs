@@ -136,6 +136,11 @@ fn same(stat: &FileStat, other: &FileStat) -> bool {
 fn find_name(found: &Found<'_>) -> anyhow::Result<Name> {
     let refuse =
         |reason: &str| Refused::new(found.subject, format!("{}: {reason}", found.link.escape_ascii()));
+    if found.link.starts_with(b"socket:[") {
+        let reason =
+            "the ring of a packet socket is mapped: at which frame of it the kernel is can't be told or set";
+        return Err(refuse(reason).into());
+    }
     if !found.link.starts_with(b"/") {
         return Err(refuse("its path can't be reached from here").into());
     }

@@ -16,7 +16,7 @@ use ckpt_proto::types::{FdTypes, FileEntry, SocketStub};
 use ckpt_sys::{FileId, Pid, Refused, TargetFd, pidfd, sock};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 
-use super::{Descriptor, dump::comm, raw, sockopt::Defaults, tcp, udp, unix};
+use super::{Descriptor, dump::comm, netlink, packet, raw, sockopt::Defaults, tcp, udp, unix};
 use crate::Sink;
 
 /// What to do with what an external connection has received and not read.
@@ -124,6 +124,8 @@ struct Family {
 /// Who completes which sockets; the first row that wants one has it.
 const FAMILIES: &[Family] = &[
     Family { wants: |s| is(s, libc::AF_UNIX), complete: unix::complete },
+    Family { wants: |s| is(s, libc::AF_NETLINK), complete: netlink::complete },
+    Family { wants: |s| is(s, libc::AF_PACKET), complete: packet::complete },
     Family { wants: |s| is_inet(s, libc::SOCK_RAW), complete: raw::complete },
     Family { wants: |s| is_inet(s, libc::SOCK_STREAM), complete: tcp::complete },
     Family { wants: |s| is_inet(s, libc::SOCK_DGRAM) && is_ping(s), complete: raw::complete },

@@ -367,6 +367,7 @@ pub const OPTIONS: &[Opt] = &[
     opt(TCP_, 1, "TCP_NODELAY", Flag, TCP | V4 | V6).in_field(set_flag!(tcp.nodelay)),
     opt(TCP_, 3, "TCP_CORK", Flag, TCP | V4 | V6).in_field(set_flag!(tcp.cork)),
     // Packet sockets; the others are in packet_sock_entry.
+    opt(PACKET_, 24, "PACKET_VNET_HDR_SZ", Int, PACKET).at(BeforeBind),
     opt(PACKET_, 19, "PACKET_TX_HAS_OFF", Flag, PACKET),
     opt(PACKET_, 20, "PACKET_QDISC_BYPASS", Flag, PACKET),
     opt(PACKET_, 23, "PACKET_IGNORE_OUTGOING", Flag, PACKET),

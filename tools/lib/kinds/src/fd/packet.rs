@@ -1,0 +1,297 @@
+//! Packet sockets (packet(7)): what a network interface sends and receives.
+//!
+//! sock_diag(7) tells what getsockopt(2) does not: rings and memberships. A restored socket hears
+//! nothing before everything is set, its filter above all: it is made without a protocol, which
+//! the kernel takes for deaf, and bound last. Packets that it has received and not read can't be given back, for
+//! that would mean to send them again; a program that listens to a network has to live with losses anyway, so
+//! `--queued=drop` is a fair answer.
+//!
+//! A ring (`PACKET_RX_RING`, `PACKET_TX_RING`) is made again with its measures. One that is mapped is
+//! refused (by [`super::reg`], which names mapped files): the kernel and the program each count at which
+//! frame they are, and the kernel's count is neither told nor taken.
+
+use std::{
+    collections::HashMap,
+    os::fd::{AsFd, BorrowedFd},
+};
+
+use anyhow::{Context, bail};
+use ckpt_proto::{
+    Image,
+    types::{FdTypes, FileEntry, PacketMclist, PacketRing, PacketSockEntry},
+};
+use ckpt_sys::{
+    FileId, Refused,
+    diag::{self, PacketSocket, SockDiag},
+    sock,
+};
+use nix::{
+    errno::Errno,
+    net::if_::{if_indextoname, if_nametoindex},
+};
+
+use super::{
+    Descriptor, FileTable, Opening,
+    socket::{self, Completion},
+    sockopt::{self, Class, Options, When},
+};
+use crate::{Sink, sink::emit};
+
+const SOL_PACKET: i32 = 263;
+const PACKET_ADD_MEMBERSHIP: i32 = 1;
+const PACKET_RX_RING: i32 = 5;
+const PACKET_COPY_THRESH: i32 = 7;
+const PACKET_AUXDATA: i32 = 8;
+const PACKET_ORIGDEV: i32 = 9;
+const PACKET_VERSION: i32 = 10;
+const PACKET_RESERVE: i32 = 12;
+const PACKET_TX_RING: i32 = 13;
+const PACKET_LOSS: i32 = 14;
+const PACKET_VNET_HDR: i32 = 15;
+const PACKET_TIMESTAMP: i32 = 17;
+const PACKET_FANOUT: i32 = 18;
+const TPACKET_V3: u32 = 2;
+const PDI_AUXDATA: u32 = 2;
+const PDI_ORIGDEV: u32 = 4;
+const PDI_VNETHDR: u32 = 8;
+const PDI_LOSS: u32 = 16;
+/// `fanout`: none.
+const NO_FANOUT: u32 = u32::MAX;
+/// `PACKET_FANOUT_FLAG_UNIQUEID`, which asks for a new group.
+const FANOUT_UNIQUE: u32 = 0x2000 << 16;
+/// Longest hardware address.
+const LONGEST: usize = 32;
+
+pub(super) fn recognise(d: &Descriptor) -> bool {
+    d.domain() == Some(libc::AF_PACKET)
+}
+
+pub(super) fn dump(
+    _: &mut FileTable,
+    d: &Descriptor,
+    id: FileId,
+    _: &mut dyn Sink,
+) -> anyhow::Result<Option<FileEntry>> {
+    if !d.is_socket(libc::AF_PACKET, libc::SOCK_RAW) && !d.is_socket(libc::AF_PACKET, libc::SOCK_DGRAM) {
+        return Err(d.refuse("packet sockets of type SOCK_PACKET are not supported").into());
+    }
+    socket::dump(d, id, FdTypes::Packetsk)
+}
+
+/// ckpt-sk's part.
+pub(super) fn complete(
+    sockets: Vec<socket::Socket<'_>>,
+    completion: Completion<'_>,
+    sink: &mut dyn Sink,
+) -> anyhow::Result<()> {
+    if sockets.is_empty() {
+        return Ok(());
+    }
+    let all = SockDiag::here()?.packet().context("enumerate packet sockets")?;
+    let table: HashMap<u64, PacketSocket> = all.into_iter().map(|s| (s.id, s)).collect();
+    for socket in &sockets {
+        let ino = socket.stub.ino;
+        let what = format!("packet socket {ino}");
+        let diag = table
+            .get(&ino)
+            .with_context(|| format!("{}: the kernel does not list {what}", socket.subject))?;
+        check(socket, diag, &what, completion)?;
+        let entry = entry(socket, diag, &what, completion)?;
+        emit(sink, Image::Files, 0, &entry)?;
+    }
+    Ok(())
+}
+
+fn check(
+    socket: &socket::Socket<'_>,
+    diag: &PacketSocket,
+    what: &str,
+    completion: Completion<'_>,
+) -> anyhow::Result<()> {
+    let happened = sock::poll_now(socket.copy.as_fd(), libc::POLLIN)?;
+    if diag.interface == u32::MAX {
+        return Err(socket.refuse(what, "the interface that it was bound to is gone").into());
+    }
+    if happened & libc::POLLERR != 0 {
+        socket.leave_out(what, "an error waits to be read", completion)?;
+    } else if happened & libc::POLLIN != 0 || diag.rmem > 0 {
+        socket.leave_out(what, "packets are received and not read", completion)?;
+    }
+    Ok(())
+}
+
+fn entry(
+    socket: &socket::Socket<'_>,
+    diag: &PacketSocket,
+    what: &str,
+    completion: Completion<'_>,
+) -> anyhow::Result<FileEntry> {
+    const PACKET_FANOUT_CBPF: u32 = 6;
+    const PACKET_FANOUT_EBPF: u32 = 7;
+    let name = |index: u32| -> anyhow::Result<Option<Vec<u8>>> {
+        if index == 0 {
+            return Ok(None);
+        }
+        let name = if_indextoname(index).with_context(|| format!("{what}: interface {index}"))?;
+        Ok(Some(name.to_bytes().to_vec()))
+    };
+    let mut mclist = Vec::new();
+    for membership in &diag.memberships {
+        let PacketSocketMembership { interface, count, kind, address } = membership;
+        for _ in 0..*count {
+            mclist.push(PacketMclist {
+                index: *interface,
+                r#type: (*kind).into(),
+                addr: address.clone(),
+                ckpt_ifname: name(*interface)?,
+            });
+        }
+    }
+    let fanout = match diag.fanout {
+        None => NO_FANOUT,
+        // sock_diag leaves the flags out.
+        Some(_) => {
+            sock::option(socket.copy.as_fd(), SOL_PACKET, PACKET_FANOUT)?.cast_unsigned() & !FANOUT_UNIQUE
+        }
+    };
+    if fanout != NO_FANOUT && [PACKET_FANOUT_CBPF, PACKET_FANOUT_EBPF].contains(&(fanout >> 16 & 0xff)) {
+        let reason = "the program that spreads packets over its fanout group can't be read back";
+        return Err(socket.refuse(what, reason).into());
+    }
+    let psk = PacketSockEntry {
+        id: socket.file_id,
+        r#type: socket.stub.r#type,
+        protocol: diag.protocol.to_be().into(),
+        flags: socket.stub.flags,
+        ifindex: diag.interface,
+        fown: socket.stub.fown,
+        opts: sockopt::dump(socket, what, completion.defaults)?.sk,
+        version: diag.version,
+        reserve: diag.reserve,
+        aux_data: diag.flags & PDI_AUXDATA != 0,
+        orig_dev: diag.flags & PDI_ORIGDEV != 0,
+        vnet_hdr: diag.flags & PDI_VNETHDR != 0,
+        loss: diag.flags & PDI_LOSS != 0,
+        timestamp: diag.timestamp,
+        copy_thresh: diag.copy_thresh,
+        mclist,
+        fanout: Some(fanout),
+        rx_ring: ring(diag.rx_ring),
+        tx_ring: ring(diag.tx_ring),
+        ns_id: (completion.net_ns)(socket.pid()),
+        ckpt_ifname: name(diag.interface)?,
+    };
+    let kind = FdTypes::Packetsk.into();
+    Ok(FileEntry { r#type: kind, id: socket.file_id, psk: Some(psk), ..FileEntry::default() })
+}
+
+use diag::PacketMembership as PacketSocketMembership;
+
+fn ring(ring: Option<diag::PacketRing>) -> Option<PacketRing> {
+    let diag::PacketRing { block_size, block_nr, frame_size, frame_nr, retire_tmo, sizeof_priv, features } =
+        ring?;
+    Some(PacketRing { block_size, block_nr, frame_size, frame_nr, retire_tmo, sizeof_priv, features })
+}
+
+/// ckpt-restore's part.
+pub(super) fn restore(opening: &mut Opening<'_>, files: &[FileEntry]) -> anyhow::Result<()> {
+    for file in files {
+        let psk = file.psk.as_ref().with_context(|| {
+            let stub = if file.ckpt_stub.is_some() { " (it did not pass ckpt-sk)" } else { "" };
+            format!("packet socket {} without its entry{stub}", file.id)
+        })?;
+        let what = format!("packet socket of file {}", psk.id);
+        restore_one(opening, psk, &what).with_context(|| what.clone())?;
+    }
+    Ok(())
+}
+
+fn restore_one(opening: &mut Opening<'_>, psk: &PacketSockEntry, what: &str) -> anyhow::Result<()> {
+    let kind = match i32::try_from(psk.r#type) {
+        Ok(kind @ (libc::SOCK_RAW | libc::SOCK_DGRAM)) => kind,
+        _ => bail!("unknown type {}", psk.r#type),
+    };
+    let fd = match sock::socket(libc::AF_PACKET, kind | libc::SOCK_CLOEXEC, 0) {
+        Err(e) if e.errno == Errno::EPERM => {
+            return Err(Refused::new(what, "making a packet socket needs CAP_NET_RAW").into());
+        }
+        fd => fd?,
+    };
+    let fd_ref = fd.as_fd();
+    // In this order: headers and reserved room are measures of a ring, which takes them as they are.
+    set(fd_ref, PACKET_VERSION, psk.version)?;
+    set(fd_ref, PACKET_RESERVE, psk.reserve)?;
+    set(fd_ref, PACKET_VNET_HDR, psk.vnet_hdr.into())?;
+    set(fd_ref, PACKET_AUXDATA, psk.aux_data.into())?;
+    set(fd_ref, PACKET_ORIGDEV, psk.orig_dev.into())?;
+    set(fd_ref, PACKET_LOSS, psk.loss.into())?;
+    set(fd_ref, PACKET_TIMESTAMP, psk.timestamp)?;
+    set(fd_ref, PACKET_COPY_THRESH, psk.copy_thresh)?;
+    let class = Class::of(libc::AF_PACKET.unsigned_abs(), psk.r#type, 0);
+    for when in [When::BeforeBind, When::Later, When::Last] {
+        sockopt::restore(fd_ref, what, class, &Options::of(&psk.opts), when)?;
+    }
+    for (name, ring) in [(PACKET_RX_RING, &psk.rx_ring), (PACKET_TX_RING, &psk.tx_ring)] {
+        if let Some(ring) = ring {
+            set_ring(fd_ref, name, psk.version, ring).context("its ring")?;
+        }
+    }
+    for membership in &psk.mclist {
+        join(fd_ref, membership)?;
+    }
+    let protocol = u16::try_from(psk.protocol).context("a protocol")?;
+    if protocol != 0 || psk.ifindex != 0 {
+        let index = index(psk.ckpt_ifname.as_deref(), psk.ifindex)?;
+        // struct sockaddr_ll; the protocol is in network byte order already.
+        let mut address = u16::try_from(libc::AF_PACKET)?.to_ne_bytes().to_vec();
+        address.extend_from_slice(&protocol.to_ne_bytes());
+        address.extend_from_slice(&index.to_ne_bytes());
+        address.resize(20, 0);
+        sock::bind_to(fd_ref, &address)?;
+    }
+    if let Some(fanout) = psk.fanout.filter(|&f| f != NO_FANOUT) {
+        sock::set_option(fd_ref, SOL_PACKET, PACKET_FANOUT, fanout.cast_signed())
+            .context("its fanout group")?;
+    }
+    opening.set_flags(fd_ref, psk.flags)?;
+    opening.keep(FileId(psk.id), fd)
+}
+
+/// Sets a number if it is not what the socket has.
+fn set(fd: BorrowedFd<'_>, name: i32, value: u32) -> anyhow::Result<()> {
+    let now = sock::option(fd, SOL_PACKET, name).unwrap_or(0);
+    if now.cast_unsigned() != value {
+        sock::set_option(fd, SOL_PACKET, name, value.cast_signed())?;
+    }
+    Ok(())
+}
+
+/// `struct tpacket_req`, or `tpacket_req3`, which is longer.
+fn set_ring(fd: BorrowedFd<'_>, name: i32, version: u32, ring: &PacketRing) -> anyhow::Result<()> {
+    let mut words = vec![ring.block_size, ring.block_nr, ring.frame_size, ring.frame_nr];
+    if version == TPACKET_V3 {
+        words.extend([ring.retire_tmo, ring.sizeof_priv, ring.features]);
+    }
+    let bytes: Vec<u8> = words.into_iter().flat_map(u32::to_ne_bytes).collect();
+    Ok(sock::set_option_bytes(fd, SOL_PACKET, name, &bytes)?)
+}
+
+/// The index of an interface whose name is known, or that has had this index.
+fn index(name: Option<&[u8]>, before: u32) -> anyhow::Result<u32> {
+    let Some(name) = name else { return Ok(before) };
+    if_nametoindex(name).with_context(|| format!("interface {}", name.escape_ascii()))
+}
+
+/// `struct packet_mreq`.
+fn join(fd: BorrowedFd<'_>, membership: &PacketMclist) -> anyhow::Result<()> {
+    if membership.addr.len() > LONGEST {
+        bail!("a hardware address of {} bytes", membership.addr.len());
+    }
+    let mut bytes = index(membership.ckpt_ifname.as_deref(), membership.index)?.to_ne_bytes().to_vec();
+    bytes.extend_from_slice(&u16::try_from(membership.r#type).context("type of a membership")?.to_ne_bytes());
+    bytes.extend_from_slice(&u16::try_from(membership.addr.len())?.to_ne_bytes());
+    bytes.extend_from_slice(&membership.addr);
+    bytes.resize(bytes.len().max(16), 0);
+    sock::set_option_bytes(fd, SOL_PACKET, PACKET_ADD_MEMBERSHIP, &bytes)
+        .with_context(|| format!("join on interface {}", membership.index))
+}
