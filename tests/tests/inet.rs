@@ -146,7 +146,14 @@ fn a_mapped_packet_ring_is_refused() {
 /// Without privileges what needs one is named, and nothing is left behind.
 #[test]
 fn a_missing_capability_is_named() {
-    let target = python("raw_unprivileged", "s = socket.socket(socket.AF_INET, socket.SOCK_RAW, 253)");
+    let target = python(
+        "raw_unprivileged",
+        "import ctypes, struct\n\
+         s = socket.socket(socket.AF_INET, socket.SOCK_RAW, 253)\n\
+         libc, none = ctypes.CDLL(None), bytes(24)\n\
+         assert libc.prctl(24, 13, 0, 0, 0) == 0\n\
+         assert libc.capset(struct.pack('Ii', 0x20080522, 0), none) == 0",
+    );
     target.dump_ok("img");
     target.end();
     let outcome = Command::new("setpriv")

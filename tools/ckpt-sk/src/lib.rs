@@ -64,7 +64,8 @@ pub struct Args {
     )]
     pub external: Vec<ExternalSocket>,
     /// What external connections have received but not read, and what they have sent and their peer has
-    /// not read, is left out (drop), or stored (keep); by default it is an error
+    /// not read, is left out (drop), or stored (keep); by default it is an error. What raw, packet and
+    /// netlink sockets have received can be left out only
     #[arg(long, value_enum, value_name = "WHAT", hide_possible_values = true)]
     pub queued: Option<KeepOrDrop>,
     /// Dump TCP connections whose other end is outside the tree; those between processes of the tree need no leave
