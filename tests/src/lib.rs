@@ -8,6 +8,7 @@
 //! A test that fails panics; its directory is then kept and the message says how to look inside. A test that
 //! can't run here says `SKIP` and why on stderr ([`skip`]), and CI counts those.
 
+pub mod net;
 pub mod process;
 pub mod snapshot;
 pub mod tools;

@@ -237,7 +237,7 @@ fn restore(
     let mut files = OpenFiles::open_all(set, &options)?;
     // Pages are compared with their checksums while they are placed, and nobody runs before they have been.
     let verification = if args.no_verify { None } else { Some(set.verification()?) };
-    let built = build(args, tree, set, signals, &steps, vdso, &mut files).and_then(|family| {
+    let built = build(args, tree, set, signals, &steps, vdso, &mut files).and_then(|mut family| {
         if let Some(verification) = verification {
             verification.finish()?;
         }
@@ -249,7 +249,7 @@ fn restore(
             getpgid(Some(member.pid.nix())).ok()
         };
         files.take_terminals(!args.detach, group_of)?;
-        files.go_live(set)?;
+        files.go_live(set, || family.stand_alone(), || make::lives(pid))?;
         family.go()?;
         files.redraw();
         if let Some(pidfile) = pidfile {

@@ -527,15 +527,23 @@ impl Family {
         Ok(())
     }
 
-    /// Lets everything run. From the first detach on there is no way back.
+    /// From here on the tasks are complete: if this process dies, they run.
     ///
     /// # Errors
     /// A task was killed from outside.
-    pub fn go(mut self) -> anyhow::Result<()> {
+    pub fn stand_alone(&mut self) -> anyhow::Result<()> {
         prctl::set_child_subreaper(false).context("prctl(PR_SET_CHILD_SUBREAPER)")?;
         for &tid in self.tasks.keys() {
             ptrace::set_options(Tid(tid), 0)?;
         }
+        Ok(())
+    }
+
+    /// Lets everything run, after [`Self::stand_alone`]. From the first detach on there is no way back.
+    ///
+    /// # Errors
+    /// A task was killed from outside.
+    pub fn go(mut self) -> anyhow::Result<()> {
         for &tid in self.tasks.keys() {
             ptrace::detach(Tid(tid), 0)?;
         }
@@ -559,6 +567,19 @@ impl Drop for Family {
 
 fn bodies(tree: &Tree) -> impl Iterator<Item = (&Process, &Body)> {
     tree.processes.iter().filter_map(|process| Some((process, process.body.as_ref()?)))
+}
+
+/// Whether a task is there, and will not be killed: asked when its tracer, which may have wanted that it dies with it,
+/// is gone.
+#[must_use]
+pub fn lives(pid: Pid) -> bool {
+    const PF_EXITING: u32 = 4;
+    const KILL: u64 = 1 << (libc::SIGKILL - 1);
+    let read = |name| std::fs::read(format!("/proc/{pid}/{name}")).ok();
+    let stat = read("stat").and_then(|text| ckpt_proc::stat::parse(&text).ok());
+    let status = read("status").and_then(|text| ckpt_proc::status::parse(&text).ok());
+    let exiting = stat.is_none_or(|s| s.flags & PF_EXITING != 0 || matches!(s.state, b'Z' | b'X'));
+    !exiting && status.is_some_and(|s| (s.pending | s.shared_pending) & KILL == 0)
 }
 
 /// Pages on a stream go straight into the task, so their checksum is taken from its memory.

@@ -190,7 +190,7 @@ impl Held {
         }
         let live: Vec<Pid> = self.frozen.processes.iter().filter(|p| !p.zombie).map(|p| p.pid).collect();
         self.lock = TreeLock::of(&live)?;
-        if args.kill && self.lock.is_some() {
+        if args.kill {
             self.leaves = Some(nft::new_name()?);
         }
         Ok(())

@@ -230,6 +230,64 @@ pub fn fork() -> Result<Option<Pid>, SysError> {
     }
 }
 
+/// Runs `commit` here, and then `work` in a child, which comes to its end even if this process is killed meanwhile.
+///
+/// The child is made first. If this process dies before it could tell whether it has committed, the child finds that
+/// out by `committed`, called when nothing is left of this process. It has all that this process has,
+/// descriptors included, but is out of its process group. The caller has one thread.
+///
+/// # Errors
+/// `commit`'s, then there is no `work`; what `work` says is wrong; that there can be no child.
+pub fn see_through<E>(
+    commit: impl FnOnce() -> Result<(), E>,
+    committed: impl FnOnce() -> bool,
+    work: impl FnOnce() -> Result<(), String>,
+) -> Result<(), E>
+where
+    E: From<SysError> + From<String>,
+{
+    use nix::{errno::Errno, fcntl::OFlag, poll, unistd};
+    use std::{
+        fs::File,
+        io::{Read, Write},
+        os::fd::AsFd,
+    };
+    let failed = |errno| SysError::new("pipe2", "this process", errno);
+    let (from_child, to_parent) = unistd::pipe2(OFlag::O_CLOEXEC).map_err(failed)?;
+    let (from_parent, to_child) = unistd::pipe2(OFlag::O_CLOEXEC).map_err(failed)?;
+    let parent = crate::pidfd::open(Pid(std::process::id().cast_signed()))?;
+    let Some(child) = fork()? else {
+        let _ = unistd::setsid();
+        drop(to_child);
+        let mut word = [0];
+        let wanted = match File::from(from_parent).read(&mut word) {
+            Ok(1) => word == [1],
+            _ => {
+                let mut end = [poll::PollFd::new(parent.as_fd(), poll::PollFlags::POLLIN)];
+                while poll::poll(&mut end, poll::PollTimeout::NONE) == Err(Errno::EINTR) {}
+                committed()
+            }
+        };
+        let said = if wanted { work().err().unwrap_or_else(|| "done".to_owned()) } else { String::new() };
+        // If nobody listens any more, it was done for those that are left.
+        let _ = File::from(to_parent).write_all(said.as_bytes());
+        // SAFETY: no pointers. Nothing is unwound, so nothing of the parent's is undone.
+        unsafe { libc::_exit(0) }
+    };
+    drop(to_parent);
+    let committed = commit();
+    let told = File::from(to_child).write_all(&[u8::from(committed.is_ok())]);
+    let mut said = String::new();
+    let heard = File::from(from_child).read_to_string(&mut said);
+    while nix::sys::wait::waitpid(child.nix(), None) == Err(Errno::EINTR) {}
+    committed?;
+    match told.and(heard) {
+        Ok(_) if said == "done" => Ok(()),
+        Ok(_) if !said.is_empty() => Err(said.into()),
+        _ => Err("the child that does this was killed".to_owned().into()),
+    }
+}
+
 /// Takes over the descriptor `fd`, which was handed to this process by number on its command line.
 ///
 /// # Errors

@@ -88,8 +88,8 @@ impl Connection {
 #[derive(Debug)]
 pub struct NetLock {
     /// The owner of the table.
-    #[expect(dead_code, reason = "held, not used")]
     netlink: OwnedFd,
+    name: String,
 }
 
 /// A name for a table that no other has.
@@ -113,7 +113,15 @@ impl NetLock {
     pub fn hold(name: &str, connections: &BTreeSet<Connection>) -> Result<Self, SysError> {
         let netlink = open()?;
         transact(&netlink, name, &table(name, true, connections))?;
-        Ok(Self { netlink })
+        Ok(Self { netlink, name: name.to_owned() })
+    }
+
+    /// Ends the lock although other processes may have copies of this value's descriptor.
+    ///
+    /// # Errors
+    /// ENOENT: it has ended.
+    pub fn release(&self) -> Result<(), SysError> {
+        transact(&self.netlink, &self.name, &[message(NFT_MSG_DELTABLE, 0, &string(1, &self.name))])
     }
 
     /// The same, but for good: until [`remove`].

@@ -322,12 +322,18 @@ impl OpenFiles {
     }
 
     /// The last step before the tasks run: TCP connections come to life. Until here no packet of theirs has left
-    /// this host, and a restore that fails leaves everything as it was.
+    /// this host, and a restore that fails leaves everything as it was. `commit` makes the tasks run if
+    /// this process dies; if it does die, `committed` is asked whether they do, in another process.
     ///
     /// # Errors
-    /// The kernel's.
-    pub fn go_live(&mut self, set: &ImageSet) -> anyhow::Result<()> {
-        std::mem::take(&mut self.tcp).go_live(&self.files, set)
+    /// The kernel's, `commit`'s.
+    pub fn go_live(
+        &mut self,
+        set: &ImageSet,
+        commit: impl FnOnce() -> anyhow::Result<()>,
+        committed: impl FnOnce() -> bool,
+    ) -> anyhow::Result<()> {
+        std::mem::take(&mut self.tcp).go_live(&self.files, set, commit, committed)
     }
 
     /// Sets up the terminals for those tasks that were in their foreground. `stays`: this process stays in the

@@ -6,8 +6,7 @@
 //!    other way round.
 //! 3. Connections are made in repair mode, one by one: sequence numbers, bind, connect, what was negotiated, what
 //!    was received, what was sent and not acknowledged, windows, options. A FIN that a peer outside of the
-//!    images had sent is received again: a second socket in repair mode plays the peer for as long as that takes.
-//!    Its packet bears a mark that passes the lock.
+//!    images had sent is received again: through a raw socket, with a mark that passes the lock.
 //! 4. The tasks are built.
 //! 5. [`Connections::go_live`]: the locks go, all sockets leave repair mode. What had not been sent yet is
 //!    sent, FINs too, SYN_SENT connects. The tasks run.
@@ -18,7 +17,7 @@
 
 use std::{
     collections::{BTreeSet, HashMap},
-    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6},
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     time::{Duration, Instant},
 };
@@ -30,14 +29,14 @@ use ckpt_proto::{
     types::{ClosedConnection, InetSkEntry, InventoryEntry, TcpStreamEntry},
 };
 use ckpt_sys::{
-    FileId, Refused, file,
+    FileId, Refused, SysError, clone, file,
     nft::{self, Connection, INJECTED, NetLock},
     sock,
     tcp::{self, Negotiated, Queue, Window},
 };
 use nix::{
     errno::Errno,
-    sys::socket::{MsgFlags, Shutdown, connect, send, shutdown},
+    sys::socket::{MsgFlags, Shutdown, connect, send, sendto, shutdown},
 };
 
 use super::state;
@@ -47,8 +46,6 @@ use crate::fd::{Opening, inet};
 const PIECE: u64 = 1 << 16;
 /// How long a packet may take from one socket of this process to another.
 const PATIENCE: Duration = Duration::from_secs(5);
-const IP_TRANSPARENT: i32 = 19;
-const IPV6_TRANSPARENT: i32 = 75;
 const SO_RCVBUFFORCE: i32 = 33;
 /// Memory that the kernel takes for a byte in a queue, at most, and for an empty queue.
 const OVERHEAD: u64 = 4;
@@ -317,7 +314,7 @@ fn live(set: &ImageSet, isk: &InetSkEntry, what: &str, peer_inside: bool) -> any
     Ok((fd, next))
 }
 
-/// A socket in the place of a peer that is elsewhere.
+/// A peer that is elsewhere, and has sent a packet long ago.
 struct Peer {
     local: SocketAddr,
     remote: SocketAddr,
@@ -328,36 +325,65 @@ struct Peer {
 }
 
 impl Peer {
-    /// Lets `socket` receive its FIN.
+    /// Lets `socket` receive its FIN, through a raw socket: a packet from the peer's address to an address of
+    /// this host, which the kernel therefore delivers itself.
     fn sends_fin(&self, socket: BorrowedFd<'_>) -> anyhow::Result<()> {
-        let plain = |a: SocketAddr| match a.ip().to_canonical() {
-            std::net::IpAddr::V4(v4) => SocketAddr::from((v4, a.port())),
-            std::net::IpAddr::V6(_) => a,
+        let (local, remote) = (self.local.ip().to_canonical(), self.remote.ip().to_canonical());
+        let packet = self.fin(local, remote);
+        let family = if remote.is_ipv6() { libc::AF_INET6 } else { libc::AF_INET };
+        let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC;
+        let raw = sock::socket(family, kind, libc::IPPROTO_RAW).context("a raw socket (CAP_NET_RAW)")?;
+        sock::set_option(raw.as_fd(), libc::SOL_SOCKET, libc::SO_MARK, INJECTED.cast_signed())?;
+        let scoped = match self.remote {
+            SocketAddr::V6(v6) if remote.is_ipv6() => SocketAddrV6::new(*v6.ip(), 0, 0, v6.scope_id()).into(),
+            _ => SocketAddr::new(remote, 0),
         };
-        let (local, remote) = (plain(self.local), plain(self.remote));
-        let family = if local.is_ipv6() { libc::AF_INET6 } else { libc::AF_INET };
-        let fake = sock::socket(family, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0)?;
-        let fake = fake.as_fd();
-        let transparent =
-            if local.is_ipv6() { (libc::SOL_IPV6, IPV6_TRANSPARENT) } else { (libc::SOL_IP, IP_TRANSPARENT) };
-        sock::set_option(fake, transparent.0, transparent.1, 1)?;
-        sock::set_option(fake, libc::SOL_SOCKET, libc::SO_MARK, INJECTED.cast_signed())?;
-        tcp::enter_repair(fake)?;
-        tcp::set_sequence(fake, Queue::Receive, self.expects)?;
-        tcp::set_sequence(fake, Queue::Send, self.next)?;
-        nix::sys::socket::bind(fake.as_raw_fd(), &*inet::sockaddr(local)).context("bind")?;
-        connect_to(fake, remote).context("connect")?;
-        // Without a handshake it has no window to send into.
-        let (snd_wnd, rcv_wnd) = (0xffff, 0xffff);
-        let (snd_wl1, rcv_wup) = (self.expects, self.expects);
-        tcp::set_window(fake, Window { snd_wl1, snd_wnd, max_window: snd_wnd, rcv_wnd, rcv_wup })?;
-        tcp::abandon_repair(fake)?;
-        let sent = shutdown(fake.as_raw_fd(), Shutdown::Write).context("shutdown");
-        let arrived = wait_for(socket, state::CLOSE_WAIT);
-        // It is closed in silence.
-        tcp::enter_repair(fake)?;
-        sent.and(arrived)
+        let address = inet::sockaddr(scoped);
+        sendto(raw.as_raw_fd(), &packet, &*address, MsgFlags::empty())
+            .context("sendto through a raw socket")?;
+        wait_for(socket, state::CLOSE_WAIT)
     }
+
+    /// An IP packet (RFC 791, RFC 8200) with a TCP segment (RFC 9293).
+    fn fin(&self, local: IpAddr, remote: IpAddr) -> Vec<u8> {
+        const FIN_ACK: u8 = 0x11;
+        const TCP: u8 = 6;
+        let mut segment = Vec::with_capacity(20);
+        segment.extend(self.local.port().to_be_bytes());
+        segment.extend(self.remote.port().to_be_bytes());
+        segment.extend(self.next.to_be_bytes());
+        segment.extend(self.expects.to_be_bytes());
+        // Length in words, flags, window; then checksum and urgent pointer.
+        segment.extend([5 << 4, FIN_ACK, 0xff, 0xff, 0, 0, 0, 0]);
+        let octets = |ip: IpAddr| match ip {
+            IpAddr::V4(v4) => v4.octets().to_vec(),
+            IpAddr::V6(v6) => v6.octets().to_vec(),
+        };
+        let addresses = [octets(local), octets(remote)].concat();
+        // The pseudo header; the fields of the one for IPv6 are longer, but add up to the same.
+        let sum = checksum(&[&addresses, &[0, TCP, 0, 20], &segment]);
+        segment[16..18].copy_from_slice(&sum.to_be_bytes());
+        let mut packet = if local.is_ipv6() {
+            // Version; length of the payload, next header, hop limit.
+            vec![0x60, 0, 0, 0, 0, 20, TCP, 64]
+        } else {
+            // Version and length of the header; total length; the kernel fills in id and checksum.
+            vec![0x45, 0, 0, 40, 0, 0, 0, 0, 64, TCP, 0, 0]
+        };
+        packet.extend(addresses);
+        packet.extend(segment);
+        packet
+    }
+}
+
+/// The internet checksum (RFC 1071) of parts of even length.
+fn checksum(parts: &[&[u8]]) -> u16 {
+    let words = parts.iter().flat_map(|part| part.as_chunks::<2>().0);
+    let mut sum: u32 = words.map(|word| u32::from(u16::from_be_bytes(*word))).sum();
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    !u16::try_from(sum).unwrap_or(0)
 }
 
 /// Waits for a packet that is on its way within this host to have its effect.
@@ -417,19 +443,65 @@ fn closed(set: &ImageSet, isk: &InetSkEntry, what: &str, how: ClosedConnection) 
     Ok(fd)
 }
 
+/// Why connections did not come to life.
+enum NotLive {
+    Other(anyhow::Error),
+    /// By the child that does it.
+    Said(String),
+}
+
+impl From<anyhow::Error> for NotLive {
+    fn from(error: anyhow::Error) -> Self {
+        Self::Other(error)
+    }
+}
+
+impl From<SysError> for NotLive {
+    fn from(error: SysError) -> Self {
+        Self::Other(error.into())
+    }
+}
+
+impl From<String> for NotLive {
+    fn from(said: String) -> Self {
+        Self::Said(said)
+    }
+}
+
 impl Connections {
-    /// See the module's text, step 5.
-    pub fn go_live(self, files: &HashMap<u32, OwnedFd>, set: &ImageSet) -> anyhow::Result<()> {
+    /// See the module's text, step 5. `commit` makes the tasks run if this process dies, and `committed` tells
+    /// whether they do. A process that is killed in the middle of this would leave sockets of which some
+    /// talk and some don't to tasks that run on; so a child does it, and comes to its end in any case.
+    pub fn go_live(
+        self,
+        files: &HashMap<u32, OwnedFd>,
+        set: &ImageSet,
+        commit: impl FnOnce() -> anyhow::Result<()>,
+        committed: impl FnOnce() -> bool,
+    ) -> anyhow::Result<()> {
+        if self.waiting.is_empty() {
+            return commit();
+        }
+        let work = || self.unlock_and_send(files, set).map_err(|e| format!("{e:#}"));
+        clone::see_through(|| commit().map_err(NotLive::from), committed, work).map_err(|e| match e {
+            NotLive::Other(error) => error,
+            NotLive::Said(said) => anyhow::anyhow!("bring TCP connections to life: {said}"),
+        })
+    }
+
+    fn unlock_and_send(&self, files: &HashMap<u32, OwnedFd>, set: &ImageSet) -> anyhow::Result<()> {
         let Self { lock, left, waiting } = self;
         let socket = |w: &Waiting| {
             let fd = files.get(&w.id).with_context(|| format!("{} was not made", w.what))?;
             anyhow::Ok(fd.as_fd())
         };
         if let Some(name) = left {
-            nft::remove(&name).with_context(|| format!("remove the lock {name} from the network"))?;
+            nft::remove(name).with_context(|| format!("remove the lock {name} from the network"))?;
         }
-        drop(lock);
-        for w in &waiting {
+        if let Some(lock) = lock {
+            lock.release()?;
+        }
+        for w in waiting {
             if let Next::Live { reuse, .. } = w.what_next {
                 let fd = socket(w)?;
                 tcp::leave_repair(fd).with_context(|| w.what.clone())?;
@@ -438,7 +510,7 @@ impl Connections {
                 }
             }
         }
-        for w in &waiting {
+        for w in waiting {
             let fd = socket(w)?;
             match &w.what_next {
                 Next::Live { ino, unsent, fin, .. } => {
