@@ -20,7 +20,7 @@ use xxhash_rust::xxh3::{Xxh3Default, xxh3_64};
 
 use crate::{
     Image, MAX_MESSAGE,
-    types::{Frame as Header, Hello, frame::FrameKind},
+    types::{Frame as Header, Hello, PagemapEntry, frame::FrameKind},
 };
 
 /// First bytes of a stream; the last one is the version.
@@ -160,6 +160,14 @@ pub fn zero_pages(bytes: &[u8]) -> Vec<u32> {
 pub fn zero_ranges(zeros: &[u32]) -> impl Iterator<Item = (u64, u64)> {
     let (pairs, _) = zeros.as_chunks::<2>();
     pairs.iter().map(|&[first, count]| (u64::from(first) * ZERO_PAGE, u64::from(count) * ZERO_PAGE))
+}
+
+/// How many pages an entry of a pagemap leaves to the parent. Its head is no entry, and leaves none.
+fn parent_pages(message: &[u8]) -> u64 {
+    const IN_PARENT: u32 = 1;
+    let entry = PagemapEntry::decode(message).unwrap_or_default();
+    let here = entry.flags.map_or(!entry.in_parent(), |flags| flags & IN_PARENT == 0);
+    if here { 0 } else { entry.nr_pages.unwrap_or(u64::from(entry.compat_nr_pages)) }
 }
 
 /// Reads a stream.
@@ -422,10 +430,22 @@ impl<R: Read> Reader<R> {
     }
 }
 
+/// What went through a [`Writer`].
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Bytes of plain pages.
+    pub page_bytes: u64,
+    /// Pages among them that are known to be all zero.
+    pub zero_pages: u64,
+    /// Pages that the parent has, by the pagemaps.
+    pub parent_pages: u64,
+}
+
 /// Writes a stream.
 pub struct Writer<W> {
     out: W,
     frames: u64,
+    counts: Counts,
     hash: Xxh3Default,
 }
 
@@ -441,7 +461,7 @@ impl<W: Write> Writer<W> {
     /// # Errors
     /// The output's.
     pub fn open(out: W, hello: Hello) -> io::Result<Self> {
-        let mut writer = Self { out, frames: 0, hash: Xxh3Default::new() };
+        let mut writer = Self { out, frames: 0, counts: Counts::default(), hash: Xxh3Default::new() };
         writer.put(&MAGIC)?;
         writer
             .header(Header { kind: FrameKind::Hello.into(), hello: Some(hello), ..Header::default() }, &[])?;
@@ -477,6 +497,9 @@ impl<W: Write> Writer<W> {
     /// # Errors
     /// The output's.
     pub fn entry_named(&mut self, image: &str, arg: u64, message: &[u8]) -> io::Result<()> {
+        if image == Image::Pagemap.name() || image == Image::ShmemPagemap.name() {
+            self.counts.parent_pages += parent_pages(message);
+        }
         self.payload_frame(FrameKind::Entry, image, arg, message.len() as u64, message)
     }
 
@@ -528,6 +551,10 @@ impl<W: Write> Writer<W> {
     /// # Errors
     /// The output's.
     pub fn bulk_named(&mut self, image: &str, arg: u64, len: u64, facts: Facts) -> io::Result<()> {
+        if image == Image::Pages.name() {
+            self.counts.page_bytes += len;
+            self.counts.zero_pages += zero_ranges(&facts.zeros).map(|(_, len)| len / ZERO_PAGE).sum::<u64>();
+        }
         let header = Header {
             kind: FrameKind::Data.into(),
             payload_len: Some(len),
@@ -554,6 +581,11 @@ impl<W: Write> Writer<W> {
     /// The output's.
     pub fn data_bytes(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.put(bytes)
+    }
+
+    /// What went through so far.
+    pub fn counts(&self) -> Counts {
+        self.counts
     }
 
     /// The output itself, for bytes announced by [`Self::bulk_data`].

@@ -7,6 +7,7 @@ use std::{
 };
 
 use ckpt_tests::{Pipeline, Target};
+use serde_json::Value;
 
 fn words<'a>(line: &'a str, path: &'a Path) -> impl Iterator<Item = std::ffi::OsString> + 'a {
     line.split(' ').map(Into::into).chain([path.into()])
@@ -178,4 +179,84 @@ fn damaged_pages_are_restored_only_if_nobody_may_look() {
     let _ = restore(&["ckpt-read --no-verify", "ckpt-restore --no-verify --detach"]).ok("restore unseen");
     assert_ne!(target.verdict(), "PASS", "the damage is gone");
     target.end();
+}
+
+#[test]
+fn figures_add_up() {
+    let target = Target::start("memory_private");
+    let (img, pid) = (target.path("img"), target.pid.to_string());
+    let (dumped, restored) = (target.path("dumped.json"), target.path("restored.json"));
+    let _ = Pipeline::new(target.dir.path())
+        .stage(["ckpt", "dump", "-t", &pid, "-D"].into_iter().map(Into::into).chain([
+            img.clone().into_os_string(),
+            "--stats".into(),
+            dumped.clone().into_os_string(),
+        ]))
+        .run()
+        .ok("dump");
+    target.end();
+    let _ = Pipeline::new(target.dir.path())
+        .stage([
+            "ckpt-restore".into(),
+            "--detach".into(),
+            "--stats".into(),
+            restored.clone().into_os_string(),
+            img.clone().into_os_string(),
+        ])
+        .run()
+        .ok("restore");
+    target.passes("the restored one");
+    target.end();
+    let read = |path: &Path| -> Value {
+        serde_json::from_slice(&fs::read(path).expect("read the figures")).expect("they are JSON")
+    };
+    let (dumped, restored) = (read(&dumped), read(&restored));
+    let number = |value: &Value, at: &str| {
+        value.pointer(at).and_then(Value::as_u64).unwrap_or_else(|| panic!("{at}: {value}"))
+    };
+    let seconds = |value: &Value, at: &str| {
+        value.pointer(at).and_then(Value::as_f64).unwrap_or_else(|| panic!("{at}: {value}"))
+    };
+    let pages = size(&images(&img, "pages-")) / 4096;
+    for stage in ["ckpt-scan", "ckpt-write"] {
+        assert_eq!(number(&dumped, &format!("/stages/{stage}/pages/written")), pages);
+        assert!(number(&dumped, &format!("/stages/{stage}/pages/zero")) >= 8, "{dumped}");
+        assert_eq!(number(&dumped, &format!("/stages/{stage}/pages/in_parent")), 0);
+        assert_eq!(number(&dumped, &format!("/stages/{stage}/ckpt_stats")), 1);
+    }
+    assert_eq!(number(&restored, "/pages/restored"), pages);
+    assert!(seconds(&dumped, "/stages/ckpt-scan/seconds/frozen") <= seconds(&dumped, "/seconds/total"));
+    let Some(Value::Object(phases)) = restored.pointer("/seconds") else { panic!("{restored}") };
+    let sum: f64 = phases.iter().filter(|(name, _)| *name != "total").filter_map(|(_, s)| s.as_f64()).sum();
+    let total = seconds(&restored, "/seconds/total");
+    assert!(sum <= total && sum > total / 2.0, "{restored}");
+}
+
+#[test]
+fn verifying_finds_damage_anywhere() {
+    let target = Target::start("memory_private");
+    let img = target.dump_ok("img");
+    let packed = target.path("packed");
+    let _ = Pipeline::new(target.dir.path())
+        .stage(words("ckpt-read", &img))
+        .stage(words("ckpt-write --compress lz4", &packed))
+        .run()
+        .ok("copy");
+    let verify = |dir: &Path| {
+        let null = fs::File::options().write(true).open("/dev/null").expect("open /dev/null");
+        Pipeline::new(target.dir.path()).stage(words("ckpt-show --verify", dir)).output(null).run()
+    };
+    for dir in [&img, &packed] {
+        let _ = verify(dir).ok("verify");
+        for file in fs::read_dir(dir).expect("list images").flatten().map(|f| f.path()) {
+            let whole = fs::read(&file).expect("read");
+            let Some(at) = whole.len().checked_sub(1) else { continue };
+            let mut damaged = whole.clone();
+            damaged[at] ^= 1;
+            fs::write(&file, damaged).expect("write");
+            let _ = verify(dir).fails("ckpt-show", 4, &[]);
+            fs::write(&file, whole).expect("write");
+        }
+        let _ = verify(dir).ok("verify again");
+    }
 }

@@ -7,6 +7,7 @@
 use std::fs::File;
 
 use anyhow::{Context, bail};
+use ckpt_cli::stats;
 use ckpt_hold::Hold;
 use ckpt_images::recode::{self, Behind, Codec, Recode};
 use ckpt_kinds::mem::dump::Plan;
@@ -35,6 +36,9 @@ pub struct Args {
     pub compress: Option<Codec>,
     #[command(flatten)]
     #[allow(missing_docs)]
+    pub stats: ckpt_cli::StatsOption,
+    #[command(flatten)]
+    #[allow(missing_docs)]
     pub common: ckpt_cli::Common,
 }
 
@@ -51,6 +55,8 @@ pub fn command() -> clap::Command {
 pub fn run(args: &Args, input: File, output: File) -> anyhow::Result<()> {
     ckpt_cli::not_a_terminal(&input, "standard input")?;
     ckpt_cli::not_a_terminal(&output, "standard output")?;
+    args.stats.begin();
+    stats::phase("entries");
     let (mut reader, mut hello) = Reader::open(input).context("standard input")?;
     if !hello.lacks.iter().any(|l| l == "mem") {
         bail!("this stream has its pages already: ckpt-mem belongs behind ckpt-scan --no-mem");
@@ -67,10 +73,16 @@ pub fn run(args: &Args, input: File, output: File) -> anyhow::Result<()> {
     let mut writer = Writer::open(Output::new(output), hello).context("write the stream")?;
     match add_pages(&mut reader, &mut writer) {
         Ok(()) => {
+            let counts = writer.counts();
+            let written = counts.page_bytes / 4096;
+            stats::count("pages", "scanned", written + counts.parent_pages);
+            stats::count("pages", "written", written);
+            stats::count("pages", "zero", counts.zero_pages);
+            stats::count("pages", "in_parent", counts.parent_pages);
             drop(writer.end().context("write the stream")?);
             behind.finish()?;
             hold.release();
-            Ok(())
+            args.stats.write()
         }
         Err(error) => {
             let reason = ckpt_cli::reason("ckpt-mem", &error);
@@ -102,6 +114,7 @@ fn add_pages(reader: &mut Reader<File>, writer: &mut Writer<Output>) -> anyhow::
             forward(reader, &frame, writer)?;
         }
     }
+    stats::phase("pages");
     let mut plans = Vec::with_capacity(spaces.len());
     for (pid, vmas) in &spaces {
         pages_id += 1;

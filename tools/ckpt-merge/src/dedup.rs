@@ -22,7 +22,7 @@ use std::{
 use anyhow::{Context, bail};
 use ckpt_images::{
     DirWriter, ImageSet, PagesFile,
-    chain::{PARENT, Thinned},
+    chain::{self, PARENT, Thinned},
     sums::{self, Piece, hash_range},
 };
 use ckpt_proto::{
@@ -44,11 +44,11 @@ type Needs = BTreeMap<(PathBuf, u64), Vec<Range<u64>>>;
 /// Then the directories done so far have less room, and all checkpoints that could be restored still can,
 /// but for the older ones of the chain.
 pub fn run(args: &Args) -> anyhow::Result<()> {
-    let chain = family::ancestry(&args.dir)?;
+    let all = chain::ancestry(&args.dir)?;
     let mut needs = Needs::new();
-    note(&chain, &mut needs).with_context(|| args.dir.display().to_string())?;
-    for other in family::dependents(&chain)? {
-        let read = family::ancestry(&other).and_then(|its| note(&its, &mut needs));
+    note(&all, &mut needs).with_context(|| args.dir.display().to_string())?;
+    for other in family::dependents(&all)? {
+        let read = chain::ancestry(&other).map_err(Into::into).and_then(|its| note(&its, &mut needs));
         match read {
             Ok(()) => ckpt_cli::note!(1, "what {} needs is kept", other.display()),
             Err(error) if args.force => {
@@ -67,13 +67,15 @@ pub fn run(args: &Args) -> anyhow::Result<()> {
     }
     let mut progress = ckpt_cli::Progress::new("freeing", None);
     let mut sum = 0;
-    for dir in chain.iter().skip(1) {
+    for dir in all.iter().skip(1) {
         let freed = thin(dir, &needs, !args.no_verify).with_context(|| dir.display().to_string())?;
         progress.inc(freed);
         sum += freed;
         ckpt_cli::note!(1, "{}: {freed} bytes are free", dir.display());
     }
-    ckpt_cli::note!(1, "{sum} bytes of pages in {} directories are free", chain.len() - 1);
+    ckpt_cli::stats::count("bytes", "free", sum);
+    ckpt_cli::stats::count("chain", "directories", all.len() as u64);
+    ckpt_cli::note!(1, "{sum} bytes of pages in {} directories are free", all.len() - 1);
     Ok(())
 }
 

@@ -6,30 +6,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use ckpt_images::chain::PARENT;
-
-/// The directory and all before it, nearest first, by their real paths.
-///
-/// # Errors
-/// A link leads nowhere, or they go round in a circle.
-pub fn ancestry(dir: &Path) -> anyhow::Result<Vec<PathBuf>> {
-    let real = |path: &Path| path.canonicalize().with_context(|| path.display().to_string());
-    let mut all = vec![real(dir)?];
-    let mut seen = BTreeSet::from_iter(all.clone());
-    while let Some(last) = all.last() {
-        let link = last.join(PARENT);
-        if fs::symlink_metadata(&link).is_err() {
-            break;
-        }
-        let next = real(&link)?;
-        if !seen.insert(next.clone()) {
-            bail!("{}: the chain of parents is a loop", link.display());
-        }
-        all.push(next);
-    }
-    Ok(all)
-}
 
 /// Checkpoints beside those of `chain` that have one of them among their own ancestors.
 ///
@@ -73,6 +51,8 @@ fn leads_into(dir: &Path, members: &BTreeSet<&Path>) -> bool {
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::symlink;
+
+    use ckpt_images::chain::ancestry;
 
     use super::*;
 

@@ -7,14 +7,12 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
-use ckpt_images::{DirWriter, ImageError, ImageSet, PageRun, PagesFile, Place, pack::PackedFile};
+use ckpt_images::{DirWriter, ImageError, ImageSet, PageRun, PagesFile, Place, chain, pack::PackedFile};
 use ckpt_proto::{
     Image, Message, Payload,
     types::{InventoryEntry, PagemapEntry},
 };
 use ckpt_sys::Refused;
-
-use crate::family;
 
 /// The checkpoint that the result is to be an increment of.
 #[derive(Debug)]
@@ -32,8 +30,8 @@ impl Base {
     /// It is none of them.
     pub fn find(dir: &Path, base: &Path, set: &ImageSet) -> anyhow::Result<Self> {
         let wanted = base.canonicalize().with_context(|| base.display().to_string())?;
-        let chain = family::ancestry(dir)?;
-        let level = chain.iter().position(|ancestor| *ancestor == wanted).filter(|&level| level > 0);
+        let all = chain::ancestry(dir)?;
+        let level = all.iter().position(|ancestor| *ancestor == wanted).filter(|&level| level > 0);
         let Some(level) = level else {
             let why = format!("is no checkpoint that {} is an increment of", dir.display());
             return Err(Refused::new(base.display().to_string(), why).into());

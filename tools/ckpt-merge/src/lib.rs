@@ -15,6 +15,7 @@ use std::{fs::File, os::fd::AsFd, path::PathBuf};
 
 use anyhow::Context;
 use ckpt_cli::UsageError;
+use ckpt_cli::stats;
 use ckpt_images::{DirWriter, ImageSet, produce, stage};
 use ckpt_proto::stream::Writer;
 use clap::{CommandFactory, Parser};
@@ -50,6 +51,9 @@ pub struct Args {
     pub no_verify: bool,
     #[command(flatten)]
     #[allow(missing_docs)]
+    pub stats: ckpt_cli::StatsOption,
+    #[command(flatten)]
+    #[allow(missing_docs)]
     pub common: ckpt_cli::Common,
 }
 
@@ -72,9 +76,13 @@ pub fn command() -> clap::Command {
 /// # Errors
 /// Then no directory has come to be or been changed, and a stream has no end record.
 pub fn run(args: &Args, output: File) -> anyhow::Result<()> {
+    args.stats.begin();
     if args.dedup {
-        return dedup::run(args);
+        stats::phase("free");
+        dedup::run(args)?;
+        return args.stats.write();
     }
+    stats::phase("read");
     let shown = || args.dir.display().to_string();
     let set = ImageSet::from_chain(&args.dir).with_context(shown)?;
     let base = args.onto.as_deref().map(|base| fold::Base::find(&args.dir, base, &set)).transpose()?;
@@ -83,8 +91,11 @@ pub fn run(args: &Args, output: File) -> anyhow::Result<()> {
         None if args.in_place => Some(DirWriter::create_over(&args.dir)?),
         None => None,
     };
-    let total = Some(produce::bytes(&set)?);
-    let mut progress = ckpt_cli::Progress::new("merging", total);
+    let total = produce::bytes(&set)?;
+    stats::phase("pages");
+    stats::count("bytes", "pages", total);
+    stats::count("chain", "directories", set.chain_depth() as u64 + 1);
+    let mut progress = ckpt_cli::Progress::new("merging", Some(total));
     if let Some(mut writer) = writer {
         let cleanup = writer.cleanup();
         ckpt_cli::on_termination(move || cleanup.remove()).context("start a thread")?;
@@ -93,9 +104,11 @@ pub fn run(args: &Args, output: File) -> anyhow::Result<()> {
         if let Some(verification) = verification {
             verification.finish().with_context(shown)?;
         }
+        stats::count("bytes", "images", writer.size());
+        stats::phase("sync");
         writer.finish()?;
         ckpt_cli::note!(1, "{} directories of the chain were needed", set.chain_depth() + 1);
-        return Ok(());
+        return args.stats.write();
     }
     if base.is_some() {
         return Err(UsageError("--onto makes a directory: name OUT, or give --in-place".to_owned()).into());
@@ -104,7 +117,10 @@ pub fn run(args: &Args, output: File) -> anyhow::Result<()> {
     stage::grow_pipe(output.as_fd());
     let mut out = Writer::open(output, produce::hello(&set)?).context("write the stream")?;
     match produce::write(&set, &mut out, !args.no_verify, &mut |n| progress.inc(n)) {
-        Ok(()) => out.end().context("write the stream").map(drop),
+        Ok(()) => {
+            drop(out.end().context("write the stream")?);
+            args.stats.write()
+        }
         Err(error) => {
             let error = error.into();
             let _ = out.abort(&ckpt_cli::reason("ckpt-merge", &error));

@@ -16,6 +16,7 @@ use std::{
 };
 
 use anyhow::Context;
+use ckpt_cli::stats;
 use ckpt_images::ImageSet;
 use ckpt_kinds::fd::{
     OpenFiles, RestoreOptions,
@@ -109,6 +110,8 @@ With --detach: 0 restored, 1 failed, 2 usage, 3 refused, 4 damaged images."
 pub struct Args {
     #[command(flatten)]
     common: ckpt_cli::Common,
+    #[command(flatten)]
+    stats: ckpt_cli::StatsOption,
     /// Image directory; without one the stream on standard input
     #[arg(value_name = "DIR")]
     pub dir: Option<PathBuf>,
@@ -178,6 +181,8 @@ pub fn main(args: Args) -> ExitCode {
 /// # Errors
 /// Nothing was restored, and why.
 pub fn run(args: Args, input: File) -> anyhow::Result<u8> {
+    args.stats.begin();
+    stats::phase("read");
     let mut set = match args.dir.as_ref().or(args.images.as_ref()) {
         Some(dir) => {
             let set = ImageSet::from_chain(dir)?;
@@ -239,8 +244,10 @@ fn restore(
     let verification = if args.no_verify { None } else { Some(set.verification()?) };
     let built = build(args, tree, set, signals, &steps, vdso, &mut files).and_then(|mut family| {
         if let Some(verification) = verification {
+            stats::phase("verify");
             verification.finish()?;
         }
+        stats::phase("go");
         let pid = tree.root().pid;
         let path = args.pidfile.as_ref().filter(|_| pidfile);
         let pidfile = path.map(|path| PidFile::write(path, pid)).transpose()?;
@@ -252,6 +259,9 @@ fn restore(
         files.go_live(set, || family.stand_alone(), || make::lives(pid))?;
         family.go()?;
         files.redraw();
+        stats::count("tree", "processes", tree.processes.len() as u64);
+        let spaces = tree.processes.iter().filter_map(|p| Some(&p.body.as_ref()?.space));
+        stats::count("pages", "restored", spaces.map(|space| space.pages.bytes() / 4096).sum());
         if let Some(pidfile) = pidfile {
             pidfile.keep();
         }
@@ -259,6 +269,9 @@ fn restore(
     });
     if built.is_err() {
         files.undo();
+    } else if let Err(error) = args.stats.write() {
+        // They run: too late to fail.
+        ckpt_cli::warn(&ckpt_cli::describe(&error));
     }
     built
 }
@@ -281,11 +294,14 @@ fn build(
     if let (Some(bulk), true) = (&mut bulk, args.no_verify) {
         bulk.ignore_sums();
     }
+    stats::phase("tasks");
     let mut family = Family::new(area, Box::new(pids::spare(tree.numbers())))?;
     family.fork_all(steps)?;
     family.bury(tree)?;
     signals.check()?;
+    stats::phase("pages");
     family.fill(tree, set, bulk.as_mut(), files, &region)?;
+    stats::phase("finish");
     signals.check()?;
     family.finish(tree, files, &own_root)?;
     family.seal(tree, &region, args.leave_stopped)?;

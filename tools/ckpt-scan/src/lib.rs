@@ -19,6 +19,7 @@ use std::{
 };
 
 use anyhow::{Context, bail};
+use ckpt_cli::stats;
 use ckpt_hold::{Holder, Outcome};
 use ckpt_images::recode::{self, Behind, Codec, Recode};
 use ckpt_kinds::{
@@ -97,6 +98,9 @@ pub struct Args {
     pub attach_timeout: u64,
     #[command(flatten)]
     #[allow(missing_docs)]
+    pub stats: ckpt_cli::StatsOption,
+    #[command(flatten)]
+    #[allow(missing_docs)]
     pub common: ckpt_cli::Common,
 }
 
@@ -121,12 +125,16 @@ pub fn run(args: &Args, output: File) -> anyhow::Result<()> {
         let text = "--kill needs a writer that says when the images are durable: pipe into ckpt-write";
         return Err(ckpt_cli::UsageError(text.to_owned()).into());
     }
+    args.stats.begin();
+    stats::phase("freeze");
     let holder = Holder::bind()?;
     let mut early = if args.snapshot { Early::read(args.tree) } else { Early::default() };
     let mut tracking = Tracking::begin(args.track.as_deref(), args.parent.as_ref())?;
     let frozen = Frozen::freeze(args.tree, Duration::from_secs(args.freeze_timeout)).map_err(as_refusal)?;
     ckpt_cli::note!(1, "froze {} processes", frozen.processes.len());
     let mut held = Held { frozen, lock: None, leaves: None };
+    stats::phase("entries");
+    stats::count("tree", "processes", held.frozen.processes.len() as u64);
     let needs = match what_lacks(args, &held.frozen, plain_file).and_then(|needs| {
         held.lock_network(args, &needs)?;
         Ok(needs)
@@ -152,6 +160,7 @@ pub fn run(args: &Args, output: File) -> anyhow::Result<()> {
         Ok(memory) => memory,
         Err(error) => return give_up(held, Some(writer), error).map_err(|e| blame(e, holder)),
     };
+    stats::phase("pages");
     let mut held = Some(held);
     let copied = if args.snapshot {
         let patience = Duration::from_secs(args.attach_timeout);
@@ -165,12 +174,20 @@ pub fn run(args: &Args, output: File) -> anyhow::Result<()> {
     if let Err(error) = copied {
         return give_up(held, Some(writer), error).map_err(|e| blame(e, holder));
     }
+    let counts = writer.counts();
+    let written = counts.page_bytes / 4096;
+    stats::count("pages", "scanned", written + counts.parent_pages);
+    stats::count("pages", "written", written);
+    stats::count("pages", "zero", counts.zero_pages);
+    stats::count("pages", "in_parent", counts.parent_pages);
+    stats::phase("stages");
     // Closing the output lets programs that wait for its end (cat, zstd) finish.
     drop(writer.end().context("write the stream")?);
     if let Err(error) = behind.finish() {
         return give_up(held, None, error.into()).map_err(|e| blame(e, holder));
     }
-    settle(args, held, holder, &needs, tracking)
+    settle(args, held, holder, &needs, tracking)?;
+    args.stats.write()
 }
 
 /// What this process holds for as long as the stages behind it need it. The kernel ends both if it dies.
@@ -210,6 +227,7 @@ impl Held {
         };
         frozen.release(if copies.is_ok() { how } else { Release::Run });
         let copies = copies.context("not killed: its TCP connections could not be kept silent")?;
+        stats::seconds("frozen", held);
         ckpt_cli::note!(1, "the tree was frozen for {:.3} s", held.as_secs_f64());
         if let (Some(lock), Some(name)) = (lock, leaves) {
             lock.leave(&name, copies)?;

@@ -19,7 +19,7 @@ use std::{
 };
 
 use anyhow::{Context, bail};
-use ckpt_images::ImageSet;
+use ckpt_images::{ImageSet, chain, pack};
 use ckpt_proto::{Image, stream::Frame};
 use ckpt_sys::transfer::transfer;
 use clap::{CommandFactory, Parser};
@@ -46,6 +46,9 @@ pub struct Args {
     /// The same as a drawing
     #[arg(long, group = "as")]
     pub svg: bool,
+    /// Check every file of the directory and of all that it is an increment of, pages too
+    #[arg(long, group = "as", requires = "path")]
+    pub verify: bool,
     /// Print raw contents up to this many bytes, of larger ones only the size
     #[arg(long, value_name = "BYTES", default_value_t = 1 << 20)]
     pub payload_limit: u64,
@@ -86,6 +89,9 @@ enum Form {
 }
 
 fn show(args: &Args, input: File, output: File) -> anyhow::Result<()> {
+    if let (true, Some(path)) = (args.verify, &args.path) {
+        return verify(path, output);
+    }
     let source = open(args.path.as_deref(), input)?;
     let form = match (args.json, args.tree, args.dot, args.svg) {
         (true, ..) => Form::Json,
@@ -107,6 +113,37 @@ fn show(args: &Args, input: File, output: File) -> anyhow::Result<()> {
         Form::Svg => out.write_all(draw::svg(&model::Model::new(&set)?).as_bytes())?,
     }
     out.flush()?;
+    Ok(())
+}
+
+/// Reads everything in the directory and in those before it, the last first, and says of each that it is good.
+fn verify(path: &Path, mut output: File) -> anyhow::Result<()> {
+    if !path.is_dir() {
+        let text = format!("{} is no directory: --verify looks at whole checkpoints", path.display());
+        return Err(ckpt_cli::UsageError(text).into());
+    }
+    let chain = chain::ancestry(path)?;
+    ImageSet::from_chain(path).with_context(|| path.display().to_string())?;
+    for dir in chain {
+        let shown = || dir.display().to_string();
+        let set = ImageSet::from_dir(&dir).with_context(shown)?;
+        set.verify_pages().with_context(shown)?;
+        let mut pages: u64 =
+            set.args(Image::Pages).iter().filter_map(|&id| set.pages(id)).map(|p| p.len).sum();
+        for id in set.args(Image::CkptPages) {
+            let Some(packed) = set.packed(id).with_context(shown)? else { continue };
+            packed.for_each_block(|block, plain| {
+                pages += plain;
+                pack::unpack(block, id).map(drop)
+            })?;
+        }
+        let files = set.images().count();
+        let how = match set.entries(Image::CkptManifest, 0) {
+            [] => "well-formed, and without checksums",
+            _ => "good",
+        };
+        writeln!(output, "{}: {files} images, {pages} bytes of pages: {how}", dir.display())?;
+    }
     Ok(())
 }
 

@@ -13,6 +13,7 @@
 use std::{collections::BTreeMap, fs::File, os::fd::AsFd, path::PathBuf};
 
 use anyhow::Context;
+use ckpt_cli::stats;
 use ckpt_hold::{Hold, HoldError};
 use ckpt_images::{
     DirWriter, ImageError, ImageSet, chain,
@@ -22,7 +23,7 @@ use ckpt_images::{
 };
 use ckpt_proto::{
     Image, MAX_MESSAGE, Message,
-    stream::{Facts, Frame, Reader},
+    stream::{Facts, Frame, Reader, zero_ranges},
     types::{FileEntry, Hello, InventoryEntry, PagemapEntry, PagemapHead},
 };
 use ckpt_sys::Refused;
@@ -46,6 +47,9 @@ pub struct Args {
     pub parent: Option<PathBuf>,
     #[command(flatten)]
     #[allow(missing_docs)]
+    pub stats: ckpt_cli::StatsOption,
+    #[command(flatten)]
+    #[allow(missing_docs)]
     pub common: ckpt_cli::Common,
 }
 
@@ -66,6 +70,8 @@ pub fn command() -> clap::Command {
 /// Then there is no directory.
 pub fn run(args: &Args, input: File) -> anyhow::Result<()> {
     ckpt_cli::not_a_terminal(&input, "standard input")?;
+    args.stats.begin();
+    stats::phase("entries");
     stage::grow_pipe(input.as_fd());
     let (mut reader, mut hello) = Reader::open(input)?;
     if let Some(codec) = args.compress {
@@ -78,7 +84,7 @@ pub fn run(args: &Args, input: File) -> anyhow::Result<()> {
                 let error = ckpt_cli::describe(&error.into());
                 ckpt_cli::warn(&format!("{} is written, but: {error}", args.dir.display()));
             }
-            Ok(())
+            args.stats.write()
         }
         Err(error) => {
             if let Some(hold) = hold {
@@ -118,9 +124,11 @@ fn write(args: &Args, reader: &mut Reader<File>, hello: &Hello, live: bool) -> a
     }
     let mut audit = Audit::default();
     let mut progress = ckpt_cli::Progress::new("writing", None);
+    let mut zero = 0;
     while let Some(frame) = reader.next_frame()? {
         match frame {
-            Frame::Hello(_) | Frame::Bulk => {}
+            Frame::Hello(_) => {}
+            Frame::Bulk => stats::phase("pages"),
             Frame::Entry { image, arg, .. } => {
                 let image = known(&image)?;
                 let message = reader.payload(u64::from(MAX_MESSAGE))?;
@@ -141,6 +149,7 @@ fn write(args: &Args, reader: &mut Reader<File>, hello: &Hello, live: bool) -> a
                     audit.packed(arg, plain);
                     progress.inc(plain);
                 } else if let Some(input) = reader.bulk_input() {
+                    zero += zero_ranges(&zeros).map(|(_, len)| len / 4096).sum::<u64>();
                     let moved = dir.pages_from(arg, input.as_fd(), len, &Facts { sum, zeros })?;
                     reader.moved(moved);
                     if moved < len {
@@ -153,7 +162,12 @@ fn write(args: &Args, reader: &mut Reader<File>, hello: &Hello, live: bool) -> a
             }
         }
     }
-    audit.end(&dir, u64::from(hello.page_size))?;
+    let written = audit.end(&dir, u64::from(hello.page_size))?;
+    stats::count("pages", "written", written);
+    stats::count("pages", "zero", zero);
+    stats::count("pages", "in_parent", audit.in_parent);
+    stats::count("bytes", "images", dir.size());
+    stats::phase("sync");
     dir.finish()?;
     ckpt_cli::note!(1, "{} is complete", args.dir.display());
     Ok(())
@@ -229,6 +243,8 @@ struct Audit {
     pagemaps: BTreeMap<(Image, u64), (u64, u64)>,
     /// Bytes of pages in compressed images.
     packed: BTreeMap<u64, u64>,
+    /// Pages that the parent has.
+    in_parent: u64,
 }
 
 impl Audit {
@@ -256,6 +272,9 @@ impl Audit {
                         return Err(ImageError::Stream { file: image.file_name(arg), what }.into());
                     }
                     *pages = pages.saturating_add(here);
+                    if in_parent {
+                        self.in_parent = self.in_parent.saturating_add(chain::pages_of(&entry));
+                    }
                 }
             },
             _ => {}
@@ -268,13 +287,15 @@ impl Audit {
         *sum = sum.saturating_add(plain);
     }
 
-    fn end(&self, dir: &DirWriter, page_size: u64) -> Result<(), ImageError> {
+    /// How many pages there are.
+    fn end(&self, dir: &DirWriter, page_size: u64) -> Result<u64, ImageError> {
         for image in [Image::Inventory, Image::Pstree] {
             if !dir.has(image, 0) {
                 return Err(ImageError::Missing { file: image.file_name(0) });
             }
         }
         let mut expected: BTreeMap<u64, u64> = BTreeMap::new();
+        let sum = self.pagemaps.values().fold(0, |sum: u64, &(_, pages)| sum.saturating_add(pages));
         for &(id, pages) in self.pagemaps.values() {
             let bytes = expected.entry(id).or_default();
             *bytes = bytes.saturating_add(pages.saturating_mul(page_size));
@@ -292,7 +313,7 @@ impl Audit {
                 return Err(ImageError::Stream { file: Image::Pages.file_name(id), what });
             }
         }
-        Ok(())
+        Ok(sum)
     }
 }
 

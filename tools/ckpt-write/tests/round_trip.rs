@@ -36,7 +36,13 @@ fn files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
 }
 
 fn write_args(dir: &Path) -> ckpt_write::Args {
-    ckpt_write::Args { dir: dir.to_owned(), compress: None, parent: None, common: Default::default() }
+    ckpt_write::Args {
+        dir: dir.to_owned(),
+        compress: None,
+        parent: None,
+        stats: Default::default(),
+        common: Default::default(),
+    }
 }
 
 fn read_args(dir: &Path) -> ckpt_read::Args {

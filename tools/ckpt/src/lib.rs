@@ -86,6 +86,9 @@ pub struct Dump {
     /// Compress pages: zstd, zstd:LEVEL or lz4
     #[arg(long, value_name = "HOW")]
     pub compress: Option<OsString>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub stats: ckpt_cli::StatsOption,
     /// Say what is being done; twice for details
     #[arg(short, long, action = clap::ArgAction::Count)]
     pub verbose: u8,
@@ -139,6 +142,9 @@ pub struct Restore {
     /// sk-rewrite: forget what the socket has not read
     #[arg(long, value_name = "ID")]
     pub drop_queues: Vec<OsString>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub stats: ckpt_cli::StatsOption,
     /// Say what is being done; twice for details
     #[arg(short, long, action = clap::ArgAction::Count)]
     pub verbose: u8,
@@ -161,15 +167,15 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
             if std::fs::symlink_metadata(&dump.dir).is_ok() {
                 bail!("{} exists already; checkpoints are never overwritten", dump.dir.display());
             }
+            if dump.stats.file.is_some() {
+                return dump.run_with_stats(args.trace);
+            }
             dump.pipeline()
         }
         Verb::Restore(restore) => restore.pipeline(),
         Verb::Other(words) => other(words)?,
     };
-    if args.trace {
-        use std::io::Write;
-        let _ = writeln!(std::io::stderr(), "+ {pipeline}");
-    }
+    trace(args.trace, &pipeline);
     if let [stage] = &pipeline.stages[..] {
         let program = pipeline::find(&stage.program);
         let error = Command::new(&program).args(&stage.args).exec();
@@ -177,6 +183,14 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     }
     let code = pipeline.run()?;
     Ok(ExitCode::from(code))
+}
+
+/// Shows what is run, if that is wanted.
+fn trace(wanted: bool, pipeline: &Pipeline) {
+    use std::io::Write;
+    if wanted {
+        let _ = writeln!(std::io::stderr(), "+ {pipeline}");
+    }
 }
 
 fn other(words: &[OsString]) -> anyhow::Result<Pipeline> {
@@ -227,6 +241,35 @@ fn stage(program: &str, fill: impl FnOnce(&mut Words)) -> Stage {
 }
 
 impl Dump {
+    /// Runs the stages and gathers the figures of each.
+    fn run_with_stats(&self, show: bool) -> anyhow::Result<ExitCode> {
+        self.stats.begin();
+        let dir = tempfile::tempdir().context("make a temporary directory")?;
+        let mut pipeline = self.pipeline();
+        let mut files = Vec::new();
+        for stage in &mut pipeline.stages {
+            // ckpt-sk has none.
+            if stage.program == "ckpt-scan" || stage.program == "ckpt-write" {
+                let file = dir.path().join(&stage.program);
+                let mut words = Words::default();
+                words.option("--stats", [&file.clone().into_os_string()]);
+                stage.args.splice(0..0, words.0);
+                files.push(file);
+            }
+        }
+        trace(show, &pipeline);
+        let code = pipeline.run()?;
+        if code == 0 {
+            for file in files {
+                let text = std::fs::read(&file).with_context(|| file.display().to_string())?;
+                let name = file.file_name().unwrap_or_default().to_string_lossy();
+                ckpt_cli::stats::part(&name, serde_json::from_slice(&text).context("statistics")?);
+            }
+            self.stats.write()?;
+        }
+        Ok(ExitCode::from(code))
+    }
+
     /// The stages of this dump.
     #[must_use]
     pub fn pipeline(&self) -> Pipeline {
@@ -284,6 +327,7 @@ impl Restore {
             words.option("--retry", &self.retry);
             words.option("--timeout", &self.timeout);
             words.option("--files", &self.files);
+            words.option("--stats", &self.stats.file);
             if !edited {
                 words.0.push(path(&self.dir));
             }

@@ -8,6 +8,8 @@
 //! stdout carries the product and nothing else; everything here goes to stderr. Writing to stderr
 //! never fails a tool: a closed stderr is not worth a checkpoint.
 
+pub mod stats;
+
 use std::{
     fmt,
     fs::File,
@@ -24,6 +26,7 @@ use std::{
 use ckpt_sys::Refused;
 use clap::{ArgAction, CommandFactory, Parser};
 use indicatif::{ProgressBar, ProgressStyle};
+pub use stats::StatsOption;
 
 /// Exit status, the same table for every tool and every man page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -21,7 +21,7 @@
 //! the right checkpoint is told by the ids in the inventories, where our tools have put them.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     ops::Range,
     os::fd::AsFd,
     path::{Path, PathBuf},
@@ -498,6 +498,30 @@ fn take(ranges: &[Range<u64>], map: &Pagemap, runs: &mut Vec<PageRun>) -> Result
         }
     }
     Ok(later)
+}
+
+/// The directory and all before it, nearest first, by their real paths: where the links lead, whether pages
+/// are needed from there or not.
+///
+/// # Errors
+/// A link leads nowhere, or they go round in a circle.
+pub fn ancestry(dir: &Path) -> Result<Vec<PathBuf>, ImageError> {
+    let real = |path: &Path| path.canonicalize().map_err(ImageError::io(path, "realpath"));
+    let mut all = vec![real(dir)?];
+    let mut seen = BTreeSet::from_iter(all.clone());
+    while let Some(last) = all.last() {
+        let link = last.join(PARENT);
+        if std::fs::symlink_metadata(&link).is_err() {
+            break;
+        }
+        let next = real(&link)?;
+        if !seen.insert(next.clone()) {
+            let what = "the chain of parents is a loop".to_owned();
+            return Err(ImageError::Stream { file: link.display().to_string(), what });
+        }
+        all.push(next);
+    }
+    Ok(all)
 }
 
 fn parent_path(path: &Path) -> PathBuf {

@@ -372,6 +372,16 @@ pub fn check_block(block: &[u8], id: u64) -> Result<u64, ImageError> {
         .map_err(|e| ImageError::Stream { file: Image::CkptPages.file_name(id), what: e.to_string() })
 }
 
+/// The pages in one block of compressed pages number `id`.
+///
+/// # Errors
+/// It is damaged, or not just one.
+pub fn unpack(block: &[u8], id: u64) -> Result<Vec<u8>, ImageError> {
+    split(block)
+        .and_then(|(header, stored)| header.unpack(stored))
+        .map_err(|e| ImageError::Stream { file: Image::CkptPages.file_name(id), what: e.to_string() })
+}
+
 /// A block's header and what it stores.
 ///
 /// # Errors

@@ -291,8 +291,7 @@ impl ImageSet {
 
     /// Reads all pages that are at hand and compares them with the checksums in the manifest, if there is
     /// one; in directories further back in a chain, those pieces that pages are needed of. Opening a set does
-    /// not do this: it takes as long as copying the pages. Compressed pages are left out, since whoever reads
-    /// them checks them anyway.
+    /// not do this: it takes as long as copying the pages.
     ///
     /// # Errors
     /// They differ, or can't be read.
@@ -316,6 +315,14 @@ impl ImageSet {
                 piece.offset = piece.offset.saturating_add(place.offset);
             }
             files.push((File::from(open), name, pieces));
+        }
+        let manifest = self.all::<ManifestEntry>(Image::CkptManifest, 0)?;
+        for id in self.args(Image::CkptPages) {
+            let Some(place) = self.payload(Image::CkptPages, id, 0) else { continue };
+            let name = Image::CkptPages.file_name(id);
+            let open = place.file.try_clone_to_owned().map_err(ImageError::io(&name, "dup"))?;
+            let sum = manifest.iter().find(|entry| entry.name == name).and_then(|entry| entry.xxh3);
+            files.push((File::from(open), name, vec![Piece { offset: 0, len: place.len, sum }]));
         }
         Verification::start(files)
     }

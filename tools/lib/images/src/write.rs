@@ -350,6 +350,12 @@ impl DirWriter {
         symlink(link, &path).map_err(ImageError::io(path, "symlink"))
     }
 
+    /// Bytes of all files so far.
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        self.outputs.values().map(|output| output.size).sum()
+    }
+
     /// Whether there is such an image.
     #[must_use]
     pub fn has(&self, image: Image, arg: u64) -> bool {
