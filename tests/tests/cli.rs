@@ -13,6 +13,7 @@ pub(crate) const TOOLS: &[&str] = &[
     "ckpt-scan",
     "ckpt-mem",
     "ckpt-track",
+    "ckpt-series",
     "ckpt-sk",
     "ckpt-write",
     "ckpt-read",

@@ -2,6 +2,7 @@
 
 use std::{
     fs::{self, File},
+    io::{BufRead, Write},
     os::unix::fs::FileExt,
     path::Path,
     process::{Child, Command, Stdio},
@@ -290,4 +291,172 @@ fn what_can_not_be_an_increment_is_full_and_says_so() {
     let uw =
         process::text(target.pid, "smaps").lines().any(|l| l.starts_with("VmFlags") && l.contains(" uw"));
     assert!(!uw, "nothing is left of the tracking");
+}
+
+/// `ckpt-series` at work: lines in, numbers out.
+struct Series {
+    child: Child,
+    numbers: std::io::BufReader<std::process::ChildStdout>,
+}
+
+impl Series {
+    fn start(target: &Target, args: &[&str]) -> Self {
+        let errors =
+            File::options().create(true).append(true).open(target.path("series.err")).expect("make a file");
+        let mut child = Command::new(tool("ckpt-series"))
+            .args(["-t", &target.pid.to_string(), "-D"])
+            .arg(target.path("series"))
+            .args(args)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(errors)
+            .spawn()
+            .expect("start ckpt-series");
+        let numbers = std::io::BufReader::new(child.stdout.take().expect("a pipe"));
+        Self { child, numbers }
+    }
+
+    /// Asks for a checkpoint and gives its number; `None` if there will be none.
+    fn make(&mut self) -> Option<String> {
+        let input = self.child.stdin.as_mut().expect("a pipe");
+        let _ = input.write_all(b"now\n");
+        let mut line = String::new();
+        self.numbers.read_line(&mut line).expect("read a number");
+        (!line.is_empty()).then(|| line.trim().to_owned())
+    }
+
+    fn end(mut self) -> Option<i32> {
+        drop(self.child.stdin.take());
+        self.child.wait().expect("wait for ckpt-series").code()
+    }
+}
+
+impl Drop for Series {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// What the counting workload says of itself.
+fn count_of(target: &Target) -> u64 {
+    let before = target.log().lines().filter(|l| l.starts_with("count ")).count();
+    target.signal(Signal::SIGUSR1);
+    let mut last = 0;
+    let came = soon(|| {
+        let log = target.log();
+        let lines: Vec<_> = log.lines().filter_map(|l| l.strip_prefix("count ")).collect();
+        last = lines.last().and_then(|l| l.parse().ok()).unwrap_or(0);
+        lines.len() > before
+    });
+    assert!(came, "no count: {}", target.log());
+    last
+}
+
+#[test]
+fn every_checkpoint_of_a_series_can_be_restored() {
+    let target = Target::start("counting");
+    let mut series = Series::start(&target, &["--full-every", "7"]);
+    let mut made = Vec::new();
+    for _ in 0..20 {
+        let count = count_of(&target);
+        made.push((series.make().expect("a checkpoint"), count));
+    }
+    assert_eq!(series.end(), Some(0));
+    assert_eq!(made.first().map(|(n, _)| n.as_str()), Some("000001"));
+    for (number, _) in &made {
+        let n: u64 = number.parse().expect("a number");
+        let link = target.path("series").join(number).join("parent").exists();
+        assert_eq!(link, n % 7 != 1, "{number}");
+    }
+    target.end();
+    // The count goes up by one each time it is asked for, and every value is in other pages.
+    for (number, count) in made.iter().rev().step_by(3) {
+        target.restore_ok(&format!("series/{number}"));
+        assert_eq!(count_of(&target), count + 1, "restored from {number}");
+        target.passes("the restored one");
+        target.end();
+    }
+}
+
+#[test]
+fn old_checkpoints_are_folded_and_go() {
+    let target = Target::start("counting");
+    let mut series = Series::start(&target, &["--keep", "4"]);
+    let mut made = Vec::new();
+    for _ in 0..17 {
+        let count = count_of(&target);
+        made.push((series.make().expect("a checkpoint"), count));
+    }
+    assert_eq!(series.end(), Some(0));
+    let mut names: Vec<_> = fs::read_dir(target.path("series"))
+        .expect("list")
+        .map(|e| e.expect("an entry").file_name().into_string().expect("a name"))
+        .collect();
+    names.sort();
+    assert!((4..=6).contains(&names.len()), "{names:?}");
+    target.end();
+    for name in &names {
+        let (_, count) = made.iter().find(|(number, _)| number == name).expect("a number that was printed");
+        target.restore_ok(&format!("series/{name}"));
+        assert_eq!(count_of(&target), count + 1, "restored from {name}");
+        target.passes("the restored one");
+        target.end();
+    }
+}
+
+/// Killed at any instant: what was printed can be restored, the target does not notice, the next series goes on.
+#[test]
+fn killed_series_leaves_all_that_it_printed() {
+    let target = Target::start("counting");
+    let mut made: Vec<(String, u64)> = Vec::new();
+    for round in 0..12_u64 {
+        let mut series = Series::start(&target, &["--keep", "5"]);
+        for _ in 0..round % 4 {
+            let count = count_of(&target);
+            made.push((series.make().expect("a checkpoint"), count));
+        }
+        // Somewhere in the middle of the next one, or of what is done for --keep behind it.
+        let count = count_of(&target);
+        let pid = nix::unistd::Pid::from_raw(i32::try_from(series.child.id()).expect("a pid"));
+        let killer = std::thread::spawn(move || {
+            std::thread::sleep(std::time::Duration::from_millis(7 * round));
+            let _ = nix::sys::signal::kill(pid, Signal::SIGKILL);
+        });
+        made.extend(series.make().map(|number| (number, count)));
+        killer.join().expect("the killer");
+        drop(series);
+        assert!(soon(|| process::asleep(target.pid)));
+    }
+    target.passes("the target");
+    let uw =
+        process::text(target.pid, "smaps").lines().any(|l| l.starts_with("VmFlags") && l.contains(" uw"));
+    assert!(!uw && process::text(target.pid, "status").contains("TracerPid:\t0"));
+    target.end();
+    assert!(made.len() > 3, "{made:?}");
+    let there = |number: &str| target.path("series").join(number).is_dir();
+    assert!(made.iter().rev().take(5).all(|(number, _)| there(number)), "{made:?}");
+    for (number, count) in made.iter().rev().filter(|(number, _)| there(number)).take(6) {
+        target.restore_ok(&format!("series/{number}"));
+        assert_eq!(count_of(&target), count + 1, "restored from {number}");
+        target.end();
+    }
+}
+
+#[test]
+fn a_series_ends_with_its_tree_and_refuses_a_second_in_its_directory() {
+    let target = Target::start("counting");
+    let mut series = Series::start(&target, &["--every", "20ms"]);
+    let mut line = String::new();
+    series.numbers.read_line(&mut line).expect("read a number");
+    assert_eq!(line, "000001\n");
+    let second = Series::start(&target, &[]);
+    assert_eq!(second.end(), Some(1));
+    target.end();
+    assert_eq!(
+        series.end(),
+        Some(0),
+        "{}",
+        fs::read_to_string(target.path("series.err")).unwrap_or_default()
+    );
 }

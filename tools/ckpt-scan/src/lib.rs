@@ -228,7 +228,7 @@ impl Held {
         frozen.release(if copies.is_ok() { how } else { Release::Run });
         let copies = copies.context("not killed: its TCP connections could not be kept silent")?;
         stats::seconds("frozen", held);
-        ckpt_cli::note!(1, "the tree was frozen for {:.3} s", held.as_secs_f64());
+        ckpt_cli::note!(1, "the tree was frozen for {:.2} ms", held.as_secs_f64() * 1000.0);
         if let (Some(lock), Some(name)) = (lock, leaves) {
             lock.leave(&name, copies)?;
             ckpt_cli::note!(

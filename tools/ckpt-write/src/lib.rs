@@ -16,7 +16,7 @@ use anyhow::Context;
 use ckpt_cli::stats;
 use ckpt_hold::{Hold, HoldError};
 use ckpt_images::{
-    DirWriter, ImageError, ImageSet, chain,
+    Cleanup, DirWriter, ImageError, ImageSet, chain,
     pack::{self, Codec},
     recode::{self, Recode},
     stage,
@@ -64,13 +64,25 @@ pub fn command() -> clap::Command {
     Args::command()
 }
 
-/// Writes the stream from `input` to the directory.
+/// Writes the stream from `input` to the directory. Being told to end removes what has been begun.
 ///
 /// # Errors
 /// Then there is no directory.
 pub fn run(args: &Args, input: File) -> anyhow::Result<()> {
     ckpt_cli::not_a_terminal(&input, "standard input")?;
     args.stats.begin();
+    store(args, input, |cleanup| ckpt_cli::on_termination(move || cleanup.remove()).context("start a thread"))
+}
+
+/// The same as a part of a larger program, which is told how to remove what is begun.
+///
+/// # Errors
+/// As [`run`], and those of `begun`.
+pub fn store(
+    args: &Args,
+    input: File,
+    begun: impl FnOnce(Cleanup) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
     stats::phase("entries");
     stage::grow_pipe(input.as_fd());
     let (mut reader, mut hello) = Reader::open(input)?;
@@ -78,7 +90,7 @@ pub fn run(args: &Args, input: File) -> anyhow::Result<()> {
         (reader, hello) = recode::before(reader, hello, Recode::Pack(codec))?;
     }
     let hold = take_hold(&hello);
-    match write(args, &mut reader, &hello, hold.is_some()) {
+    match write(args, &mut reader, &hello, hold.is_some(), begun) {
         Ok(()) => {
             if let Some(Err(error)) = hold.map(Hold::commit) {
                 let error = ckpt_cli::describe(&error.into());
@@ -114,11 +126,16 @@ fn take_hold(hello: &Hello) -> Option<Hold> {
 
 /// `live`: whether the tree is still held. Then the stream comes through pipes from a process on this machine that has just
 /// computed the checksums.
-fn write(args: &Args, reader: &mut Reader<File>, hello: &Hello, live: bool) -> anyhow::Result<()> {
+fn write(
+    args: &Args,
+    reader: &mut Reader<File>,
+    hello: &Hello,
+    live: bool,
+    begun: impl FnOnce(Cleanup) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
     complete(hello)?;
     let mut dir = DirWriter::create(&args.dir)?;
-    let cleanup = dir.cleanup();
-    ckpt_cli::on_termination(move || cleanup.remove()).context("start a thread")?;
+    begun(dir.cleanup())?;
     if live {
         dir.trust_checksums();
     }

@@ -20,7 +20,7 @@ pub use pipeline::{Pipeline, Stage, blame};
 /// Checkpoints and restores process trees
 ///
 /// Any other COMMAND runs the program ckpt-COMMAND, found beside this one or in PATH:
-/// scan, mem, sk, write, read, restore, show, encode, check.
+/// scan, mem, sk, write, read, restore, show, encode, check, track, series.
 #[derive(Debug, Clone, Parser)]
 #[command(name = "ckpt", version, after_help = EXAMPLES, disable_help_subcommand = true)]
 pub struct Args {

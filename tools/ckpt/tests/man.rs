@@ -14,6 +14,7 @@ fn every_option_is_in_its_page_and_every_page_option_exists() {
         ckpt_restore::command(),
         ckpt_scan::command(),
         ckpt_show::command(),
+        ckpt_series::command(),
         ckpt_sk::command(),
         ckpt_track::command(),
         ckpt_write::command(),
