@@ -2,6 +2,7 @@
 //!
 //! - `workloads`: the workloads themselves: they pass when left alone, and every check in them can fail
 //! - `memory`, `signals`, `tasks`, `files`, `sockets`, `tree`: one trip per kernel resource
+//! - `sharing`: copy-on-write memory of forked processes stays shared
 //! - `snapshots`: `ckpt-scan --snapshot`: the target runs on and notices nothing
 //! - `inet`: UDP, raw and other sockets that are not TCP; socket options
 //! - `tcp`: connections, and the network lock
@@ -27,6 +28,7 @@ mod memory;
 mod outside;
 mod programs;
 mod rewrite;
+mod sharing;
 mod signals;
 mod snapshots;
 mod sockets;

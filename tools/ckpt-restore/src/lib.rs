@@ -7,7 +7,7 @@
 //! - [`tree`]: what the images say, checked
 //! - [`pids`]: pids in use, `--replace`
 //! - [`births`]: the order of forks, sessions and process groups
-//! - [`region`], [`make`], [`shared`]: building
+//! - [`region`], [`make`], [`fill`], [`shared`]: building
 //! - [`outcome`]: signals meanwhile and afterwards
 
 use std::{
@@ -31,6 +31,7 @@ use clap::{
 use nix::{libc, unistd::getpgid};
 
 pub mod births;
+pub mod fill;
 pub mod make;
 pub mod outcome;
 pub mod pidns;
@@ -39,7 +40,7 @@ pub mod region;
 pub mod shared;
 pub mod tree;
 
-use crate::{births::Node, make::Family, outcome::Signals, region::Region, tree::Tree};
+use crate::{births::Node, fill::Builder, make::Family, outcome::Signals, region::Region, tree::Tree};
 
 /// Exit status for failures of ckpt-restore itself in the foreground: all others are the restored root's.
 pub const FAILED: u8 = 125;
@@ -296,11 +297,12 @@ fn build(
     }
     stats::phase("tasks");
     let mut family = Family::new(area, Box::new(pids::spare(tree.numbers())))?;
-    family.fork_all(steps)?;
+    let mut memory = Builder::new(tree, set, files, &region, bulk, steps)?;
+    family.fork_all(steps, &mut memory)?;
     family.bury(tree)?;
     signals.check()?;
     stats::phase("pages");
-    family.fill(tree, set, bulk.as_mut(), files, &region)?;
+    memory.finish(&mut family)?;
     stats::phase("finish");
     signals.check()?;
     family.finish(tree, files, &own_root)?;

@@ -9,34 +9,25 @@
 //! R: clone3(set_tid) -> root waits in pause(2) -> PTRACE_SEIZE
 //!      root: clone3(set_tid) -> child             (remote call; traced from birth)
 //!      all:  setsid, setpgid, helpers end         (see `births`)
-//!      each: unmap R's memory, map, pages         (see `ckpt_kinds::mem::restore`)
+//!      each: unmap R's memory, map, pages         (see `fill`; before its children if they share pages)
 //!            descriptors, threads, then the task's own settings, credentials last
 //! R: registers, signal masks; then everything runs at once
 //! ```
 
-use std::{
-    collections::BTreeMap,
-    fs::File,
-    os::{
-        fd::{AsFd, AsRawFd},
-        unix::fs::FileExt,
-    },
-};
+use std::{collections::BTreeMap, fs::File, os::fd::AsRawFd};
 
-use anyhow::{Context, bail, ensure};
-use ckpt_images::{ImageSet, sums::damaged};
+use anyhow::{Context, ensure};
 use ckpt_kinds::{
     fd::OpenFiles,
-    mem::restore::{self as mem, AddressSpace, vdso},
+    mem::restore::{self as mem, vdso},
     task::restore as task,
 };
-use ckpt_proto::stream;
 use ckpt_remote::{
     Arg, Call, RemoteError, Syscalls,
-    build::{Area, Built, Fill},
+    build::{Area, Built},
 };
 use ckpt_sys::{
-    FileId, Pid, Refused, RemoteAddr, TargetFd, Tid, clone, memory,
+    FileId, Pid, Refused, RemoteAddr, Tid, clone, memory,
     ptrace::{self, Stop},
 };
 use nix::{
@@ -48,10 +39,9 @@ use nix::{
     },
 };
 
-use xxhash_rust::xxh3::Xxh3Default;
-
 use crate::{
     births::Step,
+    fill::Builder,
     region::Region,
     tree::{Body, Process, Thread, Tree},
 };
@@ -89,23 +79,25 @@ impl Family {
         Ok(Self { spare, area, tasks: BTreeMap::new(), made: Vec::new(), rseq: Vec::new(), done: false })
     }
 
-    fn task(&mut self, pid: i32) -> anyhow::Result<&mut Built> {
+    pub(crate) fn task(&mut self, pid: i32) -> anyhow::Result<&mut Built> {
         self.tasks.get_mut(&pid).with_context(|| format!("pid {pid} has not been made"))
     }
 
-    /// Makes all processes, and ends those that only helped.
+    /// Makes all processes, with the memory that their children are to inherit, and ends those that only helped.
     ///
     /// # Errors
-    /// A pid is taken; the kernel's.
-    pub fn fork_all(&mut self, steps: &[Step]) -> anyhow::Result<()> {
+    /// A pid is taken; what reading memory meets; the kernel's.
+    pub fn fork_all(&mut self, steps: &[Step], memory: &mut Builder<'_>) -> anyhow::Result<()> {
         for &step in steps {
             match step {
                 Step::Fork { parent: 0, child } => self.fork_root(Pid(child))?,
                 Step::Fork { parent, child } => {
+                    memory.before_fork(self, parent)?;
                     let new = self.task(parent)?.clone_task(Tid(child), false);
                     let new = new.map_err(|error| name_taken(error, child))?;
                     self.made.push(Pid(child));
                     self.tasks.insert(child, new);
+                    memory.after_fork(parent, child);
                 }
                 Step::Subreaper(pid) => {
                     let args = [libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0].map(Arg::from);
@@ -188,51 +180,8 @@ impl Family {
         Ok(())
     }
 
-    /// Gives every task its memory: mappings first, then pages, then what they change.
-    ///
-    /// # Errors
-    /// Images, stream, kernel.
-    pub fn fill(
-        &mut self,
-        tree: &Tree,
-        set: &ImageSet,
-        bulk: Option<&mut stream::Reader<File>>,
-        files: &OpenFiles,
-        region: &Region,
-    ) -> anyhow::Result<()> {
-        for (process, body) in bodies(tree) {
-            let task = self.task(process.pid.0)?;
-            let mut calls = body.space.clear_calls(region.vdso.as_ref(), &region.range(), region.stage());
-            calls.extend(body.space.map_calls(&|id| files.fd(id).map(|fd| fd.as_raw_fd()))?);
-            if let (Some(_), Some(block)) = (&bulk, &body.space.vdso) {
-                calls.push(region.shadow_call(block));
-            }
-            task.run(&calls).with_context(|| process.name())?;
-        }
-        if let Some(reader) = bulk {
-            self.fill_from_stream(tree, reader, files, region)?;
-        } else {
-            for segment in &region.shared {
-                segment.fill_from_set(set, files)?;
-            }
-            for (process, body) in bodies(tree) {
-                let calls = body.space.read_calls(set).with_context(|| process.name())?;
-                self.read_pages(process.pid, &calls, body.space.pages.bytes())
-                    .with_context(|| process.name())?;
-            }
-        }
-        for segment in &region.shared {
-            segment.trim(files)?;
-        }
-        for (process, body) in bodies(tree) {
-            let calls = body.space.finish_calls();
-            self.task(process.pid.0)?.run(&calls).with_context(|| process.name())?;
-        }
-        Ok(())
-    }
-
     /// Runs `calls`, which read `bytes` of pages, in the task and in helper threads of it.
-    fn read_pages(&mut self, pid: Pid, calls: &[Call], bytes: u64) -> anyhow::Result<()> {
+    pub(crate) fn read_pages(&mut self, pid: Pid, calls: &[Call], bytes: u64) -> anyhow::Result<()> {
         let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         let helpers =
             usize::try_from(bytes / HELP_FROM).unwrap_or(usize::MAX).min(cores - 1).min(Area::HELPERS);
@@ -260,74 +209,6 @@ impl Family {
         }
         for worker in workers {
             worker.end_thread()?;
-        }
-        Ok(())
-    }
-
-    /// The stream's order is the order of work: each frame's bytes are read by the task that they belong to.
-    fn fill_from_stream(
-        &mut self,
-        tree: &Tree,
-        reader: &mut stream::Reader<File>,
-        files: &OpenFiles,
-        region: &Region,
-    ) -> anyhow::Result<()> {
-        let mut owners: BTreeMap<u64, (&AddressSpace, u64)> = BTreeMap::new();
-        for (_, body) in bodies(tree) {
-            if let Some(id) = body.space.pages.id {
-                owners.insert(id, (&body.space, 0));
-            }
-        }
-        let mut shared = region.shared.iter().map(|s| (s.pages_id(), (s, 0))).collect::<BTreeMap<_, _>>();
-        while let Some(frame) = reader.next_frame()? {
-            let stream::Frame::Data { arg, len, sum: expected, .. } = frame else { continue };
-            if let Some((space, at)) = owners.get_mut(&arg) {
-                let fills = space.fills(*at, len, region.shadow());
-                let sum: u64 = fills.iter().map(|fill| fill.len).sum();
-                ensure!(sum == len, "pages-{arg}.img: more pages on the stream than the pagemap lists");
-                *at += len;
-                let Some(input) = reader.bulk_input().map(|input| TargetFd(input.as_raw_fd())) else {
-                    continue;
-                };
-                let task = self.tasks.get_mut(&space.pid.0).context("a task is missing")?;
-                let mut rest = &fills[..];
-                while !rest.is_empty() {
-                    let started = task.start_reading(input, rest)?;
-                    task.finish_reading(started).map_err(|error| match error {
-                        RemoteError::Call { errno: Errno::ENODATA, .. } => reader.ended_in_bulk().into(),
-                        other => anyhow::Error::from(other),
-                    })?;
-                    rest = &rest[started..];
-                }
-                reader.moved(len);
-                if let Some(expected) = expected {
-                    check_read(space.pid, &fills, expected, arg)?;
-                }
-            } else if let Some((segment, at)) = shared.get_mut(&arg) {
-                if let Some(input) = reader.bulk_input() {
-                    segment.fill_from_stream(input.as_fd(), *at, len, files)?;
-                }
-                if let Some(expected) = expected {
-                    segment.check_filled(*at, len, files, expected)?;
-                }
-                *at += len;
-                reader.moved(len);
-            } else {
-                bail!("pages-{arg}.img: no pagemap tells where these pages belong");
-            }
-        }
-        for (id, (space, at)) in owners {
-            ensure!(at == space.pages.bytes(), "pages-{id}.img: {at} bytes came, the pagemap lists more");
-        }
-        for (id, (segment, at)) in shared {
-            ensure!(at == segment.pages.bytes(), "pages-{id}.img: {at} bytes came, the pagemap lists more");
-        }
-        for (process, body) in bodies(tree) {
-            let (Some(block), Some(ours)) = (&body.space.vdso, &region.vdso) else { continue };
-            let stored = body.space.pages.runs.iter().any(|run| run.vdso);
-            let mut code = vec![0; usize::try_from(block.end - block.code).context("size of the vdso")?];
-            memory::read_exact(process.pid, region.shadow(), &mut code)?;
-            ours.check(&process.name(), block, stored.then_some(&code))?;
         }
         Ok(())
     }
@@ -565,7 +446,7 @@ impl Drop for Family {
     }
 }
 
-fn bodies(tree: &Tree) -> impl Iterator<Item = (&Process, &Body)> {
+pub(crate) fn bodies(tree: &Tree) -> impl Iterator<Item = (&Process, &Body)> {
     tree.processes.iter().filter_map(|process| Some((process, process.body.as_ref()?)))
 }
 
@@ -580,26 +461,6 @@ pub fn lives(pid: Pid) -> bool {
     let status = read("status").and_then(|text| ckpt_proc::status::parse(&text).ok());
     let exiting = stat.is_none_or(|s| s.flags & PF_EXITING != 0 || matches!(s.state, b'Z' | b'X'));
     !exiting && status.is_some_and(|s| (s.pending | s.shared_pending) & KILL == 0)
-}
-
-/// Pages on a stream go straight into the task, so their checksum is taken from its memory.
-fn check_read(pid: Pid, fills: &[Fill], expected: u64, pages_id: u64) -> anyhow::Result<()> {
-    let mut hash = Xxh3Default::new();
-    let mut buffer = vec![0; 1 << 18];
-    // By way of /proc/PID/mem, which asks for no permission of the mapping: some have none.
-    let path = format!("/proc/{pid}/mem");
-    let memory = File::open(&path).with_context(|| path.clone())?;
-    for fill in fills {
-        let mut done = 0;
-        while done < fill.len {
-            let n = usize::try_from(fill.len - done).unwrap_or(usize::MAX).min(buffer.len());
-            memory.read_exact_at(&mut buffer[..n], fill.addr.0 + done).with_context(|| path.clone())?;
-            hash.update(&buffer[..n]);
-            done += n as u64;
-        }
-    }
-    ensure!(hash.digest() == expected, damaged(pages_id));
-    Ok(())
 }
 
 fn taken_text(pid: i32) -> String {

@@ -27,6 +27,7 @@ use ckpt_kinds::{
     mem::{
         dump::{Plan, ShmemPlan},
         early::Early,
+        share,
     },
     sink::emit,
     task,
@@ -84,6 +85,9 @@ pub struct Args {
     /// Store only what has been written since the checkpoint in DIR
     #[arg(long, value_name = "DIR", requires = "track")]
     pub parent: Option<PathBuf>,
+    /// Store pages that forked processes share once; CRIU can't restore such images
+    #[arg(long, conflicts_with_all = ["no_mem", "track"])]
+    pub share: bool,
     /// A resource whose other end is outside the tree: pipe:[ID]
     #[arg(long, value_name = "RESOURCE")]
     pub external: Vec<External>,
@@ -245,6 +249,8 @@ struct Memory {
     /// Segments, whose pagemaps are written already.
     shared: Vec<(ShmemPlan, File)>,
     private: Vec<Private>,
+    /// Whether pages that a process and its children share are stored once.
+    once: bool,
 }
 
 /// Of one process.
@@ -257,13 +263,20 @@ struct Private {
 }
 
 impl Memory {
+    /// With --share, marks what is stored once for a process and its children.
+    fn share(&self, plans: &mut [Plan]) -> anyhow::Result<()> {
+        let parent = |pid| self.private.iter().find(|p| p.process.pid == pid).map(|p| p.process.ppid);
+        if self.once { share::share(plans, &parent) } else { Ok(()) }
+    }
+
     fn copy_shared(&self, writer: &mut Writer<Output>) -> anyhow::Result<()> {
         self.shared.iter().try_for_each(|(plan, own)| plan.copy(own.as_fd(), writer))
     }
 
     /// Finds and writes all pages of a frozen tree.
     fn copy(&self, tracking: &Tracking, writer: &mut Writer<Output>) -> anyhow::Result<()> {
-        let plans = self.private.iter().map(|p| p.plan(tracking)).collect::<anyhow::Result<Vec<_>>>()?;
+        let mut plans = self.private.iter().map(|p| p.plan(tracking)).collect::<anyhow::Result<Vec<_>>>()?;
+        self.share(&mut plans)?;
         for plan in &plans {
             plan.emit(writer)?;
         }
@@ -473,7 +486,7 @@ fn dump(
             pages_id: next_id(),
         })
         .collect();
-    Ok(Memory { shared, private })
+    Ok(Memory { shared, private, once: args.share })
 }
 
 /// The same file with a file position of its own: the descriptor at hand shares one with the target.

@@ -51,8 +51,10 @@ pub fn copy(
         None => HashMap::new(),
     };
     memory.copy_shared(writer)?;
-    for p in memory.private.iter().filter(|p| !twins.contains_key(&p.process.pid)) {
-        let plan = p.plan(tracking)?;
+    let plain = memory.private.iter().filter(|p| !twins.contains_key(&p.process.pid));
+    let mut plans = plain.map(|p| p.plan(tracking)).collect::<anyhow::Result<Vec<_>>>()?;
+    memory.share(&mut plans)?;
+    for plan in &plans {
         plan.emit_runs(writer)?;
         plan.copy(writer, |_| ())?;
     }
@@ -64,18 +66,21 @@ pub fn copy(
     if let Some(held) = held.take() {
         held.free(Release::Run)?;
     }
-    let mut plans = Vec::new();
-    for p in &memory.private {
-        let Some(twin) = twins.remove(&p.process.pid) else { continue };
-        let what = || p.what();
-        early.check(p.process.pid, twin.pid()).with_context(what)?;
-        let plan = Plan::of_copy(p.process.pid, twin.pid(), &p.vmas, p.pages_id).with_context(|| lost(p))?;
+    plans.clear();
+    let with_twins: Vec<_> =
+        memory.private.iter().filter_map(|p| Some((p, twins.remove(&p.process.pid)?))).collect();
+    for (p, twin) in &with_twins {
+        early.check(p.process.pid, twin.pid()).with_context(|| p.what())?;
+        let plan = Plan::of_copy(p.process.pid, twin.pid(), &p.vmas, p.pages_id);
+        plans.push(plan.with_context(|| lost(p))?);
+    }
+    memory.share(&mut plans)?;
+    for plan in &plans {
         plan.emit_runs(writer)?;
-        plans.push((p, plan, twin));
     }
     writer.bulk().context("write the stream")?;
-    let mut progress = Progress::new("pages", Some(plans.iter().map(|(_, plan, _)| plan.bytes()).sum()));
-    for (p, plan, twin) in plans {
+    let mut progress = Progress::new("pages", Some(plans.iter().map(Plan::bytes).sum()));
+    for ((p, twin), plan) in with_twins.into_iter().zip(plans) {
         plan.copy(writer, |n| progress.inc(n)).with_context(|| lost(p))?;
         drop(twin);
     }

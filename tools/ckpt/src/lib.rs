@@ -77,6 +77,9 @@ pub struct Dump {
     /// Let the tree run on as soon as its memory has been forked
     #[arg(long, conflicts_with_all = ["kill", "leave_stopped"])]
     pub snapshot: bool,
+    /// Store pages that forked processes share once; CRIU can't restore such images
+    #[arg(long)]
+    pub share: bool,
     /// Largest deleted file that is stored, bytes
     #[arg(long, value_name = "BYTES")]
     pub ghost_limit: Option<OsString>,
@@ -288,6 +291,7 @@ impl Dump {
             words.flag("--kill", self.kill);
             words.flag("--leave-stopped", self.leave_stopped);
             words.flag("--snapshot", self.snapshot);
+            words.flag("--share", self.share);
             words.option("--ghost-limit", &self.ghost_limit);
             words.option("--freeze-timeout", &self.freeze_timeout);
             words.option("--external", others);

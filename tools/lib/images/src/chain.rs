@@ -29,7 +29,7 @@ use std::{
 
 use ckpt_proto::{
     Image,
-    types::{InventoryEntry, PagemapEntry},
+    types::{InventoryEntry, PagemapEntry, PstreeEntry},
 };
 use nix::{
     dir::Dir,
@@ -48,6 +48,10 @@ const LAZY: u32 = 1 << 1;
 const PRESENT: u32 = 1 << 2;
 /// An own addition: the pages were PRESENT, and `ckpt-merge --dedup` has freed them.
 const FREED: u32 = 1 << 16;
+/// An own addition: the page is the one that the parent process has at this address.
+const AS_PARENT_PROCESS: u32 = 1 << 17;
+/// More generations than this share no memory.
+const MAX_GENERATIONS: usize = 1024;
 
 /// A `pages-N.img` of a set or of one of its ancestors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -135,6 +139,8 @@ struct Pagemap {
     bytes: u64,
     /// Whether pages are missing that were there.
     freed: bool,
+    /// Pages of the parent process.
+    forked: Vec<Range<u64>>,
 }
 
 impl Pagemap {
@@ -169,6 +175,8 @@ impl Pagemap {
                 offset += len;
             } else if flags & IN_PARENT != 0 {
                 map.in_parent.push(addr..end);
+            } else if flags & AS_PARENT_PROCESS != 0 {
+                map.forked.push(addr..end);
             }
         }
         map.bytes = offset;
@@ -214,18 +222,49 @@ impl ImageSet {
         if let Some(runs) = self.chain.runs.get(&(image, arg)) {
             return Ok(runs.clone());
         }
+        self.runs_here(image, arg, 0, 0)
+    }
+
+    /// The same for a pagemap of a checkpoint that stands by itself, `level` links away.
+    fn runs_here(
+        &self,
+        image: Image,
+        arg: u64,
+        level: usize,
+        generation: usize,
+    ) -> Result<Vec<PageRun>, ImageError> {
         if self.entries(image, arg).is_empty() {
             return Ok(Vec::new());
         }
-        let map = Pagemap::parse(self, image, arg, 0)?;
+        let bad = |what: String| ImageError::Stream { file: image.file_name(arg), what };
+        let map = Pagemap::parse(self, image, arg, level)?;
         if let Some(range) = map.in_parent.first() {
-            let what = format!(
+            return Err(bad(format!(
                 "pages at {:#x} are in an earlier checkpoint, where nobody has looked for them",
                 range.start
-            );
-            return Err(ImageError::Stream { file: image.file_name(arg), what });
+            )));
         }
-        Ok(map.stored)
+        if map.forked.is_empty() {
+            return Ok(map.stored);
+        }
+        let parent = self.parent_process(arg).filter(|_| image == Image::Pagemap);
+        let Some(parent) = parent.filter(|_| generation < MAX_GENERATIONS) else {
+            return Err(bad("it has pages of a parent process, which is not there".to_owned()));
+        };
+        let mut theirs = Pagemap { stored: self.runs_here(image, parent, level, generation + 1)?, ..map };
+        let (forked, own) = (std::mem::take(&mut theirs.forked), map.stored);
+        let mut runs = Vec::new();
+        take(&forked, &theirs, &mut runs)
+            .map_err(|addr| bad(format!("its parent process {parent} has no page at {addr:#x}")))?;
+        runs.extend(own);
+        runs.sort_by_key(|run: &PageRun| run.addr);
+        Ok(runs)
+    }
+
+    fn parent_process(&self, pid: u64) -> Option<u64> {
+        let tree: Vec<PstreeEntry> = self.all(Image::Pstree, 0).ok()?;
+        let entry = tree.iter().find(|entry| u64::from(entry.pid) == pid)?;
+        Some(u64::from(entry.ppid))
     }
 
     /// The pagemap with every page outside of `needed` (offsets in the pages file, ascending) marked as freed.
@@ -349,6 +388,10 @@ impl ImageSet {
                 return Err(ImageError::Freed { path: path.to_owned() });
             }
             if !map.in_parent.is_empty() {
+                if !map.forked.is_empty() {
+                    let what = "it has pages of an earlier checkpoint and of a parent process".to_owned();
+                    return Err(ImageError::Stream { file: image.file_name(arg), what });
+                }
                 found.insert((image, arg), map.stored);
                 wanted.insert((image, arg), map.in_parent);
             }
@@ -386,18 +429,31 @@ impl ImageSet {
             id = part.parent_id();
             let mut still = BTreeMap::new();
             for ((image, arg), ranges) in wanted {
-                let map = if part.entries(image, arg).is_empty() {
+                let mut map = if part.entries(image, arg).is_empty() {
                     Pagemap::default()
                 } else {
                     Pagemap::parse(&part, image, arg, level)?
                 };
+                let mut sizes = BTreeMap::from([(map.id, map.bytes)]);
+                if !map.forked.is_empty() {
+                    let all = Self::read_part(&mut dir, &path, &|image, _| {
+                        matches!(image, Image::Pagemap | Image::Pstree)
+                    })?;
+                    map.stored = all.runs_here(image, arg, level, 0)?;
+                    for pid in all.args(Image::Pagemap) {
+                        let map = Pagemap::parse(&all, image, pid, level)?;
+                        sizes.insert(map.id, map.bytes);
+                    }
+                }
                 let runs = found.entry((image, arg)).or_default();
                 let before = runs.len();
                 let later = take(&ranges, &map, runs).map_err(|addr| {
                     bad(format!("{}: pages at {addr:#x} should be there and are not", image.file_name(arg)))
                 })?;
-                if runs.len() > before {
-                    self.open_ancestor(&dir, &path, &part, PagesFile { level, id: map.id }, map.bytes)?;
+                let files: BTreeSet<PagesFile> = runs[before..].iter().map(|run| run.file).collect();
+                for file in files {
+                    let size = sizes.get(&file.id).copied().unwrap_or(0);
+                    self.open_ancestor(&dir, &path, &part, file, size)?;
                 }
                 if !later.is_empty() {
                     still.insert((image, arg), later);

@@ -1,9 +1,13 @@
 //! Reading the address space of a frozen process.
 //!
 //! Mappings come from /proc/PID/smaps (the only source of VmFlags), populated pages from
-//! `ioctl(PAGEMAP_SCAN)`, contents by process_vm_readv(2) in chunks of [`CHUNK`] that stay in the
-//! processor's cache between being read and being written. Memory that is mapped without PROT_READ
-//! is read through /proc/PID/mem.
+//! `ioctl(PAGEMAP_SCAN)`, contents by reading /proc/PID/mem in chunks of [`CHUNK`] that stay in the
+//! processor's cache between being read and being written.
+//!
+//! Why not process_vm_readv(2): it pins pages, and a page that is shared copy-on-write has to be
+//! copied before it may be pinned (`gup_must_unshare`, mm/internal.h, Linux 6.0). A dump of forked
+//! workers would give each of them a heap of its own. Reading /proc/PID/mem is as fast, leaves
+//! sharing alone and asks for no permission of the mapping.
 //!
 //! Into a pipe the chunks are given away (vmsplice(2)), which saves a copy. A chunk's memory is never
 //! used again: a stage that splices the pages on refers to it for an unknown time.
@@ -45,7 +49,7 @@ use crate::{
 /// Bytes of memory that are moved at a time.
 pub const CHUNK: usize = 1 << 20;
 
-const PAGE: u64 = 4096;
+pub(super) const PAGE: u64 = 4096;
 
 /// VmFlags whose advice a restore repeats: madvise(2) number for each.
 const ADVICE: &[(&[u8; 2], i32)] = &[
@@ -229,21 +233,24 @@ pub struct Plan {
     runs: Vec<Run>,
 }
 
+/// Pages that are stored, or marked, in the same way.
 #[derive(Debug, Clone, Copy)]
-struct Run {
-    start: u64,
-    end: u64,
-    lazy: bool,
-    readable: bool,
+pub(super) struct Run {
+    pub(super) start: u64,
+    pub(super) end: u64,
+    pub(super) lazy: bool,
+    pub(super) vdso: bool,
     /// Nothing is to be stored: the pages are in the parent.
-    in_parent: bool,
+    pub(super) in_parent: bool,
+    /// Nothing is to be stored: the parent process has the same pages, and they are stored with it.
+    pub(super) forked: bool,
 }
 
 impl Run {
     /// Whether `next` goes on where this ends, and is treated alike.
-    fn joins(&self, next: &Self) -> bool {
-        self.end == next.start
-            && (self.lazy, self.readable, self.in_parent) == (next.lazy, next.readable, next.in_parent)
+    pub(super) fn joins(&self, next: &Self) -> bool {
+        let kind = |run: &Self| (run.lazy, run.vdso, run.in_parent, run.forked);
+        self.end == next.start && kind(self) == kind(next)
     }
 
     fn bytes(&self) -> u64 {
@@ -305,10 +312,10 @@ impl Plan {
                     ranges.iter().map(found).collect()
                 }
             };
-            let lazy = vma.status & status::ANON_PRIVATE != 0 && vma.status & status::VDSO == 0;
-            let readable = vma.prot & libc::PROT_READ.unsigned_abs() != 0;
+            let vdso = vma.status & status::VDSO != 0;
+            let lazy = vma.status & status::ANON_PRIVATE != 0 && !vdso;
             for Found { start, end, in_parent } in found {
-                let run = Run { start, end, lazy, readable, in_parent };
+                let run = Run { start, end, lazy, vdso, in_parent, forked: false };
                 match plan.runs.last_mut() {
                     Some(last) if last.joins(&run) => {
                         last.end = end;
@@ -322,7 +329,7 @@ impl Plan {
 
     /// The runs whose pages are stored.
     fn stored(&self) -> impl Iterator<Item = &Run> {
-        self.runs.iter().filter(|run| !run.in_parent)
+        self.runs.iter().filter(|run| !run.in_parent && !run.forked)
     }
 
     /// How many bytes are in the parent.
@@ -337,9 +344,22 @@ impl Plan {
         self.stored().map(Run::bytes).sum()
     }
 
-    /// What is to be stored: start and end of each run, in order.
-    pub fn runs(&self) -> impl Iterator<Item = (u64, u64)> {
-        self.stored().map(|run| (run.start, run.end))
+    /// Whose memory it is.
+    #[must_use]
+    pub fn pid(&self) -> Pid {
+        self.pid
+    }
+
+    pub(super) fn source(&self) -> Pid {
+        self.source
+    }
+
+    pub(super) fn runs(&self) -> impl Iterator<Item = &Run> {
+        self.runs.iter()
+    }
+
+    pub(super) fn set_runs(&mut self, runs: Vec<Run>) {
+        self.runs = runs;
     }
 
     /// Emits the pagemap.
@@ -370,7 +390,7 @@ impl Plan {
             match merged.last_mut() {
                 Some(last)
                     if last.end == run.start
-                        && last.in_parent == run.in_parent
+                        && (last.in_parent, last.forked) == (run.in_parent, run.forked)
                         && (last.lazy == run.lazy || run.in_parent) =>
                 {
                     last.end = run.end;
@@ -379,10 +399,11 @@ impl Plan {
             }
         }
         for run in merged {
-            let flags = match (run.in_parent, run.lazy) {
+            let lazy = if run.lazy { page::LAZY } else { 0 };
+            let flags = match (run.in_parent, run.forked) {
                 (true, _) => page::PARENT,
-                (false, true) => page::PRESENT | page::LAZY,
-                (false, false) => page::PRESENT,
+                (false, true) => page::AS_PARENT_PROCESS | lazy,
+                (false, false) => page::PRESENT | lazy,
             };
             emit(sink, Image::Pagemap, arg, &pagemap_entry(run.start, (run.end - run.start) / PAGE, flags))?;
         }
@@ -400,7 +421,8 @@ impl Plan {
     ) -> anyhow::Result<()> {
         let mut chunk = Chunk::for_output(out.output().as_fd(), self.bytes())?;
         let mut filled = 0;
-        let mut mem = Unreadable { path: format!("/proc/{}/mem", self.source), file: None };
+        let path = format!("/proc/{}/mem", self.source);
+        let memory = File::open(&path).with_context(|| path.clone())?;
         for run in self.stored() {
             let mut at = run.start;
             while at < run.end {
@@ -408,11 +430,7 @@ impl Plan {
                 let full = buffer.len();
                 let n = usize::try_from(run.end - at).unwrap_or(full).min(full - filled);
                 let place = &mut buffer[filled..filled + n];
-                if run.readable {
-                    memory::read_exact(self.source, RemoteAddr(at), place)?;
-                } else {
-                    mem.read(at, place)?;
-                }
+                memory.read_exact_at(place, at).with_context(|| format!("{path}: read at {at:#x}"))?;
                 filled += n;
                 at += n as u64;
                 if filled == full {
@@ -471,22 +489,6 @@ impl Chunk {
             }
             Self::Plain(buffer) => out.data(Image::Pages, u64::from(pages_id), &buffer[..len]).context(what),
         }
-    }
-}
-
-/// Memory without PROT_READ.
-struct Unreadable {
-    path: String,
-    file: Option<File>,
-}
-
-impl Unreadable {
-    fn read(&mut self, at: u64, place: &mut [u8]) -> anyhow::Result<()> {
-        if self.file.is_none() {
-            self.file = Some(File::open(&self.path).with_context(|| self.path.clone())?);
-        }
-        let Some(file) = &self.file else { return Ok(()) };
-        file.read_exact_at(place, at).with_context(|| format!("{}: read at {at:#x}", self.path))
     }
 }
 

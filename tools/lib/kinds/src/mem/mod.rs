@@ -14,6 +14,7 @@
 pub mod dump;
 pub mod early;
 pub mod restore;
+pub mod share;
 pub mod snapshot;
 pub mod track;
 
@@ -49,4 +50,6 @@ pub mod page {
     pub const LAZY: u32 = 1 << 1;
     /// The page is in this image.
     pub const PRESENT: u32 = 1 << 2;
+    /// The page is the one that the parent process has at this address. An own flag, which CRIU does not know.
+    pub const AS_PARENT_PROCESS: u32 = 1 << 17;
 }

@@ -31,7 +31,10 @@ use std::{
 
 use super::{page, status};
 
+pub mod inherit;
 pub mod vdso;
+
+use inherit::Inherited;
 
 /// Kinds of areas that nobody can restore: bits of `vma_entry.status`.
 const UNSUPPORTED: [(u32, &str); 3] =
@@ -94,7 +97,8 @@ impl Pages {
         }
         let (id, entries) = set.pagemap(image, arg)?;
         let left = |entry: &&PagemapEntry| {
-            chain::flags_of(entry) & (page::LAZY | page::PRESENT | page::PARENT) == page::LAZY
+            chain::flags_of(entry) & (page::LAZY | page::PRESENT | page::PARENT | page::AS_PARENT_PROCESS)
+                == page::LAZY
         };
         if let Some(entry) = entries.iter().find(left) {
             let what = format!("pages at {:#x} were left at the source (lazy)", entry.vaddr);
@@ -116,6 +120,17 @@ impl Pages {
         self.runs.iter().fold(0, |sum, run| sum.saturating_add(run.len))
     }
 
+    /// Bytes that lie in this process's own `pages-N.img`: what comes on a stream.
+    #[must_use]
+    pub fn own_bytes(&self) -> u64 {
+        self.own_runs().map(|run| run.len).sum()
+    }
+
+    fn own_runs(&self) -> impl Iterator<Item = &Run> {
+        let own = PagesFile { level: 0, id: self.id.unwrap_or(u64::MAX) };
+        self.runs.iter().filter(move |run| run.file == own)
+    }
+
     /// Checks that the files with these pages are there, and long enough.
     ///
     /// # Errors
@@ -127,7 +142,8 @@ impl Pages {
             let place = set.pages_in(run.file).with_context(|| format!("{} is missing", name()))?;
             let end = run.offset.checked_add(run.len).with_context(name)?;
             ensure!(end <= place.len, "{}: {} bytes, the pagemap lists {end}", name(), place.len);
-            own = if run.file.level == 0 { own.max(end) } else { own };
+            let in_own = run.file == PagesFile { level: 0, id: self.id.unwrap_or(u64::MAX) };
+            own = if in_own { own.max(run.offset + run.len) } else { own };
         }
         if let Some((id, place)) = self.id.and_then(|id| Some((id, set.pages(id)?))) {
             let name = Image::Pages.file_name(id);
@@ -278,11 +294,15 @@ impl AddressSpace {
         calls
     }
 
-    /// Maps all areas. `fd` gives the number that a file has in the task now.
+    /// Maps all areas that are not inherited. `fd` gives the number that a file has in the task now.
     ///
     /// # Errors
     /// A file is missing.
-    pub fn map_calls(&self, fd: &dyn Fn(FileId) -> Option<i32>) -> anyhow::Result<Vec<Call>> {
+    pub fn map_calls(
+        &self,
+        inherited: &Inherited,
+        fd: &dyn Fn(FileId) -> Option<i32>,
+    ) -> anyhow::Result<Vec<Call>> {
         const KEPT: i32 = libc::MAP_SHARED
             | libc::MAP_PRIVATE
             | libc::MAP_ANONYMOUS
@@ -307,15 +327,18 @@ impl AddressSpace {
                 flags |= libc::MAP_ANONYMOUS.unsigned_abs();
                 (-1, 0)
             };
-            let args = [
-                Arg::Val(vma.start),
-                len.into(),
-                u64::from(prot).into(),
-                u64::from(flags).into(),
-                fd.into(),
-                pgoff.into(),
-            ];
-            calls.push(Call::new(format!("mmap({})", text(vma)), libc::SYS_mmap, args));
+            for part in inherited.anew(vma.start..vma.end) {
+                let pgoff = if fd < 0 { 0 } else { pgoff + (part.start - vma.start) };
+                let args = [
+                    Arg::Val(part.start),
+                    Arg::Val(part.end - part.start),
+                    u64::from(prot).into(),
+                    u64::from(flags).into(),
+                    fd.into(),
+                    pgoff.into(),
+                ];
+                calls.push(Call::new(format!("mmap({})", text(vma)), libc::SYS_mmap, args));
+            }
             // Page size advice has to come before the pages.
             calls.extend(advice_calls(vma, true));
         }
@@ -333,18 +356,18 @@ impl AddressSpace {
         self.pages.runs.get(i).is_some_and(|run| run.addr < vma.end)
     }
 
-    /// Reads all pages from their files, by preadv(2) of the task's descriptors of the same
+    /// Reads `inherited.missing` from their files, by preadv(2) of the task's descriptors of the same
     /// numbers, in lists whose sizes [`check_reads`] expects. Long runs of anonymous memory are
     /// populated first (MADV_POPULATE_WRITE, Linux 5.14), which spares a fault per page.
     ///
     /// # Errors
     /// A file is missing or too short.
-    pub fn read_calls(&self, set: &ImageSet) -> anyhow::Result<Vec<Call>> {
+    pub fn read_calls(&self, inherited: &Inherited, set: &ImageSet) -> anyhow::Result<Vec<Call>> {
         // Descriptor, offset in the file, bytes, and where they go.
         type List = (RawFd, u64, u64, Vec<(u64, u64)>);
         self.pages.check_files(set)?;
         let mut lists: Vec<List> = Vec::new();
-        for run in self.pages.runs.iter().filter(|run| !run.vdso) {
+        for run in &inherited.missing {
             let place = set.pages_in(run.file).context("a pages file is missing")?;
             let fd = place.file.as_raw_fd();
             let mut offset = place.offset + run.offset;
@@ -371,8 +394,9 @@ impl AddressSpace {
         }
         let mut calls = Vec::new();
         for (fd, offset, sum, list) in lists {
-            for &(addr, len) in
-                list.iter().filter(|&&(addr, len)| len >= POPULATE_MIN && self.anonymous(addr))
+            for &(addr, len) in list
+                .iter()
+                .filter(|&&(addr, len)| len >= POPULATE_MIN && self.anonymous(addr) && !inherited.keeps(addr))
             {
                 calls.push(populate(addr, len));
             }
@@ -389,13 +413,19 @@ impl AddressSpace {
         self.mm.vmas.get(i).is_some_and(|vma| vma.status & status::ANON_PRIVATE != 0)
     }
 
+    /// Pages of `inherited.missing` that no stream brings for this process: its parent has the same ones.
+    pub fn elsewhere<'a>(&self, inherited: &'a Inherited) -> impl Iterator<Item = &'a Run> + use<'a> {
+        let own = PagesFile { level: 0, id: self.pages.id.unwrap_or(u64::MAX) };
+        inherited.missing.iter().filter(move |run| run.file != own)
+    }
+
     /// Where the next pages of a stream go, from byte `from` of the pages on, `len` bytes of them;
     /// pages of the vdso go to `shadow`.
     #[must_use]
     pub fn fills(&self, from: u64, len: u64, shadow: RemoteAddr) -> Vec<Fill> {
         let mut fills = Vec::new();
         let (mut at, end) = (0, from.saturating_add(len));
-        for run in &self.pages.runs {
+        for run in self.pages.own_runs() {
             let first = from.max(at);
             let last = end.min(at + run.len);
             if first < last {

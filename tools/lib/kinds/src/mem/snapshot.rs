@@ -35,7 +35,7 @@ pub fn complete(twin: &mut Twin, original: Pid, vmas: &[VmaEntry]) -> anyhow::Re
             None => files.insert((memory_of(original, false)?, memory_of(twin.pid(), true)?)),
         };
         let mut buffer = vec![0; CHUNK];
-        for (start, end) in plan.runs() {
+        for (start, end) in plan.runs().map(|run| (run.start, run.end)) {
             let mut at = start;
             while at < end {
                 let n = usize::try_from(end - at).unwrap_or(CHUNK).min(CHUNK);

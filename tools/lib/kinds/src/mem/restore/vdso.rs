@@ -101,6 +101,17 @@ impl Ours {
         Ok(Some(Self { block, parts, code }))
     }
 
+    /// The same after it has been moved to `start`.
+    #[must_use]
+    pub fn moved(&self, start: u64) -> Self {
+        let shift = |at: u64| at - self.block.start + start;
+        Self {
+            block: Block { start, code: shift(self.block.code), end: shift(self.block.end) },
+            parts: self.parts.iter().map(|&(a, b)| (shift(a), shift(b))).collect(),
+            code: self.code.clone(),
+        }
+    }
+
     /// Bytes of the whole block.
     #[must_use]
     pub fn len(&self) -> u64 {

@@ -1,0 +1,94 @@
+//! Pages that a process has from the one that forked it, found by their frame numbers.
+//!
+//! After fork(2) parent and child have the same pages until one of them writes. Such a page is
+//! stored with the parent, and the child's pagemap says so
+//! ([`page::AS_PARENT_PROCESS`](super::page::AS_PARENT_PROCESS)). /proc/PID/pagemap tells which frame,
+//! or which place in the swap, is behind an address (Documentation/admin-guide/mm/pagemap.rst); equal
+//! ones at the same address are the same page. The numbers are zero without CAP_SYS_ADMIN.
+
+use std::{collections::HashMap, fs::File, os::unix::fs::FileExt};
+
+use anyhow::Context;
+use ckpt_sys::{Pid, Refused};
+
+use super::dump::{PAGE, Plan, Run};
+
+/// Frame number or place in the swap, and that it is either.
+const IDENTITY: u64 = ((1 << 55) - 1) | SWAPPED | PRESENT;
+const NUMBER: u64 = (1 << 55) - 1;
+const SWAPPED: u64 = 1 << 62;
+const PRESENT: u64 = 1 << 63;
+/// Pages that are looked at at a time.
+const BATCH: u64 = 8192;
+
+/// Marks in each plan the pages that the plan of its parent process has too. `parent` gives a process's parent.
+///
+/// # Errors
+/// [`Refused`] without CAP_SYS_ADMIN; /proc can't be read.
+pub fn share(plans: &mut [Plan], parent: &dyn Fn(Pid) -> Option<Pid>) -> anyhow::Result<()> {
+    let places: HashMap<Pid, usize> = plans.iter().enumerate().map(|(at, plan)| (plan.pid(), at)).collect();
+    for at in 0..plans.len() {
+        let Some(&theirs) = parent(plans[at].pid()).and_then(|parent| places.get(&parent)) else { continue };
+        let runs = marked(&plans[at], &plans[theirs]).with_context(|| format!("pid {}", plans[at].pid()))?;
+        plans[at].set_runs(runs);
+    }
+    Ok(())
+}
+
+/// The runs of `plan`, cut where sharing begins and ends.
+fn marked(plan: &Plan, parent: &Plan) -> anyhow::Result<Vec<Run>> {
+    let open = |plan: &Plan| {
+        let path = format!("/proc/{}/pagemap", plan.source());
+        File::open(&path).context(path)
+    };
+    let (ours, theirs) = (open(plan)?, open(parent)?);
+    let mut runs: Vec<Run> = Vec::new();
+    let mut push = |run: Run| match runs.last_mut() {
+        Some(last) if last.joins(&run) => last.end = run.end,
+        _ => runs.push(run),
+    };
+    let mut candidates = parent.runs().filter(|run| !run.vdso).peekable();
+    for run in plan.runs() {
+        let mut at = run.start;
+        while at < run.end {
+            while candidates.next_if(|theirs| theirs.end <= at).is_some() {}
+            let both = match candidates.peek().filter(|theirs| theirs.start < run.end && !run.vdso) {
+                Some(theirs) if theirs.start <= at => theirs.end.min(run.end),
+                other => {
+                    let end = other.map_or(run.end, |theirs| theirs.start);
+                    push(Run { start: at, end, ..*run });
+                    at = end;
+                    continue;
+                }
+            };
+            let end = both.min(at + BATCH * PAGE);
+            for (page, same) in compare(&ours, &theirs, at, end)?.into_iter().enumerate() {
+                let start = at + page as u64 * PAGE;
+                push(Run { start, end: start + PAGE, forked: same, ..*run });
+            }
+            at = end;
+        }
+    }
+    Ok(runs)
+}
+
+/// For each page whether both have the same one.
+fn compare(ours: &File, theirs: &File, start: u64, end: u64) -> anyhow::Result<Vec<bool>> {
+    let [ours, theirs] = [ours, theirs].map(|pagemap| -> anyhow::Result<Vec<u8>> {
+        let mut bytes = vec![0; usize::try_from((end - start) / PAGE * 8)?];
+        pagemap.read_exact_at(&mut bytes, start / PAGE * 8).context("read pagemap")?;
+        Ok(bytes)
+    });
+    let (ours, theirs) = (ours?, theirs?);
+    let word = |bytes: &[u8]| bytes.try_into().map_or(0, u64::from_ne_bytes) & IDENTITY;
+    let mut same = Vec::new();
+    for (a, b) in ours.chunks_exact(8).zip(theirs.chunks_exact(8)) {
+        let (a, b) = (word(a), word(b));
+        if a & PRESENT != 0 && a & NUMBER == 0 {
+            let refused = Refused::new("--share", "the kernel does not tell which pages are the same");
+            return Err(refused.advise("run with CAP_SYS_ADMIN, or without --share").into());
+        }
+        same.push(a == b && a & (PRESENT | SWAPPED) != 0);
+    }
+    Ok(same)
+}
