@@ -63,8 +63,8 @@ pub struct Args {
         value_parser = OsStringValueParser::new().try_map(external)
     )]
     pub external: Vec<ExternalSocket>,
-    /// What sockets have received and not read and can't be given back, or sent and the peer has not
-    /// read: left out (drop), or, of unix connections, stored (keep); by default it is an error
+    /// What sockets have received and can't be given back, or sent and the peer has not read: left
+    /// out (drop), or, of unix connections, stored (keep); by default it is an error
     #[arg(long, value_enum, value_name = "WHAT", hide_possible_values = true)]
     pub queued: Option<KeepOrDrop>,
     /// Dump TCP connections whose other end is outside the tree; those between processes of the tree need no leave
