@@ -13,16 +13,19 @@ crate::survives! {
     epoll_sets_watch_the_same: "epoll_sets";
     memfds_keep_contents_and_seals: "memfds";
     file_locks_stay_with_their_owners: "file_locks";
+    inotify_watches_keep_their_numbers: "inotify_user";
 }
 
 #[test]
-fn inotify_is_refused_by_name_and_stays() {
+fn unread_inotify_events_are_refused_and_stay() {
     let target = Target::start("inotify_user");
+    let watched = target.path(&format!("watched-{}", target.pid));
+    std::fs::write(watched.join("new"), "").expect("make a file");
     let before = target.at_rest();
-    let _ = target.dump("img").fails("ckpt-scan", 3, &["inotify", &target.pid.to_string(), "fd"]);
+    let _ = target.dump("img").fails("ckpt-scan", 3, &["inotify", &target.pid.to_string(), "events wait"]);
     assert!(!target.path("img").exists());
     target.unchanged(&before);
-    target.passes("the original");
+    assert!(target.verdict().starts_with("BROKEN no event yet"));
 }
 
 #[test]

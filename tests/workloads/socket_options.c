@@ -61,6 +61,9 @@ static void change(int fd, int level, int number)
 		for (unsigned i = 0; i < sizeof untouched / sizeof *untouched; i++) if (untouched[i] == number) return;
 	if (level == IPPROTO_UDP && (number == 1 || number == 100)) return;
 	if (level == IPPROTO_IPV6 && number == 1) return; /* ADDRFORM makes another socket of it */
+	int type = 0;
+	NEED(!getsockopt(fd, SOL_SOCKET, SO_TYPE, &type, &(socklen_t){ 4 }));
+	if (type == SOCK_STREAM && ((level == IPPROTO_IP && number == IP_MULTICAST_LOOP) || (level == IPPROTO_IPV6 && number == IPV6_MULTICAST_LOOP))) return; /* means nothing there */
 	if (level == 263 && (number == 5 || number == 13 || number == 18)) return; /* rings, fanout: elsewhere */
 	struct value v = get(fd, level, number);
 	int now;

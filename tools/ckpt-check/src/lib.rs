@@ -93,6 +93,8 @@ features! {
     "CAP_CHOWN", Sometimes, "restoring deleted files of other users", || capability(0);
     "CAP_KILL", Sometimes, "ending tasks of other users (--kill, --replace)", || capability(5);
     "CAP_NET_ADMIN", Sometimes, "TCP connections; socket buffers over the system's limit", || capability(12);
+    "CAP_NET_RAW", Sometimes, "raw and packet sockets, received datagrams", || capability(13);
+    "CAP_DAC_READ_SEARCH", Sometimes, "names of files that inotify watches", || capability(2);
     "CAP_SYS_CHROOT", Sometimes, "restoring tasks with a root directory of their own", || capability(18);
     "CAP_SYS_NICE", Sometimes, "restoring real-time and raised priorities", || capability(23);
     "CAP_SYS_RESOURCE", Sometimes, "restoring hard limits over our own, and negative oom_score_adj", || capability(24);

@@ -57,12 +57,29 @@ pub enum Special {
     Signalfd(u64),
     /// timerfd_create(2).
     Timerfd(Timerfd),
-    /// inotify(7), with watches or not.
-    Inotify,
+    /// inotify(7): its watches. Without any there is no line to tell it by.
+    Inotify(Vec<InotifyWatch>),
     /// fanotify(7).
     Fanotify,
     /// pidfd_open(2): the process, -1 if it is gone.
     Pidfd(i32),
+}
+
+/// One watch of an inotify instance.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct InotifyWatch {
+    /// Its number.
+    pub wd: u32,
+    /// Inode of the watched file.
+    pub ino: u64,
+    /// Its device, major << 20 | minor.
+    pub dev: u32,
+    /// `IN_*`.
+    pub mask: u32,
+    /// Type of the file handle, and the handle (open_by_handle_at(2)); empty if the file system has none.
+    pub handle_type: i32,
+    /// See there.
+    pub handle: Vec<u8>,
 }
 
 /// One file in an epoll set.
@@ -137,6 +154,33 @@ fn epoll_target(line: &[u8]) -> Result<EpollTarget, FdInfoError> {
     if seen { Ok(target) } else { Err(error("a file of an epoll set", line)) }
 }
 
+/// `inotify wd:1 ino:2 sdev:3 mask:4 ignored_mask:0 fhandle-bytes:8 fhandle-type:1 f_handle:0a0b...`, all
+/// hexadecimal.
+fn inotify_watch(line: &[u8]) -> Result<InotifyWatch, FdInfoError> {
+    let bad = || error("a watch of inotify", line);
+    let mut watch = InotifyWatch::default();
+    for word in text(line).split_ascii_whitespace() {
+        let Some((name, value)) = word.split_once(':') else { continue };
+        let number = || u64::from_str_radix(value, 16).map_err(|_| bad());
+        let short = || u32::from_str_radix(value, 16).map_err(|_| bad());
+        match name {
+            "wd" => watch.wd = short()?,
+            "ino" => watch.ino = number()?,
+            "sdev" => watch.dev = short()?,
+            "mask" => watch.mask = short()?,
+            "fhandle-type" => watch.handle_type = short()?.cast_signed(),
+            "f_handle" => {
+                let (digits, odd) = value.as_bytes().as_chunks::<2>();
+                let byte = |pair: &[u8; 2]| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok();
+                let handle = digits.iter().map(byte).collect::<Option<Vec<u8>>>();
+                watch.handle = handle.filter(|_| odd.is_empty()).ok_or_else(bad)?;
+            }
+            _ => {}
+        }
+    }
+    if watch.wd == 0 { Err(bad()) } else { Ok(watch) }
+}
+
 /// `(seconds, nanoseconds)`.
 fn time(value: &str, line: &[u8]) -> Result<(u64, u64), FdInfoError> {
     let parse = || {
@@ -156,10 +200,6 @@ pub fn parse(bytes: &[u8]) -> Result<FdInfo, FdInfoError> {
     let mut flags = None;
     for line in bytes.split(|&b| b == b'\n') {
         let Some(colon) = memchr::memchr(b':', line) else {
-            // inotify and fanotify lines begin with a word and a blank.
-            if line.starts_with(b"inotify ") {
-                info.special = Special::Inotify;
-            }
             continue;
         };
         let (name, value) = (&line[..colon], text(&line[colon + 1..]));
@@ -193,7 +233,10 @@ pub fn parse(bytes: &[u8]) -> Result<FdInfo, FdInfoError> {
             }
             b"it_value" => timer.get_or_insert_default().value = time(value, line)?,
             b"it_interval" => timer.get_or_insert_default().interval = time(value, line)?,
-            name if name.starts_with(b"inotify wd") => info.special = Special::Inotify,
+            b"inotify wd" => match &mut info.special {
+                Special::Inotify(watches) => watches.push(inotify_watch(line)?),
+                other => *other = Special::Inotify(vec![inotify_watch(line)?]),
+            },
             name if name.starts_with(b"fanotify ") => info.special = Special::Fanotify,
             _ => {}
         }
@@ -257,8 +300,13 @@ mod tests {
                 .unwrap();
         assert_eq!(info.locks.len(), 1);
         let info =
-            parse(b"pos:\t0\nflags:\t00\nmnt_id:\t15\ninotify wd:1 ino:2 sdev:3 mask:4 ignored_mask:0\n");
-        assert_eq!(info.unwrap().special, Special::Inotify);
+            parse(b"pos:\t0\nflags:\t00\nmnt_id:\t15\ninotify wd:1f ino:2 sdev:300001 mask:4 ignored_mask:0 fhandle-bytes:2 fhandle-type:1 f_handle:0aff\ninotify wd:1 ino:2 sdev:3 mask:4 ignored_mask:0\n");
+        let Special::Inotify(watches) = info.unwrap().special else { panic!("no inotify") };
+        let first =
+            InotifyWatch { wd: 0x1f, ino: 2, dev: 0x30_0001, mask: 4, handle_type: 1, handle: vec![10, 255] };
+        assert_eq!(watches.len(), 2);
+        assert_eq!(watches[0], first);
+        assert!(parse(b"flags:\t00\ninotify wd:1 f_handle:0\n").is_err());
     }
 
     #[test]

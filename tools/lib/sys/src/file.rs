@@ -141,6 +141,67 @@ pub fn dup_number(raw: i32) -> Result<OwnedFd, SysError> {
     owned(ret, "fcntl(F_DUPFD_CLOEXEC)", || format!("our fd {raw}"))
 }
 
+/// Opens (`O_PATH`) the file of a handle on the file system of `directory`.
+///
+/// The kernel wants a descriptor of the file system that is more than `O_PATH`, and opening one would be noticed by
+/// whoever watches the directory; or a current directory there, which a thread of its own enters.
+///
+/// # Errors
+/// ESTALE: there is no such file any more; EPERM without CAP_DAC_READ_SEARCH; EINVAL.
+pub fn open_by_handle(directory: &Path, kind: i32, handle: &[u8]) -> Result<OwnedFd, SysError> {
+    let failed = |call, errno| SysError::new(call, directory.display().to_string(), errno);
+    // struct file_handle: length, type, bytes; at most 128 of these. Words keep it aligned.
+    let mut words = [0u32; 2 + 32];
+    if handle.len() > 128 {
+        return Err(failed("open_by_handle_at", Errno::EINVAL));
+    }
+    words[0] = u32::try_from(handle.len()).unwrap_or(0);
+    words[1] = kind.cast_unsigned();
+    for (word, bytes) in words[2..].iter_mut().zip(handle.chunks(4)) {
+        let mut four = [0; 4];
+        four[..bytes.len()].copy_from_slice(bytes);
+        *word = u32::from_ne_bytes(four);
+    }
+    let open = move || {
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS)
+            .map_err(|errno| failed("unshare(CLONE_FS)", errno))?;
+        nix::unistd::chdir(directory).map_err(|errno| failed("chdir", errno))?;
+        let flags = libc::O_PATH | libc::O_CLOEXEC;
+        // SAFETY: `words` is a struct file_handle with as many bytes behind it as it says, which the kernel reads.
+        let ret =
+            unsafe { libc::syscall(libc::SYS_open_by_handle_at, libc::AT_FDCWD, words.as_ptr(), flags) };
+        owned(libc::c_int::try_from(ret).unwrap_or(-1), "open_by_handle_at", || {
+            directory.display().to_string()
+        })
+    };
+    std::thread::scope(|scope| match scope.spawn(open).join() {
+        Ok(opened) => opened,
+        Err(panic) => std::panic::resume_unwind(panic),
+    })
+}
+
+/// inotify_add_watch(2): the number of the watch.
+///
+/// # Errors
+/// ENOENT, EACCES, ENOSPC.
+pub fn watch(instance: BorrowedFd<'_>, path: &Path, mask: u32) -> Result<i32, SysError> {
+    let name = CString::new(path.as_os_str().as_bytes())
+        .map_err(|_| SysError::new("inotify_add_watch", path.display().to_string(), Errno::EINVAL))?;
+    // SAFETY: `name` is a string that outlives the call.
+    let ret = unsafe { libc::inotify_add_watch(instance.as_raw_fd(), name.as_ptr(), mask) };
+    if ret < 0 { Err(SysError::last("inotify_add_watch", path.display().to_string())) } else { Ok(ret) }
+}
+
+/// inotify_rm_watch(2).
+///
+/// # Errors
+/// EINVAL: there is no such watch.
+pub fn unwatch(instance: BorrowedFd<'_>, number: i32) -> Result<(), SysError> {
+    // SAFETY: inotify_rm_watch takes two integers.
+    let ret = unsafe { libc::inotify_rm_watch(instance.as_raw_fd(), number) };
+    if ret < 0 { Err(SysError::last("inotify_rm_watch", format!("watch {number}"))) } else { Ok(()) }
+}
+
 /// Bytes that can be read at once (`FIONREAD`).
 ///
 /// # Errors

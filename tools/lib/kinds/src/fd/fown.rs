@@ -41,6 +41,7 @@ pub(super) fn of(entry: &FileEntry) -> Option<(u32, &FownEntry)> {
         FdTypes::Inetsk => entry.isk.as_ref().map(|e| (e.flags, &e.fown))?,
         FdTypes::Packetsk => entry.psk.as_ref().map(|e| (e.flags, &e.fown))?,
         FdTypes::Netlinksk => entry.nlsk.as_ref().map(|e| (e.flags, &e.fown))?,
+        FdTypes::Inotify => entry.ify.as_ref().map(|e| (e.flags, &e.fown))?,
         FdTypes::Eventfd => entry.efd.as_ref().map(|e| (e.flags, &e.fown))?,
         FdTypes::Eventpoll => entry.epfd.as_ref().map(|e| (e.flags, &e.fown))?,
         FdTypes::Signalfd => entry.sgfd.as_ref().map(|e| (e.flags, &e.fown))?,

@@ -25,6 +25,7 @@ pub mod epoll;
 pub mod eventfd;
 pub mod fown;
 mod inet;
+pub mod inotify;
 pub mod lock;
 pub mod memfd;
 mod multicast;
@@ -135,7 +136,7 @@ pub const KINDS: &[Kind] = &[
         |d| d.is_device(5, 2),
         "terminals made inside the tree are not supported yet"
     ),
-    refused!("inotify", |d| d.is_anon("inotify"), "not supported yet"),
+    full!("inotify", Inotify, inotify),
     refused!("fanotify", |d| d.is_anon("[fanotify]"), "not supported yet"),
     refused!("io_uring", |d| d.is_anon("[io_uring]"), "not supported yet"),
     refused!("userfaultfd", |d| d.is_anon("[userfaultfd]"), "not supported yet"),
