@@ -12,6 +12,37 @@ crate::survives! {
     full_address_space_has_room_for_a_checkpoint: "address_space_full";
 }
 
+/// A terabyte of which 10 MiB are there is stored, and comes back, as 10 MiB.
+#[test]
+fn a_sparse_terabyte_costs_what_is_in_it() {
+    let target = Target::start("memory_sparse");
+    let pids = process::tree(target.pid);
+    let before = target.at_rest();
+    let img = target.dump_ok("img");
+    target.unchanged(&before);
+    let size: u64 = std::fs::read_dir(&img)
+        .expect("list images")
+        .flatten()
+        .map(|f| f.metadata().map_or(0, |m| m.len()))
+        .sum();
+    assert!(size < 12 << 20, "{size} bytes of images for 10 MiB");
+    let _ = ckpt_tests::Pipeline::new(target.dir.path())
+        .stage(["ckpt-scan", "--snapshot", "-t", &target.pid.to_string()])
+        .stage(["ckpt-sk"])
+        .stage(["ckpt-write".into(), target.path("snapshot")])
+        .run()
+        .ok("dump --snapshot");
+    target.passes("the target");
+    target.end();
+    process::wait_free(&pids);
+    for name in ["img", "snapshot"] {
+        target.restore_ok(name);
+        target.passes("the restored one");
+        target.end();
+        process::wait_free(&pids);
+    }
+}
+
 #[test]
 fn images_of_sparse_memory_are_small() {
     let target = Target::start("memory_private");
