@@ -39,7 +39,7 @@ impl Place {
         let place = Self(turn);
         place.end();
         fs::create_dir_all(Path::new(PLACE).join("out")).expect("make the place");
-        for name in ["counter", "family"] {
+        for name in ["counter", "family", "tcp"] {
             let binary = Path::new(PLACE).join(name);
             let same = || fs::read(&binary).ok() == fs::read(golden(name)).ok();
             if !same() {
@@ -120,6 +120,12 @@ fn counter_of_criu_answers_ok() {
 #[test]
 fn family_of_criu_answers_ok() {
     answers("family", &[31101, 31104, 31105, 31106], "family ", &[]);
+}
+
+/// Established connections, a listener and a UDP socket, by CRIU. In a network of its own: the ports are fixed.
+#[test]
+fn tcp_of_criu_answers_ok() {
+    ckpt_tests::net::alone("tcp_of_criu_answers_ok", || answers("tcp", &[31201], "tcp ", &[]));
 }
 
 #[test]
