@@ -26,8 +26,6 @@ struct Bench {
 
 const BENCHES: &[Bench] = &[
     Bench { name: "pages", size: ("MiB", 1024), run: pages::run },
-    Bench { name: "rewrite", size: ("MiB", 1024), run: rewrite::run },
-    Bench { name: "sockets", size: ("socketpairs", 10_000), run: sockets::run },
     Bench { name: "snapshot", size: ("MiB", 1024), run: snapshot::run },
     Bench { name: "scaling", size: ("MiB", 4096), run: scaling::run },
     Bench { name: "rewrite", size: ("MiB", 1024), run: rewrite::run },

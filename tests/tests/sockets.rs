@@ -239,7 +239,7 @@ fn the_list_of_a_stream_needs_no_kernel_and_that_of_a_frozen_tree_does_it_no_har
     let mut reader = read();
     let list = output("ckpt-sk", &["--list"], reader.stdout.take().expect("a pipe").into());
     assert!(reader.wait().expect("wait").success());
-    assert!(row(&list, id).contains("connects to") || row(&list, id).contains("inherits"), "{list}");
+    assert!(row(&list, id).contains("accepts on"), "{list}");
 
     let pid = target.pid.to_string();
     let outcome = Pipeline::new(target.dir.path())

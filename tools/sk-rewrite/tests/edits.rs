@@ -426,3 +426,21 @@ fn with_files(files: Vec<FileEntry>) -> File {
     }
     writer.end().unwrap()
 }
+
+#[test]
+fn damaged_streams_are_errors_and_nothing_worse() {
+    for input in [external(), tcp()] {
+        let good = bytes(&input);
+        // Pages are passed on unread, and come behind this.
+        let end = good.len().min(6000);
+        for at in (0..end).step_by(7) {
+            let mut bad = good.clone();
+            bad[at] ^= 0x55;
+            let mut file = tempfile::tempfile().unwrap();
+            std::io::Write::write_all(&mut file, &bad).unwrap();
+            let rules = "--drop-queues kind=unix --close kind=tcp --port 47113=1 --set-opt kind=tcp:SO_MARK=1 --allow-unmatched";
+            let result = rewritten(rules, &file);
+            assert!(at >= 300 || result.is_err(), "byte {at}");
+        }
+    }
+}

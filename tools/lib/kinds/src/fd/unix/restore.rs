@@ -79,6 +79,8 @@ pub(super) struct Momentary {
 #[derive(Debug)]
 pub(in crate::fd) struct Sockets {
     entries: BTreeMap<u64, Rc<UnixSkEntry>>,
+    /// Those that listen: few, and looked through for each connection with a name.
+    listeners: Vec<Rc<UnixSkEntry>>,
     made: HashMap<u64, OwnedFd>,
     /// Other ends that are not part of the images: to fill queues through, and to be closed then.
     pub(super) far: HashMap<u64, OwnedFd>,
@@ -99,6 +101,7 @@ pub(in crate::fd) struct Sockets {
 pub(in crate::fd) fn restore(opening: &mut Opening<'_>, files: &[FileEntry]) -> anyhow::Result<()> {
     let mut sockets = Sockets {
         entries: BTreeMap::new(),
+        listeners: Vec::new(),
         made: HashMap::new(),
         far: HashMap::new(),
         given: BTreeSet::new(),
@@ -118,6 +121,8 @@ pub(in crate::fd) fn restore(opening: &mut Opening<'_>, files: &[FileEntry]) -> 
             bail!("two unix sockets have inode {}", usk.ino);
         }
     }
+    let listens = |usk: &&Rc<UnixSkEntry>| usk.state == u32::from(LISTEN);
+    sockets.listeners = sockets.entries.values().filter(listens).cloned().collect();
     sockets.make_all(opening)?;
     for (ino, usk) in &sockets.entries {
         let fd = sockets.made.remove(ino).with_context(|| format!("unix socket {ino} was not made"))?;
@@ -301,15 +306,13 @@ impl Sockets {
     /// The listener of the images that bears the name of `usk`.
     pub(super) fn listener_of(&self, usk: &UnixSkEntry) -> Option<&Rc<UnixSkEntry>> {
         let name = trim_path(&usk.name);
-        let bears_it = |l: &&Rc<UnixSkEntry>| {
-            l.state == u32::from(LISTEN) && l.r#type == usk.r#type && trim_path(&l.name) == name
-        };
+        let bears_it = |l: &&Rc<UnixSkEntry>| l.r#type == usk.r#type && trim_path(&l.name) == name;
         if name.is_empty() {
             return None;
         }
         // There can be one whose file was deleted, and a newer one.
-        let exact = self.entries.values().filter(bears_it).find(|l| l.deleted == usk.deleted);
-        exact.or_else(|| self.entries.values().find(bears_it))
+        let exact = self.listeners.iter().filter(bears_it).find(|l| l.deleted == usk.deleted);
+        exact.or_else(|| self.listeners.iter().find(bears_it))
     }
 
     /// Somebody who listens with the name of `usk`.
