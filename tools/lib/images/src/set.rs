@@ -869,4 +869,39 @@ mod tests {
             assert!(ImageSet::from_dir(&path).is_err(), "{case}");
         }
     }
+
+    proptest::proptest! {
+        #![proptest_config(proptest::prelude::ProptestConfig {
+            failure_persistence: None, ..proptest::prelude::ProptestConfig::with_cases(200)
+        })]
+
+        /// Whatever a manifest says, it is compared with what is there, or refused.
+        #[test]
+        fn hostile_manifests_are_errors_or_harmless(
+            edits in proptest::collection::vec((proptest::prelude::any::<proptest::sample::Index>(), 0..=255_u8), 0..4),
+            cut in proptest::option::of(proptest::prelude::any::<proptest::sample::Index>()),
+        ) {
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("x");
+            let mut writer = DirWriter::create(&path).unwrap();
+            writer.entry(Image::Pstree, 0, &task(7).encode_to_vec()).unwrap();
+            writer.data(Image::Pages, 1, &[5; 8192]).unwrap();
+            writer.finish().unwrap();
+            let manifest = path.join("ckpt-manifest.img");
+            let good = fs::read(&manifest).unwrap();
+            let mut bytes = good.clone();
+            for (at, byte) in edits {
+                let at = at.index(bytes.len());
+                bytes[at] = byte;
+            }
+            if let Some(cut) = cut {
+                bytes.truncate(cut.index(good.len()));
+            }
+            fs::write(&manifest, &bytes).unwrap();
+            // No panic, and no allocation that a manifest could ask for.
+            if let Ok(set) = ImageSet::from_chain(&path) {
+                let _ = set.verify_pages();
+            }
+        }
+    }
 }
