@@ -24,6 +24,8 @@ pub struct Gift {
     /// Start of the mapping, which is twice as long as the aligned part.
     mapping: NonNull<u8>,
     aligned: NonNull<u8>,
+    /// Bytes at the start that the pipe refers to.
+    given: usize,
 }
 
 impl Gift {
@@ -43,17 +45,18 @@ impl Gift {
         let aligned = unsafe { mapping.add(skip) };
         // SAFETY: advice for a range of the mapping made above. Without huge pages it works, only slower.
         unsafe { libc::madvise(aligned.as_ptr().cast(), SIZE, libc::MADV_HUGEPAGE) };
-        Ok(Self { mapping, aligned })
+        Ok(Self { mapping, aligned, given: 0 })
     }
 
-    /// The buffer's bytes; zeros after [`Self::give`].
+    /// The bytes that have not been given, at least one.
     pub fn bytes(&mut self) -> &mut [u8] {
         // SAFETY: SIZE bytes from `aligned` are mapped readable and writable for as long as `self`
         // lives, initialised (anonymous memory is zero), and borrowed through `&mut self` only.
-        unsafe { slice::from_raw_parts_mut(self.aligned.as_ptr(), SIZE) }
+        let all = unsafe { slice::from_raw_parts_mut(self.aligned.as_ptr(), SIZE) };
+        &mut all[self.given..]
     }
 
-    /// Gives the first `len` bytes to `pipe` and empties the buffer.
+    /// Gives the first `len` of the bytes to `pipe`. When none are left there are new ones.
     ///
     /// # Errors
     /// EPIPE if nobody reads it, EBADF if it is no pipe.
@@ -61,21 +64,26 @@ impl Gift {
     /// # Panics
     /// If `len` is more than the buffer holds.
     pub fn give(&mut self, pipe: BorrowedFd<'_>, len: usize) -> Result<(), SysError> {
-        assert!(len <= SIZE, "more bytes than the buffer holds");
-        let mut given = 0;
-        while given < len {
+        assert!(len <= SIZE - self.given, "more bytes than the buffer holds");
+        let end = self.given + len;
+        while self.given < end {
+            let left = end - self.given;
             // SAFETY: `given` is below SIZE.
-            let base = unsafe { self.aligned.add(given) };
-            let iov = libc::iovec { iov_base: base.as_ptr().cast(), iov_len: len - given };
+            let base = unsafe { self.aligned.add(self.given) };
+            let iov = libc::iovec { iov_base: base.as_ptr().cast(), iov_len: left };
             // SAFETY: `iov` describes bytes of the buffer; the kernel takes references to their
-            // pages, which are dropped from the buffer below before anything is written to it again.
+            // pages. `bytes` does not give them out any more until they are dropped from the buffer.
             let n = unsafe { libc::vmsplice(pipe.as_raw_fd(), &raw const iov, 1, libc::SPLICE_F_GIFT) };
             match usize::try_from(n) {
-                Ok(n) => given += n,
+                Ok(n) => self.given += n,
                 Err(_) if Errno::last() == Errno::EINTR => {}
-                Err(_) => return Err(SysError::last("vmsplice", format!("{} bytes", len - given))),
+                Err(_) => return Err(SysError::last("vmsplice", format!("{left} bytes"))),
             }
         }
+        if self.given < SIZE {
+            return Ok(());
+        }
+        self.given = 0;
         // SAFETY: the range is the buffer, to which no reference exists (`&mut self`).
         let dropped = unsafe { libc::madvise(self.aligned.as_ptr().cast(), SIZE, libc::MADV_DONTNEED) };
         if dropped == 0 { Ok(()) } else { Err(SysError::last("madvise(MADV_DONTNEED)", "a buffer")) }

@@ -49,6 +49,9 @@ use crate::{
 /// Bytes of memory that are moved at a time.
 pub const CHUNK: usize = 1 << 20;
 
+/// Bytes of pages in a record. Half of what a pipe holds, so that the stages behind work while the next ones are read.
+const RECORD: usize = 512 << 10;
+
 pub(super) const PAGE: u64 = 4096;
 
 /// VmFlags whose advice a restore repeats: madvise(2) number for each.
@@ -427,7 +430,7 @@ impl Plan {
             let mut at = run.start;
             while at < run.end {
                 let buffer = chunk.bytes();
-                let full = buffer.len();
+                let full = buffer.len().min(RECORD);
                 let n = usize::try_from(run.end - at).unwrap_or(full).min(full - filled);
                 let place = &mut buffer[filled..filled + n];
                 memory.read_exact_at(place, at).with_context(|| format!("{path}: read at {at:#x}"))?;
