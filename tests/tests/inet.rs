@@ -211,3 +211,55 @@ fn an_asyncio_datagram_server_goes_on() {
     ask(4);
     target.end();
 }
+
+/// Runs a script in a network namespace of its own, with the tools in its path and no descriptors but three.
+fn in_own_network(dir: &TestDir, script: &str) {
+    let tools = ckpt_tests::tool("ckpt-scan");
+    let path = format!(
+        "{}:{}",
+        tools.parent().expect("a directory").display(),
+        std::env::var("PATH").expect("PATH")
+    );
+    let script = format!(
+        "set -euo pipefail; soon() {{ for i in {{1..2000}}; do \"$@\" && return; sleep 0.01; done; return 1; }}\n\
+         trip() {{ ckpt-scan -t $P | ckpt-sk | ckpt-write img; kill -9 $P; wait $P || true; ckpt-restore --detach img; }}\n{script}"
+    );
+    let outcome = Command::new("unshare")
+        .args(["-n", "bash", "-c", ckpt_tests::workload::CLOSE_ALL, "bash", "bash", "-c", &script])
+        .current_dir(dir.path())
+        .env("PATH", path)
+        .env(ckpt_tests::process::MARKER, dir.path())
+        .output()
+        .expect("run unshare");
+    ckpt_tests::process::end_all(dir.path());
+    let said = String::from_utf8_lossy(&outcome.stderr);
+    assert!(outcome.status.success(), "{} {said}", String::from_utf8_lossy(&outcome.stdout));
+}
+
+#[test]
+fn ip_monitor_hears_what_happens_after_the_restore() {
+    let dir = TestDir::new("ip_monitor");
+    in_own_network(
+        &dir,
+        "setsid ip monitor address < /dev/null > out 2>&1 & P=$!\n\
+         bound() { grep -q \" $P \" /proc/net/netlink; }; soon bound\n\
+         trip; ip link set lo up; ip addr add 127.77.0.1/32 dev lo\n\
+         soon grep -q 127.77.0.1 out; kill -9 $P",
+    );
+}
+
+#[test]
+fn ping_sockets_keep_their_ports() {
+    let dir = TestDir::new("ping_sockets");
+    let workload = ckpt_tests::workload::compile("raw_sockets");
+    in_own_network(
+        &dir,
+        &format!(
+            "ip link set lo up; echo '0 1000' > /proc/sys/net/ipv4/ping_group_range\n\
+             setsid {} log < /dev/null > out 2>&1 & P=$!\n\
+             soon grep -qs ready log; ! grep SKIP log; trip; kill -USR1 $P\n\
+             soon grep -q -e PASS -e BROKEN log; cat log; grep -q PASS log; kill -9 $P",
+            workload.display()
+        ),
+    );
+}
