@@ -10,6 +10,7 @@
 
 mod harness;
 mod pages;
+mod redis;
 mod rewrite;
 mod scaling;
 mod snapshot;
@@ -26,10 +27,11 @@ struct Bench {
 
 const BENCHES: &[Bench] = &[
     Bench { name: "pages", size: ("MiB", 1024), run: pages::run },
-    Bench { name: "snapshot", size: ("MiB", 1024), run: snapshot::run },
-    Bench { name: "scaling", size: ("MiB", 4096), run: scaling::run },
     Bench { name: "rewrite", size: ("MiB", 1024), run: rewrite::run },
     Bench { name: "sockets", size: ("socketpairs", 10_000), run: sockets::run },
+    Bench { name: "snapshot", size: ("MiB", 1024), run: snapshot::run },
+    Bench { name: "scaling", size: ("MiB", 4096), run: scaling::run },
+    Bench { name: "redis", size: ("MiB", 1024), run: redis::run },
 ];
 
 fn main() -> ExitCode {
