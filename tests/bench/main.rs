@@ -9,6 +9,7 @@
 #![allow(missing_docs)]
 
 mod harness;
+mod increment;
 mod pages;
 mod redis;
 mod rewrite;
@@ -27,6 +28,7 @@ struct Bench {
 
 const BENCHES: &[Bench] = &[
     Bench { name: "pages", size: ("MiB", 1024), run: pages::run },
+    Bench { name: "increment", size: ("MiB", 1024), run: increment::run },
     Bench { name: "rewrite", size: ("MiB", 1024), run: rewrite::run },
     Bench { name: "sockets", size: ("socketpairs", 10_000), run: sockets::run },
     Bench { name: "snapshot", size: ("MiB", 1024), run: snapshot::run },

@@ -16,6 +16,8 @@ use ckpt_proto::{
 use ckpt_tests::{Outcome, Pipeline, Target, process, soon, tool};
 use nix::sys::signal::Signal;
 
+use crate::sockets::{accept, conversation, waiting};
+
 /// A `ckpt-track` at work.
 struct Tracker {
     child: Child,
@@ -459,4 +461,39 @@ fn a_series_ends_with_its_tree_and_refuses_a_second_in_its_directory() {
         "{}",
         fs::read_to_string(target.path("series.err")).unwrap_or_default()
     );
+}
+
+/// A checkpoint after every message of a conversation; back to some of them, in any order, and on from there.
+#[test]
+fn a_conversation_goes_on_from_any_of_its_messages() {
+    let messages: u64 = std::env::var("CKPT_SERIES_MESSAGES").ok().and_then(|n| n.parse().ok()).unwrap_or(60);
+    let (target, mut talk, id) = conversation();
+    let mut series = Series::start(&target, &["--external", &id.to_string(), "--full-every", "25"]);
+    for n in 4..messages + 4 {
+        assert_eq!(series.make().as_deref(), Some(format!("{:06}", n - 3).as_str()));
+        assert_eq!(talk.ask("and"), format!("answer {n} to and"));
+    }
+    assert_eq!(series.end(), Some(0));
+    drop(talk);
+    target.end();
+    // 7919 is no divisor of any number of messages that is likely to be asked for.
+    for k in 0..6 {
+        let n = 1 + k * 7919 % messages;
+        let path = target.path(&format!("client-{n}.sock"));
+        let listener = waiting(&path);
+        let option = format!("unix[{id}]:{}", path.display());
+        let dir = target.path("series").join(format!("{n:06}"));
+        let stage = [
+            "ckpt-restore".into(),
+            "--detach".into(),
+            "--external".into(),
+            option.into(),
+            dir.into_os_string(),
+        ];
+        let _ = Pipeline::new(target.dir.path()).stage(stage).run().ok("restore one of a series");
+        let mut talk = accept(&listener);
+        assert_eq!(talk.ask("go on"), format!("answer {} to go on", n + 3));
+        assert_eq!(talk.ask("and on"), format!("answer {} to and on", n + 4));
+        target.end();
+    }
 }

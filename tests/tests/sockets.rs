@@ -31,7 +31,7 @@ impl Talk {
         Self { write: stream.try_clone().expect("clone"), read: BufReader::new(stream) }
     }
 
-    fn ask(&mut self, what: &str) -> String {
+    pub(crate) fn ask(&mut self, what: &str) -> String {
         writeln!(self.write, "{what}").expect("ask");
         let mut line = String::new();
         self.read.read_line(&mut line).expect("hear the answer");
@@ -69,11 +69,11 @@ fn dump_external(target: &Target, id: u64, name: &str) {
 }
 
 /// What stands in for the client after the restore: it listens where the server shall connect to.
-fn accept(listener: &UnixListener) -> Talk {
+pub(crate) fn accept(listener: &UnixListener) -> Talk {
     Talk::over(listener.accept().expect("the restored server connects").0)
 }
 
-fn waiting(path: &Path) -> UnixListener {
+pub(crate) fn waiting(path: &Path) -> UnixListener {
     UnixListener::bind(path).expect("listen")
 }
 

@@ -68,6 +68,12 @@ pub struct Dump {
     /// What external sockets hold unread: drop or keep
     #[arg(long, value_name = "WHAT")]
     pub queued: Option<OsString>,
+    /// Track writes with the ckpt-track at ADDRESS
+    #[arg(long, value_name = "ADDRESS", conflicts_with_all = ["kill", "leave_stopped"])]
+    pub track: Option<OsString>,
+    /// Store only what was written since the checkpoint in DIR
+    #[arg(long, value_name = "DIR", requires = "track")]
+    pub parent: Option<OsString>,
     /// Kill the tree once the directory is safely in place
     #[arg(long, conflicts_with = "leave_stopped")]
     pub kill: bool,
@@ -292,6 +298,8 @@ impl Dump {
             words.flag("--leave-stopped", self.leave_stopped);
             words.flag("--snapshot", self.snapshot);
             words.flag("--share", self.share);
+            words.option("--track", &self.track);
+            words.option("--parent", &self.parent);
             words.option("--ghost-limit", &self.ghost_limit);
             words.option("--freeze-timeout", &self.freeze_timeout);
             words.option("--external", others);
@@ -305,6 +313,7 @@ impl Dump {
         let write = stage("ckpt-write", |words| {
             words.verbose(self.verbose);
             words.option("--compress", &self.compress);
+            words.option("--parent", &self.parent);
             words.0.push(path(&self.dir));
         });
         Pipeline { stages: vec![scan, sk, write] }
