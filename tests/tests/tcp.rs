@@ -10,9 +10,9 @@ use std::{
 };
 
 use ckpt_tests::{
-    Outcome, Pipeline, Random, Target,
+    Outcome, Pipeline, Random, Target, TestDir, installed,
     net::{self, Client},
-    process, soon,
+    process, skip, soon,
 };
 
 crate::survives! {
@@ -380,5 +380,70 @@ fn large_queues_survive_on_one_side() {
         client.read_exact(&mut answer).expect("read all of the answer");
         assert!(answer[..1 << 20].iter().all(|&b| b == b'x'));
         assert_eq!(&answer[1 << 20..], b"answer 1 to big one\n");
+    });
+}
+
+/// Counts up at redis, over one connection, until told to stop; every answer is the next number.
+fn count_up(key: usize, rounds: &AtomicU64, stop: &std::sync::atomic::AtomicBool) -> u64 {
+    let mut client = Client::connect("10.9.0.1:7000");
+    let mut expected = 0;
+    while !stop.load(Ordering::SeqCst) {
+        client.say(&format!("INCR counter{key}\r"));
+        expected += 1;
+        assert_eq!(client.hear(), format!(":{expected}"), "client {key}");
+        rounds.fetch_add(1, Ordering::SeqCst);
+    }
+    expected
+}
+
+/// Fifty clients in another network namespace count at a redis that is killed and restored under them: no answer is lost,
+/// none comes twice.
+#[test]
+fn fifty_clients_of_redis_never_notice() {
+    if !installed("redis-server") {
+        return skip("fifty_clients_of_redis_never_notice", "no redis-server");
+    }
+    net::alone("fifty_clients_of_redis_never_notice", || {
+        let rounds = AtomicU64::new(0);
+        let (_target, counted) = net::beside(
+            |stop| {
+                std::thread::scope(|threads| {
+                    let rounds = &rounds;
+                    let clients: Vec<_> =
+                        (0..50).map(|key| threads.spawn(move || count_up(key, rounds, stop))).collect();
+                    clients.into_iter().map(|c| c.join().expect("a client")).collect::<Vec<_>>()
+                })
+            },
+            || {
+                let dir = TestDir::new("redis_tcp");
+                let mut command = std::process::Command::new("redis-server");
+                command.args(["--port", "7000", "--bind", "0.0.0.0", "--protected-mode", "no", "--save", ""]);
+                command.arg("--logfile").arg(dir.path().join("log"));
+                let target = Target::spawn(dir, command);
+                assert!(soon(|| rounds.load(Ordering::SeqCst) > 500), "{}", target.log());
+                for round in 0..3 {
+                    let name = format!("img{round}");
+                    // Redis has its own /proc/PID/stat open now and then for a moment.
+                    let mut outcome = None;
+                    let dumped = soon(|| {
+                        let last = dump(&target, &name, &["--kill"], &["--tcp-established"]);
+                        let done = last.code("ckpt-scan") == 0;
+                        outcome = Some(last);
+                        done
+                    });
+                    assert!(dumped, "{outcome:?}");
+                    process::wait_free(&[target.pid]);
+                    target.restore_ok(&name);
+                    assert_eq!(net::rules(), "");
+                    let before = rounds.load(Ordering::SeqCst);
+                    assert!(
+                        soon(|| rounds.load(Ordering::SeqCst) > before + 500),
+                        "the clients wait in vain"
+                    );
+                }
+                target
+            },
+        );
+        assert!(counted.iter().all(|&n| n > 10), "{counted:?}");
     });
 }
