@@ -136,7 +136,7 @@ pub fn run(args: &Args, output: File) -> anyhow::Result<()> {
     let mut tracking = Tracking::begin(args.track.as_deref(), args.parent.as_ref())?;
     let frozen = Frozen::freeze(args.tree, Duration::from_secs(args.freeze_timeout)).map_err(as_refusal)?;
     ckpt_cli::note!(1, "froze {} processes", frozen.processes.len());
-    let mut held = Held { frozen, lock: None, leaves: None };
+    let mut held = Held { frozen, lock: None, leaves: None, in_flight: Vec::new() };
     stats::phase("entries");
     stats::count("tree", "processes", held.frozen.processes.len() as u64);
     let needs = match what_lacks(args, &held.frozen, plain_file).and_then(|needs| {
@@ -201,6 +201,8 @@ struct Held {
     lock: Option<TreeLock>,
     /// The name of the lock that stays when the tree is killed.
     leaves: Option<String>,
+    /// Files that only messages hold; ckpt-sk finds them here.
+    in_flight: Vec<OwnedFd>,
 }
 
 impl Held {
@@ -462,8 +464,9 @@ fn dump(
             .with_context(what)?;
         memory.push((process, vmas, watched));
     }
+    files.add_in_flight(writer)?;
     let segments = files.shmem_segments()?;
-    files.finish(writer)?;
+    held.in_flight = files.finish(writer)?;
 
     let mut pages_id = 0;
     let mut next_id = || {

@@ -34,6 +34,8 @@ pub struct FdInfo {
     pub mnt_id: i32,
     /// What only files of its kind have.
     pub special: Special,
+    /// Of a unix socket: descriptors in flight in its queue (Linux 5.10).
+    pub scm_fds: u32,
     /// `lock:` lines, each a file lock held through this open file.
     pub locks: Vec<String>,
 }
@@ -208,6 +210,7 @@ pub fn parse(bytes: &[u8]) -> Result<FdInfo, FdInfoError> {
             b"pos" => info.pos = value.parse::<i64>().map_err(bad)?.cast_unsigned(),
             b"flags" => flags = Some(u32::from_str_radix(value, 8).map_err(bad)?),
             b"mnt_id" => info.mnt_id = value.parse().map_err(bad)?,
+            b"scm_fds" => info.scm_fds = value.parse().map_err(bad)?,
             b"lock" => info.locks.push(line[colon + 1..].trim_ascii().escape_ascii().to_string()),
             b"eventfd-count" => {
                 info.special = Special::Eventfd {

@@ -25,7 +25,7 @@ use ckpt_sys::{
 };
 use nix::sys::stat::{FileStat, SFlag};
 
-use super::{KINDS, Support, epoll, fown, lock, memfd, pipe, reg, tty};
+use super::{KINDS, Support, epoll, fown, lock, memfd, pipe, reg, tty, unix};
 use crate::{Sink, sink::emit};
 
 /// What the user allowed at dump time.
@@ -223,7 +223,7 @@ struct Known {
 pub struct FileTable {
     pub(super) tree: HashSet<Pid>,
     pub(super) options: DumpOptions,
-    next_id: u32,
+    pub(super) next_id: u32,
     /// Open files by device and inode, each list in kcmp's order.
     known: HashMap<(u64, u64), Vec<Known>>,
     /// Descriptors by file id and by task: where epoll sets look for their members.
@@ -234,6 +234,9 @@ pub struct FileTable {
     pub(super) memory: memfd::Memory,
     pub(super) terminals: tty::Terminals,
     pub(super) epolls: Vec<epoll::Pending>,
+    pub(super) in_flight: Vec<unix::InFlight>,
+    /// Files that are in flight and nowhere else.
+    pub(super) flying: Vec<OwnedFd>,
     locks: lock::Locks,
 }
 
@@ -253,6 +256,8 @@ impl FileTable {
             memory: memfd::Memory::default(),
             terminals: tty::Terminals::default(),
             epolls: Vec::new(),
+            in_flight: Vec::new(),
+            flying: Vec::new(),
             locks: lock::Locks::default(),
         }
     }
@@ -323,7 +328,7 @@ impl FileTable {
         Ok(())
     }
 
-    fn add_descriptor(
+    pub(super) fn add_descriptor(
         &mut self,
         pid: Pid,
         comm: &str,
@@ -439,18 +444,21 @@ impl FileTable {
     }
 
     /// Everything that could not be written before all tasks were known: epoll sets, what is in pipes,
-    /// contents of deleted files, locks.
+    /// contents of deleted files, locks. Gives the descriptors of files that are in flight alone: they have
+    /// to stay open until ckpt-sk is done.
     ///
     /// # Errors
     /// [`Refused`] for pipes that lead outside; the sink's.
-    pub fn finish(mut self, sink: &mut dyn Sink) -> anyhow::Result<()> {
+    pub fn finish(mut self, sink: &mut dyn Sink) -> anyhow::Result<Vec<OwnedFd>> {
+        self.add_in_flight(sink)?;
         for pending in std::mem::take(&mut self.epolls) {
             let entry = epoll::complete(&self, pending)?;
             emit(sink, Image::Files, 0, &entry)?;
         }
         pipe::finish(&mut self, sink)?;
         self.locks.finish(sink)?;
-        self.remaps.finish(sink)
+        self.remaps.finish(sink)?;
+        Ok(self.flying)
     }
 
     /// Emits an entry for a file that is not behind a descriptor of its own (the path of a FIFO).

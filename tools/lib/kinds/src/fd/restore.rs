@@ -14,7 +14,10 @@ use anyhow::{Context, bail};
 use ckpt_images::ImageSet;
 use ckpt_proto::{
     Image,
-    types::{EventpollFileEntry, FdTypes, FdinfoEntry, FileEntry, FileLockEntry, FownEntry, RegFileEntry},
+    types::{
+        EventpollFileEntry, FdTypes, FdinfoEntry, FileEntry, FileLockEntry, FownEntry, RegFileEntry,
+        SkPacketEntry,
+    },
 };
 use ckpt_remote::Call;
 use ckpt_sys::{FileId, Pid, Refused, SocketId, file};
@@ -229,6 +232,10 @@ impl OpenFiles {
                 highest = highest.max(entry.fd);
                 described.insert(entry.id);
             }
+        }
+        // Nor is what nobody has received yet without one.
+        for packet in set.all::<SkPacketEntry>(Image::SkQueues, 0)? {
+            described.extend(packet.scm.iter().flat_map(|scm| &scm.rights));
         }
         let names = reg::Names::read(set)?;
         let mut opening = Opening {

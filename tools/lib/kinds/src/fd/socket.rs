@@ -8,7 +8,7 @@
 
 use std::{
     collections::{HashMap, hash_map::Entry},
-    os::fd::{AsFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
 };
 
 use anyhow::{Context, bail};
@@ -147,6 +147,11 @@ fn is_inet(stub: &SocketStub, kind: i32) -> bool {
 
 fn is_ping(stub: &SocketStub) -> bool {
     matches!(stub.protocol.cast_signed(), libc::IPPROTO_ICMP | libc::IPPROTO_ICMPV6)
+}
+
+/// Whether it is a listening socket.
+pub(super) fn listens(fd: BorrowedFd<'_>) -> anyhow::Result<bool> {
+    Ok(sock::option(fd, libc::SOL_SOCKET, libc::SO_ACCEPTCONN)? != 0)
 }
 
 /// ckpt-scan's part: a stub, which ckpt-sk completes.

@@ -3,7 +3,7 @@
 
 use std::{
     fs::{self, File},
-    io::{IoSlice, Read, Seek, Write},
+    io::{Read, Seek, Write},
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
         unix::{
@@ -87,7 +87,7 @@ impl Dump {
         let mut sink = Capture { writer: Writer::open(stream, hello)?, stubs: Vec::new() };
         let mut table = FileTable::new(vec![own_pid()], self.options.clone());
         table.add_descriptors(own_pid(), "test", 2, fds, &mut sink)?;
-        table.finish(&mut sink)?;
+        let _in_flight = table.finish(&mut sink)?;
         let stubs = std::mem::take(&mut sink.stubs);
         let say = Say { warn: &warned, note: &|_| () };
         let defaults = &Defaults::default();
@@ -698,16 +698,92 @@ fn peer_that_closed_leaves_its_last_words() {
     assert_eq!(nix::unistd::read(back, &mut [0; 4]), Ok(0));
 }
 
+fn receive(fd: BorrowedFd<'_>) -> (Vec<u8>, Vec<OwnedFd>) {
+    let mut buffer = [0; 64];
+    let got = ckpt_sys::unixsock::peek(fd, &mut buffer).unwrap().unwrap();
+    // Received for good by a call that does not want the descriptors.
+    assert_eq!(read_some(fd, got.len), buffer[..got.len]);
+    (buffer[..got.len].to_vec(), got.rights)
+}
+
+fn read_some(fd: BorrowedFd<'_>, len: usize) -> Vec<u8> {
+    let mut buffer = vec![0; len.max(1)];
+    let n = nix::unistd::read(fd, &mut buffer).unwrap();
+    buffer.truncate(n);
+    buffer
+}
+
 #[test]
-fn descriptors_in_flight_are_refused() {
+fn descriptors_in_flight() {
+    for kind in [SockType::Stream, SockType::Datagram, SockType::SeqPacket] {
+        let (a, b) = pair(kind);
+        let mut data = tempfile::tempfile().unwrap();
+        data.write_all(b"in a file").unwrap();
+        let (reader, writer) = nix::unistd::pipe().unwrap();
+        nix::unistd::write(&writer, b"in a pipe").unwrap();
+        let event = EventFd::from_value_and_flags(7, EfdFlags::EFD_NONBLOCK).unwrap();
+        let (c, d) = pair(SockType::Stream);
+        nix::unistd::write(&d, b"in a socket").unwrap();
+        let send = |bytes: &[u8], fds: &[BorrowedFd<'_>]| {
+            ckpt_sys::unixsock::send_message(a.as_fd(), bytes, None, fds, None).unwrap();
+        };
+        send(b"plain", &[]);
+        send(b"two", &[data.as_fd(), reader.as_fd()]);
+        send(b"three", &[event.as_fd(), c.as_fd()]);
+        // One that the table has too, and a socket that is in flight in itself.
+        send(b"loop", &[writer.as_fd(), b.as_fd()]);
+        send(b"end", &[]);
+        drop((data, reader, event, c));
+        let fds = [&a, &b, &d, &writer].map(target);
+        let set = dump(&fds);
+        drop((a, b, d, writer));
+        let files = restore(&set);
+        let [_, back, d, writer] = fds.map(|fd| restored(&set, &files, fd));
+        // A stream has no boundary in front of descriptors, only behind them.
+        let stream = kind == SockType::Stream;
+        if !stream {
+            assert_eq!(receive(back).0, b"plain");
+        }
+        let (text, rights) = receive(back);
+        assert_eq!((&text[..], rights.len()), (if stream { &b"plaintwo"[..] } else { b"two" }, 2));
+        check_file_and_pipe(&rights, writer);
+        let (text, rights) = receive(back);
+        assert_eq!((&text[..], rights.len()), (&b"three"[..], 2));
+        assert_eq!(read_some(rights[0].as_fd(), 8), 7u64.to_ne_bytes());
+        assert_eq!(read_some(rights[1].as_fd(), 64), b"in a socket");
+        nix::unistd::write(d, b"more").unwrap();
+        assert_eq!(read_some(rights[1].as_fd(), 64), b"more");
+        let (text, rights) = receive(back);
+        assert_eq!((&text[..], rights.len()), (&b"loop"[..], 2));
+        for (fd, known) in rights.iter().zip([writer, back]) {
+            let (own, fd, known) = (own_pid().leader(), target(fd), TargetFd(known.as_raw_fd()));
+            let same = ckpt_sys::kcmp::compare(own, own, ckpt_sys::kcmp::Object::File(fd, known)).unwrap();
+            assert_eq!(same, std::cmp::Ordering::Equal);
+        }
+        drop(rights);
+        assert_eq!(receive(back).0, b"end");
+    }
+}
+
+fn check_file_and_pipe(rights: &[OwnedFd], writer: BorrowedFd<'_>) {
+    let mut file = File::from(rights[0].try_clone().unwrap());
+    file.rewind().unwrap();
+    let mut text = String::new();
+    file.read_to_string(&mut text).unwrap();
+    assert_eq!(text, "in a file");
+    assert_eq!(read_some(rights[1].as_fd(), 64), b"in a pipe");
+    nix::unistd::write(writer, b"more").unwrap();
+    assert_eq!(read_some(rights[1].as_fd(), 64), b"more");
+}
+
+#[test]
+fn an_epoll_set_in_flight_is_refused() {
     let (a, b) = pair(SockType::Stream);
-    let fds = [a.as_raw_fd()];
-    let with = [nix::sys::socket::ControlMessage::ScmRights(&fds)];
-    let text = [IoSlice::new(b"x")];
-    nix::sys::socket::sendmsg::<()>(a.as_raw_fd(), &text, &with, nix::sys::socket::MsgFlags::empty(), None)
-        .unwrap();
+    let epoll = nix::sys::epoll::Epoll::new(nix::sys::epoll::EpollCreateFlags::EPOLL_CLOEXEC).unwrap();
+    ckpt_sys::unixsock::send_message(a.as_fd(), b"x", None, &[epoll.0.as_fd()], None).unwrap();
+    drop(epoll);
     let refused = refusal(Dump::default().run(&[target(&a), target(&b)]));
-    assert!(refused.reason.contains("SCM_RIGHTS"), "{refused:?}");
+    assert!(refused.reason.contains("epoll set"), "{refused:?}");
 }
 
 #[test]

@@ -19,6 +19,7 @@
 //! not seen it. If its client is in the tree it is refused.
 
 pub mod complete;
+mod in_flight;
 mod others;
 mod outside;
 mod queue;
@@ -31,6 +32,7 @@ use super::{Descriptor, FileTable, socket};
 use crate::Sink;
 
 pub(super) use complete::complete;
+pub(super) use in_flight::Pending as InFlight;
 pub(super) use restore::{Sockets, restore, settle};
 
 /// `state`: connected, or a datagram socket with a default peer.
@@ -160,12 +162,12 @@ pub(super) fn recognise(d: &Descriptor) -> bool {
 }
 
 pub(super) fn dump(
-    _: &mut FileTable,
+    table: &mut FileTable,
     d: &Descriptor,
     id: FileId,
     _: &mut dyn Sink,
 ) -> anyhow::Result<Option<FileEntry>> {
-    socket::dump(d, id, FdTypes::Unixsk)
+    in_flight::dump(table, d, socket::dump(d, id, FdTypes::Unixsk)?)
 }
 
 #[cfg(test)]

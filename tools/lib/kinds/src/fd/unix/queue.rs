@@ -4,6 +4,11 @@
 //! receiver wants to know), and the sender's address. A stream has no messages, but bytes that came with
 //! descriptors or from another sender are read by a call of their own, and so they are kept apart.
 //!
+//! Where in a stream they came is not told exactly: a peek, however short, shows the next descriptors that there
+//! are, and ends behind the last byte that was sent with them (net/unix/af_unix.c: `goto again` without a look
+//! at what is left of the buffer). Plain bytes in front of them come back as part of the same message. So
+//! descriptors may come early, which readers expect of a stream, but never late.
+//!
 //! Which open file a descriptor in flight is, is for ckpt-scan to say, who knows all open files of the
 //! tree; it has left their numbers in the stub, a list for each message that has some ([`super::in_flight`]).
 
@@ -58,18 +63,25 @@ pub(super) fn peek(socket: &Socket<'_>, sockets: &BTreeMap<u64, Socket<'_>>) -> 
         let advice = "checkpoint when it has been read";
         return Err(socket.refuse("an error (ECONNRESET) waits to be read").advise(advice).into());
     }
+    let refuse = |reason: String| socket.refuse(reason);
+    let ends = socket.diag.kind == libc::SOCK_SEQPACKET && socket.diag.shutdown & 1 != 0;
+    let walk = Walk { fd, kind: socket.diag.kind, ends, refuse: &refuse };
     let mut queue = Queue {
         socket,
         sockets,
         rights: socket.stub.in_flight.iter().map(|s| &s.rights[..]),
         found: Vec::new(),
     };
-    if stream {
-        queue.stream()?
-    } else {
-        queue.messages()?
-    }
+    walk.all(&mut |bytes, received| queue.add(bytes, &received))?;
     Ok(queue.found)
+}
+
+/// Whether nothing can come any more.
+pub(super) fn is_shut(fd: BorrowedFd<'_>) -> anyhow::Result<bool> {
+    let mut fds = [PollFd::new(fd, PollFlags::from_bits_retain(libc::POLLRDHUP))];
+    poll(&mut fds, PollTimeout::ZERO).context("poll")?;
+    // nix does not know the flag, and says so when it comes.
+    Ok(fds[0].any().unwrap_or(true))
 }
 
 /// Lets peeks begin at the front of the queue, and, if `walk`, each go on where the last has ended.
@@ -115,25 +127,40 @@ impl<'q, R: Iterator<Item = &'q [u32]>> Queue<'q, '_, R> {
         self.found.push(message);
         Ok(())
     }
+}
 
-    fn stream(&mut self) -> anyhow::Result<()> {
-        let socket = self.socket;
-        let fd = socket.copy.as_fd();
-        let subject = || socket.subject.clone();
+/// What is given each message of a queue, or piece of a stream.
+type Each<'e> = &'e mut dyn FnMut(&[u8], Received) -> anyhow::Result<()>;
+
+/// A walk along a queue.
+pub(super) struct Walk<'w> {
+    pub(super) fd: BorrowedFd<'w>,
+    /// `SOCK_STREAM`, ...
+    pub(super) kind: i32,
+    /// A sequenced packet socket whose other end is shut down answers a peek at nothing with end of file, which
+    /// looks like a message of no bytes: there the number of bytes says when to stop.
+    pub(super) ends: bool,
+    pub(super) refuse: &'w dyn Fn(String) -> Refused,
+}
+
+impl Walk<'_> {
+    pub(super) fn all(&self, each: Each<'_>) -> anyhow::Result<()> {
+        if self.kind == libc::SOCK_STREAM { self.stream(each) } else { self.messages(each) }
+    }
+
+    fn stream(&self, each: Each<'_>) -> anyhow::Result<()> {
+        let fd = self.fd;
         let waiting = file::readable_bytes(fd)? as usize;
         let mut buffer = vec![0; waiting + 1];
         {
             let _guard = from_front(fd, false)?;
-            let all = unixsock::peek(fd, &mut buffer).with_context(subject)?.unwrap_or_default();
+            let all = unixsock::peek(fd, &mut buffer)?.unwrap_or_default();
             if all.len == waiting
                 && all.rights.is_empty()
                 && !all.control_truncated
                 && all.credentials.is_none()
             {
-                for piece in buffer[..waiting].chunks(STREAM_PIECE) {
-                    self.add(piece, &Received::default())?;
-                }
-                return Ok(());
+                return in_pieces(&buffer[..waiting], None, each);
             }
         }
         // Piece by piece: a peek ends behind descriptors and where the sender changes.
@@ -145,83 +172,65 @@ impl<'q, R: Iterator<Item = &'q [u32]>> Queue<'q, '_, R> {
         let mut at = 0;
         while at < waiting {
             seek(at)?;
-            let piece =
-                unixsock::peek(fd, &mut buffer[..waiting - at]).with_context(subject)?.unwrap_or_default();
+            let piece = unixsock::peek(fd, &mut buffer[..waiting - at])?.unwrap_or_default();
             if piece.len == 0 {
                 break;
             }
-            let bytes = buffer.get(..piece.len).unwrap_or_default().to_vec();
-            let mut plain = 0;
-            if !piece.rights.is_empty() {
-                // Descriptors belong to the last part of the piece: the shortest peek that shows them tells.
-                let (mut without, mut with) = (0, piece.len);
-                while with - without > 1 {
-                    let middle = without + (with - without) / 2;
-                    seek(at)?;
-                    let part = unixsock::peek(fd, &mut buffer[..middle])?.unwrap_or_default();
-                    if part.rights.is_empty() { without = middle } else { with = middle }
-                }
-                plain = without;
-            }
-            let credentials = piece.credentials;
-            for part in bytes[..plain].chunks(STREAM_PIECE) {
-                self.add(part, &Received { credentials, ..Received::default() })?;
-            }
-            if piece.rights.is_empty() {
-                for part in bytes[plain..].chunks(STREAM_PIECE) {
-                    self.add(part, &Received { credentials, ..Received::default() })?;
-                }
-            } else {
-                self.add(&bytes[plain..], &piece)?;
-            }
             at += piece.len;
+            let bytes = buffer.get(..piece.len).unwrap_or_default().to_vec();
+            if piece.rights.is_empty() && !piece.control_truncated {
+                in_pieces(&bytes, piece.credentials, each)?;
+                continue;
+            }
+            each(&bytes, piece)?;
         }
         if at != waiting {
             let reason = format!("{at} of {waiting} unread bytes could be copied");
             let advice = "unread out-of-band data is in the way: checkpoint when it has been read";
-            return Err(socket.refuse(reason).advise(advice).into());
+            return Err((self.refuse)(reason).advise(advice).into());
         }
         Ok(())
     }
 
-    fn messages(&mut self) -> anyhow::Result<()> {
-        let socket = self.socket;
-        let fd = socket.copy.as_fd();
-        // A socket of this type whose other end is shut down answers a peek at nothing with end of file,
-        // which looks like a message of no bytes: there the number of bytes says when to stop.
-        let ends = socket.diag.kind == libc::SOCK_SEQPACKET && socket.diag.shutdown & 1 != 0;
-        let mut left = if ends { file::readable_bytes(fd)? as usize } else { usize::MAX };
+    fn messages(&self, each: Each<'_>) -> anyhow::Result<()> {
+        let mut left = if self.ends { file::readable_bytes(self.fd)? as usize } else { usize::MAX };
         if left == 0 {
             return Ok(());
         }
         let mut buffer = vec![0; 1 << 16];
         {
             // Most queues are empty; a look that leaves SO_PEEK_OFF alone tells.
-            let _guard = from_front(fd, false)?;
-            match peek_message(socket, &mut buffer)? {
+            let _guard = from_front(self.fd, false)?;
+            match peek_message(self.fd, &mut buffer)? {
                 // The look at it has hidden it from those that follow.
-                Some(first) if first.full_len == 0 => self.add(&[], &first)?,
+                Some(first) if first.full_len == 0 => each(&[], first)?,
                 Some(_) => {}
                 None => return Ok(()),
             }
         }
-        let _guard = from_front(fd, true)?;
+        let _guard = from_front(self.fd, true)?;
         while left > 0 {
-            let Some(peeked) = peek_message(socket, &mut buffer)? else { break };
-            self.add(buffer.get(..peeked.len).unwrap_or_default(), &peeked)?;
-            left = left.saturating_sub(if ends { peeked.len.max(1) } else { 0 });
+            let Some(peeked) = peek_message(self.fd, &mut buffer)? else { break };
+            let len = peeked.len;
+            each(buffer.get(..len).unwrap_or_default(), peeked)?;
+            left = left.saturating_sub(if self.ends { len.max(1) } else { 0 });
         }
         Ok(())
     }
 }
 
+fn in_pieces(bytes: &[u8], credentials: Option<(u32, u32, u32)>, each: Each<'_>) -> anyhow::Result<()> {
+    for piece in bytes.chunks(STREAM_PIECE) {
+        each(piece, Received { credentials, ..Received::default() })?;
+    }
+    Ok(())
+}
+
 /// Peeks at a message, with a buffer that is made as large as it needs to be.
-fn peek_message(socket: &Socket<'_>, buffer: &mut Vec<u8>) -> anyhow::Result<Option<Received>> {
-    let fd = socket.copy.as_fd();
+fn peek_message(fd: BorrowedFd<'_>, buffer: &mut Vec<u8>) -> anyhow::Result<Option<Received>> {
     let offset = sock::option(fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF)?;
     loop {
-        let peeked = unixsock::peek(fd, buffer).with_context(|| socket.subject.clone())?;
-        match peeked {
+        match unixsock::peek(fd, buffer)? {
             Some(peeked) if peeked.full_len > buffer.len() => {
                 buffer.resize(peeked.full_len, 0);
                 sock::set_option(fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF, offset)?;
