@@ -11,7 +11,7 @@ fn names() -> Vec<String> {
 }
 
 /// Those that need more around them than a log.
-const SPECIAL: &[&str] = &["terminal", "fullscreen", "asking", "memory_storm"];
+const SPECIAL: &[&str] = &["terminal", "fullscreen", "asking", "remembering", "memory_storm"];
 
 fn start(name: &str, broken: &str) -> Target {
     match name {

@@ -13,7 +13,7 @@ mod tracking;
 use std::{
     fs::File,
     ops::Range,
-    os::fd::{AsFd, BorrowedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::PathBuf,
     time::Duration,
 };
@@ -222,7 +222,8 @@ impl Held {
     /// Ends the freeze, and the lock on the network unless the tree is killed: then its connections stay silent
     /// until they are restored.
     fn free(self, how: Release) -> anyhow::Result<()> {
-        let Self { frozen, mut lock, leaves } = self;
+        let Self { frozen, mut lock, leaves, in_flight } = self;
+        drop(in_flight);
         let held = frozen.since().elapsed();
         let copies = match &lock {
             Some(lock) if matches!(how, Release::Kill) => lock.sockets(),
