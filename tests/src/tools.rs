@@ -65,6 +65,19 @@ impl Pipeline {
         self
     }
 
+    /// Adds a stage called `name` that runs `words` as they are.
+    ///
+    /// # Panics
+    /// There are no words.
+    #[must_use]
+    pub fn program<S: Into<OsString>>(mut self, name: &str, words: impl IntoIterator<Item = S>) -> Self {
+        let mut words = words.into_iter().map(Into::into);
+        let mut command = Command::new(words.next().expect("a stage has a program"));
+        command.args(words);
+        self.stages.push((name.to_owned(), command));
+        self
+    }
+
     /// Adds stages from a line split at spaces and `|`.
     #[must_use]
     pub fn line(mut self, line: &str) -> Self {

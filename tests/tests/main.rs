@@ -10,6 +10,7 @@
 //! - `increments`: tracking, and checkpoints that continue others
 //! - `invariants`: attacks: tools killed, disks full, pipes closed, images damaged
 //! - `images`: compressed pages, chains of increments, checksums
+//! - `denied`: system calls that the kernel denies to a tool, one at a time
 //! - `wire`: CRIU's own images restored; ours compared with them field by field
 //! - `programs`: bash, python, redis, sqlite, nginx
 //! - `cli`: options, exit statuses, pipelines of other shapes
@@ -18,6 +19,7 @@
 #![allow(missing_docs)]
 
 mod cli;
+mod denied;
 mod examples;
 mod files;
 mod images;

@@ -9,26 +9,8 @@ crate::survives! {
     capabilities_and_securebits_survive: "credentials_caps";
     names_and_treatment_survive: "task_attributes";
     chrooted_task_stays_in_its_root: "chrooted";
-}
-
-/// The filter would kill the task for the first system call that is not its own.
-#[test]
-fn seccomp_filter_is_refused_and_does_not_kill() {
-    let target = Target::start("seccomp_filter");
-    let before = target.at_rest();
-    let outcome = target.dump("img");
-    if outcome.code("ckpt-write") == 0 {
-        target.unchanged(&before);
-        target.passes("the original");
-        target.end();
-        target.restore_ok("img");
-        target.looks_like(&before);
-    } else {
-        let _ = outcome.fails("ckpt-scan", 3, &["seccomp", &target.pid.to_string()]);
-        assert!(!target.path("img").exists());
-        target.unchanged(&before);
-    }
-    target.passes("the one that lives");
+    deadly_seccomp_filter_confines_on: "seccomp_filter";
+    chains_of_seccomp_filters_come_back_as_chains: "seccomp_chain";
 }
 
 #[test]

@@ -20,7 +20,7 @@ use anyhow::{Context, ensure};
 use ckpt_kinds::{
     fd::OpenFiles,
     mem::restore::{self as mem, vdso},
-    task::restore as task,
+    task::{restore as task, seccomp},
 };
 use ckpt_remote::{
     Arg, Call, RemoteError, Syscalls,
@@ -330,6 +330,7 @@ impl Family {
             self.task(process.pid.0)?
                 .run(&task::timer_calls(process.core()))
                 .with_context(|| process.name())?;
+            self.confine(process, &tree.filters).with_context(|| process.name())?;
             self.seal_one(process, body, region).with_context(|| process.name())?;
             if stop || task::stop_signal(process.core()).is_some() {
                 Self::stop(process).with_context(|| format!("{}: stop it", process.name()))?;
@@ -359,6 +360,43 @@ impl Family {
         let take = Call::new("rt_sigtimedwait", libc::SYS_rt_sigtimedwait, args).may_fail();
         while ckpt_remote::run_one(task, take.clone())?.ret > 0 {}
         Ok(())
+    }
+
+    /// Installs the seccomp filters, which are suspended until [`Self::go`].
+    fn confine(&mut self, process: &Process, filters: &seccomp::Table) -> anyhow::Result<()> {
+        let chains =
+            process.threads.iter().map(|t| filters.of(&t.core)).collect::<anyhow::Result<Vec<_>>>()?;
+        let Some(longest) = chains.iter().flatten().map(|f| f.program.len()).max() else { return Ok(()) };
+        for thread in &process.threads {
+            let options = OPTIONS | libc::PTRACE_O_SUSPEND_SECCOMP;
+            ptrace::set_options(thread.tid, options.unsigned_abs())?;
+        }
+        let shared = chains.windows(2).all(|pair| pair[0] == pair[1]);
+        let pid = process.pid;
+        let leader = self.task(pid.0)?;
+        let (protection, flags) =
+            (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        let args = [
+            Arg::Val(0),
+            Arg::Val(longest as u64),
+            protection.into(),
+            flags.into(),
+            (-1).into(),
+            Arg::Val(0),
+        ];
+        let at = ckpt_remote::run_one(leader, Call::new("mmap", libc::SYS_mmap, args))?.ret;
+        let at = RemoteAddr(at.cast_unsigned());
+        for (thread, chain) in process.threads.iter().zip(&chains).take(if shared { 1 } else { chains.len() })
+        {
+            for filter in chain {
+                memory::write_all(pid, at, &filter.program)?;
+                let done =
+                    ckpt_remote::run_one(self.task(thread.tid.0)?, seccomp::install(filter, at, shared)?)?;
+                ensure!(done.ret == 0, "tid {}: its seccomp filters differ from its process's", done.ret);
+            }
+        }
+        let args = [Arg::Val(at.0), Arg::Val(longest as u64)];
+        self.call(pid.0, Call::new("munmap", libc::SYS_munmap, args))
     }
 
     fn seal_one(&mut self, process: &Process, body: &Body, region: &Region) -> anyhow::Result<()> {

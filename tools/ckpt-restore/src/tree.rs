@@ -4,7 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Context, ensure};
 use ckpt_images::ImageSet;
-use ckpt_kinds::{mem::restore::AddressSpace, task};
+use ckpt_kinds::{
+    mem::restore::AddressSpace,
+    task::{self, seccomp},
+};
 use ckpt_proto::{
     Image,
     types::{
@@ -74,6 +77,8 @@ impl Process {
 pub struct Tree {
     /// The root first.
     pub processes: Vec<Process>,
+    /// What their threads are confined by.
+    pub filters: seccomp::Table,
 }
 
 fn number(n: u32, what: &str) -> anyhow::Result<i32> {
@@ -119,7 +124,13 @@ impl Tree {
             });
             ensure!(order.len() < before, "pstree.img: processes are each other's ancestors");
         }
-        Ok(Self { processes })
+        let filters = seccomp::Table::read(set)?;
+        for process in &processes {
+            for thread in &process.threads {
+                filters.of(&thread.core).with_context(|| process.name())?;
+            }
+        }
+        Ok(Self { processes, filters })
     }
 
     /// The root.

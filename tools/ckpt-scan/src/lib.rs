@@ -30,14 +30,12 @@ use ckpt_kinds::{
         share,
     },
     sink::emit,
-    task,
+    task::{self, seccomp::Filters},
 };
 use ckpt_proto::{
     Image,
     stream::Writer,
-    types::{
-        Hello, InventoryEntry, PstreeEntry, SeccompEntry, TimensEntry, Timespec, VmaEntry, core_entry::March,
-    },
+    types::{Hello, InventoryEntry, PstreeEntry, TimensEntry, Timespec, VmaEntry, core_entry::March},
 };
 use ckpt_remote::{FreezeError, Frozen, Process, Release};
 use ckpt_sys::{Pid, Refused, nft, transfer::Output};
@@ -443,7 +441,10 @@ fn dump(
     let ids = ids::assign(&processes)?;
     emit(writer, Image::Inventory, 0, &inventory(&ids, tracking, held.leaves.clone())?)?;
     emit(writer, Image::Timens, 0, &clocks()?)?;
-    emit(writer, Image::Seccomp, 0, &SeccompEntry::default())?;
+    let threads =
+        processes.iter().filter(|p| !p.zombie).flat_map(|p| p.threads.iter().map(|t| (p.pid, t.tid)));
+    let filters = Filters::read(threads)?;
+    emit(writer, Image::Seccomp, 0, &filters.entry())?;
     for process in &processes {
         emit(writer, Image::Pstree, 0, &pstree(process, args.tree)?)?;
     }
@@ -461,8 +462,9 @@ fn dump(
         tracking.watch(frozen, process);
         let mut watched = Vec::new();
         let ours = tracking.of(process.pid, &[]).is_some().then_some(&mut watched);
-        let vmas = process::dump(frozen, process, ids.of(process.pid), early, &mut files, ours, writer)
-            .with_context(what)?;
+        let vmas =
+            process::dump(frozen, process, ids.of(process.pid), early, &mut files, &filters, ours, writer)
+                .with_context(what)?;
         memory.push((process, vmas, watched));
     }
     files.add_in_flight(writer)?;

@@ -8,7 +8,7 @@ use ckpt_kinds::{
     fd::FileTable,
     mem::{self, early::Early},
     sink::emit,
-    task::{self, ThreadInput},
+    task::{self, ThreadInput, seccomp::Filters},
 };
 use ckpt_proc::status;
 use ckpt_proto::{
@@ -25,12 +25,14 @@ use crate::number;
 ///
 /// # Errors
 /// A refusal, or the kernel's.
+#[expect(clippy::too_many_arguments, reason = "what all processes of a tree share, and one of them")]
 pub fn dump(
     frozen: &mut Frozen,
     process: &Process,
     ids: TaskKobjIdsEntry,
     early: &mut Early,
     files: &mut FileTable,
+    filters: &Filters,
     watched: Option<&mut Vec<Range<u64>>>,
     sink: &mut dyn Sink,
 ) -> anyhow::Result<Vec<VmaEntry>> {
@@ -53,12 +55,13 @@ pub fn dump(
             sigmask: thread.sigmask,
             stopped_by: process.stopped_by,
         };
-        let core =
+        let mut core =
             if leader { task::dump_leader(input) } else { task::dump_thread(input) }.with_context(what)?;
         if leader {
             mm = Some(task::dump_mm_fields(pid, &mut borrowed).with_context(what)?);
         }
         borrowed.finish().with_context(what)?;
+        filters.note(thread.tid, &mut core);
         emit(sink, Image::Core, number(thread.tid.0), &core)?;
     }
     let mut mm = mm.context("its main thread is gone")?;

@@ -139,7 +139,10 @@ impl Drop for Guardian {
         if self.of != std::process::id() {
             return;
         }
-        let _ = pidfd::send_signal(self.handle.as_fd(), libc::SIGKILL);
+        if pidfd::send_signal(self.handle.as_fd(), libc::SIGKILL).is_err() {
+            // It would be waited for in vain. It ends with this process.
+            return;
+        }
         // SAFETY: no status is asked for; __WALL also waits for children without an exit signal.
         unsafe { libc::waitpid(self.pid, std::ptr::null_mut(), libc::__WALL) };
     }

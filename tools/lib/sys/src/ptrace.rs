@@ -17,6 +17,8 @@ const PTRACE_SETREGSET: u32 = 0x4205;
 const PTRACE_PEEKSIGINFO: u32 = 0x4209;
 const PTRACE_GETSIGMASK: u32 = 0x420a;
 const PTRACE_SETSIGMASK: u32 = 0x420b;
+const PTRACE_SECCOMP_GET_FILTER: u32 = 0x420c;
+const PTRACE_SECCOMP_GET_METADATA: u32 = 0x420d;
 const PTRACE_GET_RSEQ_CONFIGURATION: u32 = 0x420f;
 const PTRACE_GET_THREAD_AREA: u32 = 25;
 
@@ -133,6 +135,42 @@ pub fn pending_signals(tid: Tid, shared: bool) -> Result<Vec<[u8; 128]>, SysErro
         }
         all.extend_from_slice(&chunk[..n]);
     }
+}
+
+/// Seccomp filter number `index` of a stopped task, the oldest being 0: its instructions, 8 bytes each.
+///
+/// # Errors
+/// ENOENT if it has fewer; EACCES without CAP_SYS_ADMIN or under a filter of one's own.
+pub fn seccomp_filter(tid: Tid, index: usize) -> Result<Vec<u8>, SysError> {
+    const NAME: &str = "ptrace(SECCOMP_GET_FILTER)";
+    /// Size of struct sock_filter.
+    const INSTRUCTION: usize = 8;
+    // SAFETY: without a place to write to, the kernel only counts.
+    let count = unsafe { request(PTRACE_SECCOMP_GET_FILTER, NAME, tid, number(index), number(0)) }?;
+    let mut program = vec![0_u8; usize::try_from(count).unwrap_or(0) * INSTRUCTION];
+    // SAFETY: it writes the instructions that it has counted, and filters never change.
+    unsafe { request(PTRACE_SECCOMP_GET_FILTER, NAME, tid, number(index), program.as_mut_ptr().cast()) }?;
+    Ok(program)
+}
+
+/// `SECCOMP_FILTER_FLAG_*` of that filter, as far as the kernel keeps them.
+///
+/// # Errors
+/// As [`seccomp_filter`].
+pub fn seccomp_flags(tid: Tid, index: usize) -> Result<u64, SysError> {
+    // struct seccomp_metadata: the index goes in, the flags come out.
+    let mut metadata = [index as u64, 0];
+    // SAFETY: the kernel reads and writes at most the given size of `metadata`.
+    unsafe {
+        request(
+            PTRACE_SECCOMP_GET_METADATA,
+            "ptrace(SECCOMP_GET_METADATA)",
+            tid,
+            number(size_of_val(&metadata)),
+            metadata.as_mut_ptr().cast(),
+        )
+    }?;
+    Ok(metadata[1])
 }
 
 /// A task's registered restartable-sequences area (linux/ptrace.h, Linux 5.13).

@@ -195,7 +195,10 @@ impl StandIn {
 
 impl Drop for StandIn {
     fn drop(&mut self) {
-        let _ = pidfd::send_signal(self.handle.as_fd(), libc::SIGKILL);
+        if pidfd::send_signal(self.handle.as_fd(), libc::SIGKILL).is_err() {
+            // It would be waited for in vain.
+            return;
+        }
         // SAFETY: waits for a child of ours; a null status is allowed. __WALL: it sends no signal at its end.
         while unsafe { libc::waitpid(self.pid.0, std::ptr::null_mut(), libc::__WALL) } == -1
             && Errno::last() == Errno::EINTR

@@ -5,6 +5,7 @@ use std::{ffi::OsString, fs, io};
 
 use anyhow::Context;
 use ckpt_proc::status::{self, Status};
+use ckpt_proto::types::SeccompMode;
 use ckpt_sys::{Pid, Refused, Tid};
 
 use super::{misc::comm, sched::stat_of};
@@ -65,9 +66,8 @@ pub(super) fn thread(status: &Status, process: &str, tid: Tid) -> anyhow::Result
         let reason = format!("is traced by pid {}", status.tracer_pid);
         return Err(Refused::new(subject, reason).advise("detach the debugger or strace first").into());
     }
-    if status.seccomp != 0 {
-        let mode = if status.seccomp == 1 { "strict mode" } else { "filters" };
-        return Err(Refused::new(subject, format!("is confined by seccomp ({mode})")).into());
+    if status.seccomp == SeccompMode::Strict as u32 {
+        return Err(Refused::new(subject, "is confined by seccomp in strict mode").into());
     }
     if let Some(feature) = status.thread_features.first() {
         let reason = format!("uses {feature} (x86 shadow stacks), which can't be checkpointed");
@@ -154,7 +154,7 @@ mod tests {
         let traced = Status { tracer_pid: 1, ..ordinary.clone() };
         let text = format!("{:#}", thread(&traced, "pid 5 (x)", Tid(6)).unwrap_err());
         assert_eq!(text, "pid 5 (x) thread 6: is traced by pid 1");
-        let confined = Status { seccomp: 2, ..ordinary };
+        let confined = Status { seccomp: 1, ..ordinary };
         assert!(thread(&confined, "pid 5 (x)", Tid(5)).is_err());
     }
 }

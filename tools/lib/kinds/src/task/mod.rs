@@ -18,6 +18,7 @@ mod mm;
 mod regs;
 pub mod restore;
 mod sched;
+pub mod seccomp;
 #[cfg(test)]
 mod selfcalls;
 mod signals;
@@ -54,7 +55,7 @@ pub struct ThreadInput<'a> {
     pub stopped_by: Option<i32>,
 }
 
-/// Refuses processes whose state could not be restored: kernel threads, seccomp, foreign tracers, other
+/// Refuses processes whose state could not be restored: kernel threads, strict seccomp, foreign tracers, other
 /// namespaces, shadow stacks, unusual exit signals. Looks at all threads.
 ///
 /// # Errors

@@ -42,9 +42,6 @@ pub fn check(core: &CoreEntry) -> anyhow::Result<()> {
     if let Some(queue) = &thread.signals_p {
         signals::check_queue(queue)?;
     }
-    if thread.seccomp_mode.unwrap_or(0) != 0 {
-        return Err(Refused::new("the thread", "is confined by seccomp, which can't be restored").into());
-    }
     if core.tc.is_none() {
         thread.blk_sigset.ok_or_else(|| malformed("a thread without its signal mask"))?;
     }
@@ -64,7 +61,8 @@ fn process(tc: &TaskCoreEntry) -> anyhow::Result<()> {
         signals::check_queue(queue)?;
     }
     if tc.old_seccomp_mode.unwrap_or(0) != 0 {
-        return Err(Refused::new("the process", "is confined by seccomp, which can't be restored").into());
+        let reason = "is confined by seccomp in the way of old images, which can't be restored";
+        return Err(Refused::new("the process", reason).into());
     }
     Ok(())
 }

@@ -1,0 +1,121 @@
+//! Kernels and containers that lack a system call, one at a time: a tool does without it, or says what failed; the
+//! target never notices, and nothing is left behind.
+
+use std::path::Path;
+
+use ckpt_tests::{Outcome, Pipeline, Target, process, tool, workload};
+use nix::{errno::Errno, libc};
+
+/// Calls that the tools make beyond those without which no program starts.
+const CALLS: &[(&str, i64)] = &[
+    ("accept4", libc::SYS_accept4),
+    ("bind", libc::SYS_bind),
+    ("clone3", libc::SYS_clone3),
+    ("connect", libc::SYS_connect),
+    ("copy_file_range", libc::SYS_copy_file_range),
+    ("fallocate", libc::SYS_fallocate),
+    ("fsync", libc::SYS_fsync),
+    ("ftruncate", libc::SYS_ftruncate),
+    ("getdents64", libc::SYS_getdents64),
+    ("getsockopt", libc::SYS_getsockopt),
+    ("ioctl", libc::SYS_ioctl),
+    ("kcmp", libc::SYS_kcmp),
+    ("kill", libc::SYS_kill),
+    ("linkat", libc::SYS_linkat),
+    ("listen", libc::SYS_listen),
+    ("lseek", libc::SYS_lseek),
+    ("madvise", libc::SYS_madvise),
+    ("memfd_create", libc::SYS_memfd_create),
+    ("mkdirat", libc::SYS_mkdirat),
+    ("newfstatat", libc::SYS_newfstatat),
+    ("openat2", libc::SYS_openat2),
+    ("pidfd_getfd", libc::SYS_pidfd_getfd),
+    ("pidfd_open", libc::SYS_pidfd_open),
+    ("pidfd_send_signal", libc::SYS_pidfd_send_signal),
+    ("pipe2", libc::SYS_pipe2),
+    ("prctl", libc::SYS_prctl),
+    ("preadv", libc::SYS_preadv),
+    ("process_vm_readv", libc::SYS_process_vm_readv),
+    ("process_vm_writev", libc::SYS_process_vm_writev),
+    ("ptrace", libc::SYS_ptrace),
+    ("recvfrom", libc::SYS_recvfrom),
+    ("recvmsg", libc::SYS_recvmsg),
+    ("renameat2", libc::SYS_renameat2),
+    ("rt_sigqueueinfo", libc::SYS_rt_sigqueueinfo),
+    ("rt_sigtimedwait", libc::SYS_rt_sigtimedwait),
+    ("sched_getscheduler", libc::SYS_sched_getscheduler),
+    ("sendfile", libc::SYS_sendfile),
+    ("sendto", libc::SYS_sendto),
+    ("signalfd4", libc::SYS_signalfd4),
+    ("socket", libc::SYS_socket),
+    ("splice", libc::SYS_splice),
+    ("statx", libc::SYS_statx),
+    ("sync_file_range", libc::SYS_sync_file_range),
+    ("tee", libc::SYS_tee),
+    ("timer_create", libc::SYS_timer_create),
+    ("unshare", libc::SYS_unshare),
+    ("vmsplice", libc::SYS_vmsplice),
+    ("wait4", libc::SYS_wait4),
+    ("waitid", libc::SYS_waitid),
+    ("writev", libc::SYS_writev),
+];
+
+/// Words that run `name` with `call` denied.
+fn without(name: &str, call: i64, errno: Errno) -> Vec<std::ffi::OsString> {
+    let helper = workload::compile("without").into_os_string();
+    let words = [call.to_string(), (errno as i32).to_string()].map(Into::into);
+    std::iter::once(helper).chain(words).chain([tool(name).into_os_string()]).collect()
+}
+
+/// The pipeline of a dump, or that of a restore, where one stage has to do without a call.
+fn pipeline(dir: &Path, stages: Vec<(&str, Vec<std::ffi::OsString>)>, denied: (&str, i64, Errno)) -> Outcome {
+    let (poor, call, errno) = denied;
+    let mut pipeline = Pipeline::new(dir);
+    for (name, args) in stages {
+        pipeline = if name == poor {
+            pipeline.program(name, without(name, call, errno).into_iter().chain(args))
+        } else {
+            pipeline.stage(std::iter::once(name.into()).chain(args))
+        };
+    }
+    pipeline.run()
+}
+
+/// A failure is told in words that name the call or what it was for; never by a panic or a signal.
+fn is_told(outcome: &Outcome, context: &str) {
+    assert!(!outcome.said.trim().is_empty(), "nobody says anything: {context} {outcome}");
+    assert!(!outcome.said.contains("panicked"), "{context} {outcome}");
+    for (name, status) in &outcome.stages {
+        use std::os::unix::process::ExitStatusExt;
+        let signal = status.signal().filter(|&s| s != libc::SIGPIPE);
+        assert_eq!(signal, None, "{name} died: {context} {outcome}");
+    }
+}
+
+#[test]
+fn restore_without_a_call_works_or_leaves_no_process() {
+    let target = Target::start("attacked");
+    let pids = process::tree(target.pid);
+    target.dump_ok("img");
+    target.end();
+    for &(name, call) in CALLS {
+        for errno in [Errno::ENOSYS, Errno::EPERM] {
+            let context = format!("ckpt-restore without {name} ({errno}):");
+            let args = vec!["--detach".into(), target.path("img").into_os_string()];
+            let stages = vec![("ckpt-restore", args)];
+            let outcome = pipeline(target.dir.path(), stages, ("ckpt-restore", call, errno));
+            if outcome.code("ckpt-restore") == 0 {
+                target.end();
+            } else {
+                is_told(&outcome, &context);
+                let left = process::marked(target.dir.path());
+                assert!(left.is_empty(), "{context} {left:?} is left: {outcome}");
+                process::wait_free(&pids);
+            }
+        }
+    }
+    // Programs that did run were denied the same call, and said so.
+    std::fs::write(target.path("log"), "").expect("empty the log");
+    target.restore_ok("img");
+    target.passes("the restored one");
+}
