@@ -101,7 +101,6 @@ fn external(text: OsString) -> Result<External, String> {
 Examples:
   ckpt-restore -D images                        # restore, wait, give the root's status
   ckpt-read images | ckpt-restore --detach      # from a stream; leave the tree running
-  ckpt-restore --external 'unix[48213]:/run/b.sock' images
   ckpt-restore --inherit-fd 'fd[5]:socket:[48213]' images
   ckpt-read images | sk-rewrite --accept 48213 | ckpt-restore --timeout 10s
 
@@ -131,28 +130,28 @@ pub struct Args {
     /// End the original processes first, if they still are the ones
     #[arg(long)]
     pub replace: bool,
-    /// Restore in a new pid namespace, beside whoever has the pids here
+    /// Restore in a new pid namespace, beside whoever has the pids
     #[arg(long, conflicts_with = "replace")]
     pub new_pidns: bool,
     /// Use this process's descriptor N for an external RESOURCE
     #[arg(long, value_name = "fd[N]:RESOURCE")]
     pub inherit_fd: Vec<Inherit>,
-    /// Connect the external unix socket ID to PATH (@NAME: an abstract name)
+    /// Connect the external unix socket ID to PATH or @NAME
     #[arg(long, value_name = "unix[ID]:PATH", value_parser = OsStringValueParser::new().try_map(external))]
     pub external: Vec<External>,
     /// Do not compare pages with their checksums
     #[arg(long)]
     pub no_verify: bool,
-    /// Restore TCP connections whose other end is not in the images as closed
+    /// TCP connections with an end outside come back closed
     #[arg(long)]
     pub tcp_close: bool,
-    /// Try for so long to connect external sockets, until somebody listens there
+    /// How long to wait for a listener to connect to
     #[arg(long, value_name = "DURATION", value_parser = ckpt_cli::duration)]
     pub retry: Option<Duration>,
-    /// Wait at most so long for the peer of each external socket that accepts it
+    /// How long to wait for a peer that is to be accepted
     #[arg(long, value_name = "DURATION", value_parser = ckpt_cli::duration)]
     pub timeout: Option<Duration>,
-    /// What to do about data files that have changed: warn or strict (fail)
+    /// Data files that have changed: warn, or strict (fail)
     #[arg(long, value_name = "MODE", default_value = "warn", hide_possible_values = true)]
     pub files: FilesMode,
 }

@@ -215,6 +215,12 @@ pub struct Common {
     pub verbose: u8,
 }
 
+/// A command whose `--help` says all there is in the form of `-h`: a line for each option, no blank lines between.
+fn on_one_screen(command: clap::Command) -> clap::Command {
+    let about = command.get_long_about().or(command.get_about()).cloned().unwrap_or_default();
+    command.about(about).long_about(None::<&'static str>)
+}
+
 /// Parses the command line, runs the tool and turns its result into the exit status.
 pub fn main<A: Parser>(tool: &'static str, run: impl FnOnce(A) -> anyhow::Result<()>) -> ExitCode {
     main_with(tool, |args: A| run(args).map(|()| Status::Done.into()))
@@ -223,7 +229,7 @@ pub fn main<A: Parser>(tool: &'static str, run: impl FnOnce(A) -> anyhow::Result
 /// Like [`main`] for a tool with exit statuses of its own.
 pub fn main_with<A: Parser>(tool: &'static str, run: impl FnOnce(A) -> anyhow::Result<ExitCode>) -> ExitCode {
     let _ = TOOL.set(tool.to_owned());
-    let parsed = <A as CommandFactory>::command().try_get_matches().and_then(|matches| {
+    let parsed = on_one_screen(<A as CommandFactory>::command()).try_get_matches().and_then(|matches| {
         if let Ok(Some(&level)) = matches.try_get_one::<u8>("verbose") {
             set_verbosity(level);
         }

@@ -20,7 +20,7 @@ const FORMAT: u64 = 1;
 /// The option; flatten it into the `Args` of a tool that has figures.
 #[derive(Debug, Clone, Default, clap::Args)]
 pub struct StatsOption {
-    /// Write figures of this run as JSON to FILE, or - for standard error
+    /// Write figures of this run as JSON to FILE (-: standard error)
     #[arg(long = "stats", value_name = "FILE")]
     pub file: Option<OsString>,
 }
