@@ -5,6 +5,7 @@
 //! `ssh host` is this machine.
 
 use std::{
+    collections::BTreeSet,
     fs,
     io::Read,
     os::unix::{fs::PermissionsExt, net::UnixListener},
@@ -26,7 +27,10 @@ use crate::{cli::TOOLS, sockets};
 const NOT_RUN: &[(&str, &str)] = &[
     ("--port", "needs a server on TCP port 80"),
     ("--rules", "its rules are about TCP port 80"),
-    ("path=/run/a.sock", "needs a connection to a socket of that name"),
+    ("path=/run/", "needs a connection to a socket of that name"),
+    ("--accept", "waits for a client to connect"),
+    ("ckpt-series", "goes on until it is stopped"),
+    ("ckpt series", "goes on until it is stopped"),
     ("ckpt-track", "needs a tracker"),
     ("series/", "needs a series of increments"),
     ("| ckpt-sk --list", "lists of streams are still to come"),
@@ -154,8 +158,10 @@ fn run(example: &Example) -> Result<(), String> {
             line.replace("4711", &pid).replace("48213", &id.to_string())
         })
         .collect();
-    let places = IMAGES.iter().map(|&s| s.to_owned()).chain((1..9).map(|n| format!("ckpt.{n}")));
-    for name in places.chain(["ckpt.last".to_owned()]) {
+    let ends = |c: char| c.is_whitespace() || c == '\'';
+    let numbered = lines.iter().flat_map(|l| l.split(ends)).filter(|word| word.starts_with("ckpt."));
+    let places: BTreeSet<String> = IMAGES.iter().copied().chain(numbered).map(str::to_owned).collect();
+    for name in places {
         let first = |writing| lines.iter().position(|line| uses(line, &name, writing));
         if first(false).is_some_and(|read| first(true).is_none_or(|written| read <= written)) {
             dump(&name);
@@ -230,6 +236,9 @@ fn line_runs(line: &str, target: &Target, comm: &str, restores: bool) -> Result<
         return Err(format!("{line}\n  status {status:?} instead of {wanted}: {said}"));
     }
     if restores && !foreground && !line.contains("ssh") && !line.contains("--new-pidns") {
+        if !process::marked(dir).contains(&target.pid) {
+            return Err(format!("{line}\n  nothing was restored: {said}"));
+        }
         target.passes(line);
     }
     Ok(())
