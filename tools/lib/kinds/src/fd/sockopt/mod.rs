@@ -345,6 +345,9 @@ fn read(fd: BorrowedFd<'_>, opt: &Opt) -> Result<Option<Vec<u8>>, SysError> {
     Ok(Some(name.map(|n| n.to_bytes().to_vec()).unwrap_or_default()))
 }
 
+/// What setsockopt(TCP_MAXSEG) takes: TCP_MIN_MSS to MAX_TCP_WINDOW (include/net/tcp.h).
+const MSS: std::ops::RangeInclusive<u32> = 88..=32767;
+
 /// The options of a socket of the tree; `what` is its kind and inode, for messages.
 ///
 /// # Errors
@@ -369,8 +372,9 @@ pub fn dump(socket: &Socket<'_>, what: &str, defaults: &Defaults) -> anyhow::Res
         let changed = defaults.get(&(opt.level, opt.number)) != Some(&value);
         match opt.field {
             Field::Own(_, put) => put(&mut options, &value),
-            // Less than anybody can ask for (TCP_MIN_MSS) is what the kernel has computed.
-            Field::List if opt.name == "TCP_MAXSEG" && int(&value).is_some_and(|mss| mss < 88) => {}
+            // What nobody can ask for is what the kernel has computed.
+            Field::List if opt.name == "TCP_MAXSEG" && !int(&value).is_some_and(|mss| MSS.contains(&mss)) => {
+            }
             Field::List if changed => {
                 check_value(opt, &value).map_err(|why| socket.refuse(what, why))?;
                 options.put(opt, &value);
