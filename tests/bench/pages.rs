@@ -29,8 +29,9 @@ pub fn run(mib: u64) {
     let mut bytes = 0;
     for round in 0..=ROUNDS {
         harness::forget(&gap);
-        let trip = round_trip(&target, &dir, &mut peaks);
-        let freeze = harness::felt(&gap).0;
+        let mut freeze = Duration::ZERO;
+        // Read before the restore: the program has not run for that long either.
+        let trip = round_trip(&target, &dir, &mut peaks, || freeze = harness::felt(&gap).0);
         bytes = trip.bytes;
         // The first round warms caches up that the files did not.
         if round > 0 {
@@ -65,8 +66,8 @@ pub struct Trip {
     pub restore: Duration,
 }
 
-/// Dumps `target` into `dir`, copies the pages, ends the target, restores it and has it check itself. Leaves nothing in `dir`.
-pub fn round_trip(target: &Target, dir: &Tmpfs, peaks: &mut Peaks) -> Trip {
+/// Dumps `target` into `dir`, calls `dumped`, copies the pages, ends the target, restores it and has it check itself. Leaves nothing in `dir`.
+pub fn round_trip(target: &Target, dir: &Tmpfs, peaks: &mut Peaks, dumped: impl FnOnce()) -> Trip {
     let pids = process::tree(target.pid);
     let images = dir.join("img");
     let images_arg = images.to_str().expect("a path");
@@ -74,6 +75,7 @@ pub fn round_trip(target: &Target, dir: &Tmpfs, peaks: &mut Peaks) -> Trip {
     let start = Instant::now();
     harness::pipeline(&[&["ckpt-scan", "-t", &pid], &["ckpt-sk"], &["ckpt-write", images_arg]], peaks);
     let dump = start.elapsed();
+    dumped();
 
     let pages = fs::read_dir(&images).expect("list images").flatten().map(|f| f.path());
     let pages: Vec<PathBuf> =
