@@ -60,7 +60,7 @@ The tree runs on when the last stage is done with it. See ckpt(7) for the pipeli
 )]
 pub struct Args {
     /// Root of the tree: this process and all its descendants
-    #[arg(short = 't', long = "tree", value_name = "PID", value_parser = positive_pid)]
+    #[arg(short = 't', long = "tree", value_name = "PID", value_parser = ckpt_cli::positive_pid)]
     pub tree: Pid,
     /// Leave private memory to a ckpt-mem stage behind
     #[arg(long)]
@@ -104,10 +104,6 @@ pub struct Args {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub common: ckpt_cli::Common,
-}
-
-fn positive_pid(text: &str) -> Result<Pid, String> {
-    text.parse().ok().filter(|p: &Pid| p.0 > 0).ok_or_else(|| "expected a process id".to_owned())
 }
 
 /// The command line, for man pages and completions.

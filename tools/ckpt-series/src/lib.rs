@@ -53,7 +53,7 @@ Examples:
 )]
 pub struct Args {
     /// Root of the tree: this process and all its descendants
-    #[arg(short = 't', long = "tree", value_name = "PID", value_parser = positive_pid)]
+    #[arg(short = 't', long = "tree", value_name = "PID", value_parser = ckpt_cli::positive_pid)]
     pub tree: Pid,
     /// Directory for the numbered directories; made if it is not there
     #[arg(short = 'D', long, value_name = "DIR")]
@@ -88,10 +88,6 @@ pub struct Args {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub common: ckpt_cli::Common,
-}
-
-fn positive_pid(text: &str) -> Result<Pid, String> {
-    text.parse().ok().filter(|p: &Pid| p.0 > 0).ok_or_else(|| "expected a process id".to_owned())
 }
 
 fn duration(text: &str) -> Result<Duration, String> {

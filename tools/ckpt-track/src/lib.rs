@@ -28,7 +28,7 @@ Prints the address when it is ready. Ends with the tree's root; see also ckpt-se
 )]
 pub struct Args {
     /// Root of the tree: this process and all its descendants
-    #[arg(short = 't', long = "tree", value_name = "PID", value_parser = positive_pid)]
+    #[arg(short = 't', long = "tree", value_name = "PID", value_parser = ckpt_cli::positive_pid)]
     pub tree: Pid,
     /// Name of the socket in the abstract namespace; ckpt-track-PID otherwise
     #[arg(long, value_name = "ADDRESS")]
@@ -39,10 +39,6 @@ pub struct Args {
     #[command(flatten)]
     #[allow(missing_docs)]
     pub common: ckpt_cli::Common,
-}
-
-fn positive_pid(text: &str) -> Result<Pid, String> {
-    text.parse().ok().filter(|p: &Pid| p.0 > 0).ok_or_else(|| "expected a process id".to_owned())
 }
 
 /// The command line, for man pages and completions.

@@ -244,6 +244,17 @@ pub fn main_with<A: Parser>(tool: &'static str, run: impl FnOnce(A) -> anyhow::R
     }
 }
 
+/// A process id as the value of an option.
+///
+/// # Errors
+/// It is none.
+pub fn positive_pid(text: &str) -> Result<ckpt_sys::Pid, String> {
+    text.parse()
+        .ok()
+        .filter(|pid: &ckpt_sys::Pid| pid.0 > 0)
+        .ok_or_else(|| "expected a process id".to_owned())
+}
+
 /// Standard input as a descriptor of our own, unbuffered.
 ///
 /// # Errors
