@@ -179,8 +179,12 @@ pub fn run(args: &Args, output: File) -> anyhow::Result<()> {
     stats::count("pages", "zero", counts.zero_pages);
     stats::count("pages", "in_parent", counts.parent_pages);
     stats::phase("stages");
-    // Closing the output lets programs that wait for its end (cat, zstd) finish.
-    drop(writer.end().context("write the stream")?);
+    let output = writer.end().context("write the stream")?.into_file();
+    match holder {
+        Some(holder) if !holder.all_came(&needs) => holder.close_when_read(output),
+        // Programs that wait for its end (cat, zstd) finish.
+        _ => drop(output),
+    }
     if let Err(error) = behind.finish() {
         return give_up(held, None, error.into()).map_err(|e| blame(e, holder));
     }
@@ -411,6 +415,9 @@ fn succeeded(tree: Pid, outcome: Outcome) -> anyhow::Result<()> {
     match outcome {
         Outcome::Committed | Outcome::Released => Ok(()),
         Outcome::Failed { stage, reason } => Err(failed_behind(&stage, &reason)),
+        Outcome::Unread => {
+            bail!("pid {tree}: the stage behind has ended before it had read the stream")
+        }
         Outcome::NobodyCame { missing } => {
             let stages = missing.iter().map(|s| format!("ckpt-{s}")).collect::<Vec<_>>().join(", ");
             let reason = format!("no {stages} has come to this stream, so the checkpoint is incomplete");

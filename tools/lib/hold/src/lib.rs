@@ -97,6 +97,8 @@ pub enum Outcome {
         /// Its words.
         reason: String,
     },
+    /// Nobody reads the stream any more, and not all of it has been read.
+    Unread,
     /// These stages did not come in time.
     NobodyCame {
         /// Which.
@@ -114,7 +116,19 @@ struct State {
     gone: Vec<String>,
     committed: bool,
     failed: Option<(String, String)>,
+    unread: bool,
     stop: bool,
+}
+
+impl State {
+    /// Why nothing can come of the checkpoint any more, if so.
+    fn failure(&self) -> Option<Outcome> {
+        match &self.failed {
+            Some((stage, reason)) => Some(Outcome::Failed { stage: stage.clone(), reason: reason.clone() }),
+            None if self.unread => Some(Outcome::Unread),
+            None => None,
+        }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -176,6 +190,34 @@ impl Holder {
         &self.name
     }
 
+    /// Whether every stage in `needs` has taken a hold.
+    #[must_use]
+    pub fn all_came(&self, needs: &[&str]) -> bool {
+        let state = self.shared.lock();
+        needs.iter().all(|need| state.came.iter().any(|stage| stage == need))
+    }
+
+    /// Closes `output`, the stream that has been written as a whole, when it has been read. If its reader ends
+    /// before that, which a writer that has closed its pipe would never hear of, waits end as [`Outcome::Unread`].
+    /// Anything but a pipe is closed at once.
+    pub fn close_when_read(&self, output: std::fs::File) {
+        let shared = Arc::clone(&self.shared);
+        // Without a thread, the pipe is closed and the wait has its timeout.
+        let _ = thread::Builder::new().name("output".to_owned()).spawn(move || {
+            while !shared.lock().stop
+                && ckpt_sys::file::readable_bytes(output.as_fd()).is_ok_and(|bytes| bytes > 0)
+            {
+                let mut fds = [PollFd::new(output.as_fd(), PollFlags::empty())];
+                match poll(&mut fds, PollTimeout::from(1_u8)) {
+                    // POLLERR: no reader (pipe(7), poll(2)).
+                    Ok(n) if n > 0 => return shared.change(|state| state.unread = true),
+                    Ok(_) | Err(Errno::EINTR) => {}
+                    Err(_) => return,
+                }
+            }
+        });
+    }
+
     /// Blocks until every stage in `needs` has come and gone, whoever else still holds, or until a stage
     /// fails. For a tree of which a snapshot has been taken: the writer need not be done before it may run.
     #[must_use]
@@ -183,8 +225,8 @@ impl Holder {
         let deadline = Instant::now() + attach_timeout;
         let mut state = self.shared.lock();
         loop {
-            if let Some((stage, reason)) = state.failed.clone() {
-                return Outcome::Failed { stage, reason };
+            if let Some(failure) = state.failure() {
+                return failure;
             }
             let listed = |list: &[String], stage: &str| list.iter().any(|name| name == stage);
             if needs.iter().all(|need| listed(&state.gone, need)) {
@@ -212,8 +254,8 @@ impl Holder {
         let deadline = Instant::now() + attach_timeout;
         let mut state = self.shared.lock();
         loop {
-            if let Some((stage, reason)) = state.failed.clone() {
-                return Outcome::Failed { stage, reason };
+            if let Some(failure) = state.failure() {
+                return failure;
             }
             let done = state.holding.is_empty()
                 && needs.iter().all(|&need| state.gone.iter().any(|stage| stage == need))
@@ -532,6 +574,29 @@ mod tests {
         Hold::take(holder.address(), "mem").unwrap().fail("no\nspace");
         let failed = Outcome::Failed { stage: "mem".into(), reason: "no space".into() };
         assert_eq!(holder.wait(&["mem"], false, SOON), failed);
+    }
+
+    #[test]
+    fn a_stream_that_its_reader_leaves_unread_ends_the_wait() {
+        let pipe = || -> (std::fs::File, std::fs::File) {
+            let (reader, writer) = nix::unistd::pipe().unwrap();
+            (reader.into(), writer.into())
+        };
+        let holder = Holder::bind().unwrap();
+        let (mut reader, mut writer) = pipe();
+        writer.write_all(b"all of it").unwrap();
+        holder.close_when_read(writer);
+        let mut all = Vec::new();
+        reader.read_to_end(&mut all).unwrap();
+        drop(reader);
+        let nobody = Outcome::NobodyCame { missing: vec!["mem".into()] };
+        assert_eq!(holder.wait(&["mem"], false, Duration::from_millis(20)), nobody, "read, and then closed");
+
+        let (reader, mut writer) = pipe();
+        writer.write_all(b"all of it").unwrap();
+        holder.close_when_read(writer);
+        drop(reader);
+        assert_eq!(holder.wait(&["mem"], false, SOON), Outcome::Unread);
     }
 
     #[test]
