@@ -55,9 +55,9 @@ pub fn run(most: u64) {
     }
 }
 
-/// Socketpairs that a tool can have open, besides what it needs itself and numbers that tasks use.
+/// Socketpairs that a tool can have open, besides what it needs itself.
 fn room() -> u64 {
-    const SPARE: u64 = 1500;
+    const SPARE: u64 = 300;
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).expect("getrlimit");
     // Tools try to raise it, and so does this.
     let wanted = 1 << 18;

@@ -13,7 +13,27 @@ crate::survives! {
     epoll_sets_watch_the_same: "epoll_sets";
     memfds_keep_contents_and_seals: "memfds";
     file_locks_stay_with_their_owners: "file_locks";
+    descriptors_of_any_number_come_back: "descriptors_many";
     inotify_watches_keep_their_numbers: "inotify_user";
+}
+
+/// The restorer can have little more open than the program has, whose numbers fill all of that.
+#[test]
+fn a_task_may_use_nearly_all_numbers() {
+    let target = Target::start("descriptors_many");
+    let before = target.at_rest();
+    target.dump_ok("img");
+    target.end();
+    let outcome = Command::new("prlimit")
+        .args(["--nofile=800:800", "setpriv", "--bounding-set=-sys_resource"])
+        .arg(ckpt_tests::tool("ckpt-restore"))
+        .args(["--detach", "img"])
+        .current_dir(target.dir.path())
+        .output()
+        .expect("run prlimit");
+    assert!(outcome.status.success(), "{}", String::from_utf8_lossy(&outcome.stderr));
+    target.looks_like(&before);
+    target.passes("the restored one");
 }
 
 #[test]

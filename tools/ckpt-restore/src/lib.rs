@@ -33,6 +33,7 @@ use nix::{libc, unistd::getpgid};
 pub mod births;
 pub mod fill;
 pub mod make;
+pub mod moves;
 pub mod outcome;
 pub mod pidns;
 pub mod pids;

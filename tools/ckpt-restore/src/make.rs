@@ -42,6 +42,7 @@ use nix::{
 use crate::{
     births::Step,
     fill::Builder,
+    moves::{self, Move},
     region::Region,
     tree::{Body, Process, Thread, Tree},
 };
@@ -253,21 +254,18 @@ impl Family {
         };
         let mm = &body.space.mm;
         let exe = number(mm.exe_file_id, "the executable")?;
-        let mut targets = Vec::new();
-        let mut calls = Vec::new();
+        let mut wanted = Vec::new();
         for entry in &body.fds {
-            let fd =
+            let to =
                 i32::try_from(entry.fd).ok().with_context(|| format!("fd {}: no such number", entry.fd))?;
-            let source = number(entry.id, &format!("fd {fd}"))?;
-            ensure!(source != fd, "fd {fd}: its number is in use for the restore");
-            let cloexec = if entry.flags & 1 == 1 { libc::O_CLOEXEC } else { 0 };
-            calls.push(Call::new(
-                format!("dup3(fd {fd})"),
-                libc::SYS_dup3,
-                [source, fd, cloexec].map(Arg::from),
-            ));
-            targets.push(fd);
+            wanted.push(Move {
+                from: number(entry.id, &format!("fd {to}"))?,
+                to,
+                cloexec: entry.flags & 1 == 1,
+            });
         }
+        // First what is wanted of numbers that may have another meaning then.
+        let mut calls = Vec::new();
         let cwd = number(body.fs.cwd_id, "the working directory")?;
         let root = number(body.fs.root_id, "the root directory")?;
         let fchdir = |fd: i32| Call::new("fchdir", libc::SYS_fchdir, [Arg::from(fd)]);
@@ -279,9 +277,20 @@ impl Family {
         if let Some(umask) = body.fs.umask {
             calls.push(Call::new("umask", libc::SYS_umask, [Arg::from(u64::from(umask))]));
         }
+        for Move { from, to, cloexec } in moves::in_order(&wanted)? {
+            let flag = |flag: i32| if cloexec { flag } else { 0 };
+            calls.push(if from == to {
+                let args = [to, libc::F_SETFD, flag(libc::FD_CLOEXEC)].map(Arg::from);
+                Call::new(format!("fcntl(fd {to}, F_SETFD)"), libc::SYS_fcntl, args)
+            } else {
+                let args = [from, to, flag(libc::O_CLOEXEC)].map(Arg::from);
+                Call::new(format!("dup3(fd {to})"), libc::SYS_dup3, args)
+            });
+        }
         let built = self.task(process.pid.0)?;
         let auxv_at = built.place(&task::auxv_bytes(mm))?;
         built.run(&task::mm_calls(mm, exe, auxv_at))?;
+        let mut targets: Vec<i32> = wanted.iter().map(|step| step.to).collect();
         targets.sort_unstable();
         let mut from = 0;
         for &fd in targets.iter().chain([&i32::MAX]) {

@@ -427,15 +427,16 @@ fn aliases(entries: &[FileEntry], names: &reg::Names) -> HashSet<u32> {
     aliases
 }
 
-/// The lowest number that no task uses, far above if the limit on open files allows it.
+/// The lowest number for open files that are kept: far above those of all tasks if the limit on open files allows
+/// it, else above them, else, since tasks may use all numbers that there are, wherever all files fit.
 fn base(highest: u32, files: usize) -> anyhow::Result<i32> {
     const FAR: u64 = 100_000;
     const SPARE: u64 = 1024;
     let lowest = u64::from(highest) + 1;
     let needed = files as u64 + SPARE;
     // Tasks get the limits that their images tell, so raising ours is nobody's business.
-    let wanted = FAR.max(lowest) + needed;
-    let limit = file::raise_limit(wanted);
-    let base = if wanted <= limit { FAR.max(lowest) } else { lowest };
-    i32::try_from(base).context("descriptor numbers in the images are too high")
+    let limit = file::raise_limit(FAR.max(lowest) + needed);
+    let fits = [FAR.max(lowest), lowest].into_iter().find(|base| base + needed <= limit);
+    i32::try_from(fits.unwrap_or(limit.saturating_sub(needed)))
+        .context("descriptor numbers in the images are too high")
 }
