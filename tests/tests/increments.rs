@@ -19,13 +19,13 @@ use nix::sys::signal::Signal;
 use crate::sockets::{accept, conversation, waiting};
 
 /// A `ckpt-track` at work.
-struct Tracker {
+pub struct Tracker {
     child: Child,
-    address: String,
+    pub address: String,
 }
 
 impl Tracker {
-    fn start(target: &Target) -> Self {
+    pub fn start(target: &Target) -> Self {
         let address = format!("ckpt-test-track-{}", target.pid);
         let said = File::create(target.path("track.out")).expect("make a file");
         let child = Command::new(tool("ckpt-track"))
@@ -64,7 +64,7 @@ fn dump(target: &Target, address: &str, name: &str, parent: Option<&str>) -> Out
     Pipeline::new(target.dir.path()).stage(scan).stage(["ckpt-sk"]).stage(write).run()
 }
 
-fn dump_ok(target: &Target, address: &str, name: &str, parent: Option<&str>) {
+pub fn dump_ok(target: &Target, address: &str, name: &str, parent: Option<&str>) {
     let outcome = dump(target, address, name, parent).ok("dump");
     assert!(!outcome.said.contains("warning"), "{outcome}");
 }

@@ -1,6 +1,8 @@
 //! Memory of all kinds.
 
-use ckpt_tests::{Target, process};
+use ckpt_tests::{Pipeline, Target, process};
+
+use crate::increments::{Tracker, dump_ok};
 
 crate::survives! {
     private_memory_keeps_bytes_and_holes: "memory_private";
@@ -8,6 +10,7 @@ crate::survives! {
     shared_memory_stays_shared_between_three_generations: "memory_shared";
     heap_and_stack_grow_after_restore: "memory_growth";
     mlock_and_madvise_still_hold: "memory_flags";
+    guard_regions_stay_where_they_are: "memory_guards";
     vdso_tells_time_after_restore: "memory_vdso";
     full_address_space_has_room_for_a_checkpoint: "address_space_full";
 }
@@ -26,7 +29,7 @@ fn a_sparse_terabyte_costs_what_is_in_it() {
         .map(|f| f.metadata().map_or(0, |m| m.len()))
         .sum();
     assert!(size < 12 << 20, "{size} bytes of images for 10 MiB");
-    let _ = ckpt_tests::Pipeline::new(target.dir.path())
+    let _ = Pipeline::new(target.dir.path())
         .stage(["ckpt-scan", "--snapshot", "-t", &target.pid.to_string()])
         .stage(["ckpt-sk"])
         .stage(["ckpt-write".into(), target.path("snapshot")])
@@ -57,4 +60,36 @@ fn images_of_sparse_memory_are_small() {
         .find_map(|l| l.strip_prefix("VmRSS:")?.trim().trim_end_matches(" kB").parse().ok())
         .expect("VmRSS");
     assert!(size < resident * 1024, "{size} bytes of images for {resident} KiB of resident memory");
+}
+
+/// However the pages come: from a copy of the process, once for both, or piece by piece from a chain.
+#[test]
+fn guard_regions_come_with_every_way_to_store_pages() {
+    let target = Target::start("memory_guards");
+    let pids = process::tree(target.pid);
+    let before = target.at_rest();
+    let pid = target.pid.to_string();
+    for (name, option) in [("snapshot", "--snapshot"), ("once", "--share"), ("staged", "--no-mem")] {
+        let mut pipeline = Pipeline::new(target.dir.path()).stage(["ckpt-scan", option, "-t", &pid]);
+        if option == "--no-mem" {
+            pipeline = pipeline.stage(["ckpt-mem"]);
+        }
+        let _ = pipeline.stage(["ckpt-sk"]).stage(["ckpt-write".into(), target.path(name)]).run().ok(name);
+        target.unchanged(&before);
+    }
+    let tracker = Tracker::start(&target);
+    for (name, parent) in [("1", None), ("2", Some("1")), ("3", Some("2"))] {
+        dump_ok(&target, &tracker.address, name, parent);
+    }
+    drop(tracker);
+    target.unchanged(&before);
+    target.end();
+    process::wait_free(&pids);
+    for name in ["snapshot", "once", "staged", "3"] {
+        target.restore_ok(name);
+        target.looks_like(&before);
+        target.passes(name);
+        target.end();
+        process::wait_free(&pids);
+    }
 }

@@ -2,13 +2,17 @@
 //! populated (`ioctl(PAGEMAP_SCAN)`, Documentation/admin-guide/mm/pagemap.rst, Linux 6.7).
 
 use std::{
+    fs::File,
     io::{IoSlice, IoSliceMut},
-    os::fd::{AsRawFd, BorrowedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd},
+    sync::OnceLock,
 };
 
 use nix::{errno::Errno, sys::uio};
 
 use crate::{Pid, RemoteAddr, SysError};
+
+const PAGE: u64 = 4096;
 
 /// Reads exactly `buffer.len()` bytes at `addr` of process `pid`. PROT_NONE mappings can't be read
 /// this way (EFAULT); `/proc/PID/mem` can.
@@ -74,7 +78,7 @@ bitflags::bitflags! {
         const PFNZERO = 1 << 5;
         /// Part of a huge mapping.
         const HUGE = 1 << 6;
-        /// A guard region (MADV_GUARD_INSTALL, Linux 6.15).
+        /// A guard region (MADV_GUARD_INSTALL, Linux 6.13; told since 6.16).
         const GUARD = 1 << 8;
     }
 }
@@ -151,6 +155,42 @@ pub fn pagemap_protect(
     const PM_SCAN_WP_MATCHING: u64 = 1;
     const PM_SCAN_CHECK_WPASYNC: u64 = 2;
     pagemap_walk(pagemap, start, end, scan, PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC, ranges)
+}
+
+/// [`Page::GUARD`] if the kernel tells guard regions, else nothing: it takes no category that it does not know.
+#[must_use]
+pub fn guard_category() -> Page {
+    static KNOWN: OnceLock<bool> = OnceLock::new();
+    let known = KNOWN.get_or_init(|| {
+        let Ok(pagemap) = File::open("/proc/self/pagemap") else { return false };
+        let start = RemoteAddr(PAGE);
+        guard_scan(pagemap.as_fd(), start, start.plus(PAGE)).is_ok()
+    });
+    if *known { Page::GUARD } else { Page::empty() }
+}
+
+/// Finds all guard regions in `[start, end)` of the process whose `/proc/PID/pagemap` is `pagemap`. None if
+/// the kernel does not tell.
+///
+/// # Errors
+/// EPERM.
+pub fn guards(
+    pagemap: BorrowedFd<'_>,
+    start: RemoteAddr,
+    end: RemoteAddr,
+) -> Result<Vec<PageRange>, SysError> {
+    if guard_category().is_empty() { Ok(Vec::new()) } else { guard_scan(pagemap, start, end) }
+}
+
+fn guard_scan(
+    pagemap: BorrowedFd<'_>,
+    start: RemoteAddr,
+    end: RemoteAddr,
+) -> Result<Vec<PageRange>, SysError> {
+    let scan = Scan { inverted: Page::empty(), all: Page::GUARD, any: Page::empty(), report: Page::empty() };
+    let mut found = Vec::new();
+    pagemap_scan(pagemap, start, end, scan, &mut found)?;
+    Ok(found)
 }
 
 fn pagemap_walk(

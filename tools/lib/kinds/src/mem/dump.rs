@@ -73,7 +73,6 @@ const REFUSED: &[(&[u8; 2], &str)] = &[
     (b"uw", "memory watched by userfaultfd (write protection)"),
     (b"ui", "memory watched by userfaultfd (minor faults)"),
     (b"ss", "a shadow stack"),
-    (b"gu", "guard pages made by MADV_GUARD_INSTALL"),
     (b"sl", "sealed memory (mseal)"),
 ];
 

@@ -24,7 +24,8 @@ use ckpt_sys::Pid;
 pub struct Early(HashMap<Pid, Vec<Mapping>>);
 
 /// Flags that a fork drops (mlock(2), userfaultfd(2)) or that say nothing that is stored.
-const FLEETING: [&[u8; 2]; 7] = [b"lo", b"lf", b"um", b"uw", b"ui", b"sd", b"nt"];
+/// Guards (`gu`) are looked for in the freeze.
+const FLEETING: [&[u8; 2]; 8] = [b"lo", b"lf", b"um", b"uw", b"ui", b"sd", b"nt", b"gu"];
 
 impl Early {
     /// Reads the mappings of `root` and its descendants as they are now. What can't be read is left out.

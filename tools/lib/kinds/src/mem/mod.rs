@@ -13,6 +13,7 @@
 
 pub mod dump;
 pub mod early;
+pub mod guard;
 pub mod restore;
 pub mod share;
 pub mod snapshot;

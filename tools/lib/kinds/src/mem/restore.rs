@@ -9,7 +9,7 @@
 //!    its recorded place (its code was compared by [`vdso`] before);
 //! 2. [`AddressSpace::map_calls`]: the mappings, writable where pages are to come;
 //! 3. the pages: [`AddressSpace::read_calls`] from a file, or [`AddressSpace::fills`] from a stream;
-//! 4. [`AddressSpace::finish_calls`]: recorded protection, advice, locks.
+//! 4. [`AddressSpace::finish_calls`]: guard regions, recorded protection, advice, locks.
 //!
 //! Kernel facts relied on: MAP_FIXED_NOREPLACE (4.17) refuses to lay one mapping over another, so an image with
 //! overlapping areas is an error and not a surprise; `mremap` moves `[vvar]` and `[vdso]` mappings
@@ -29,7 +29,7 @@ use std::{
     os::fd::{AsRawFd, RawFd},
 };
 
-use super::{page, status};
+use super::{guard, page, status};
 
 pub mod inherit;
 pub mod vdso;
@@ -220,6 +220,7 @@ impl AddressSpace {
             ensure!(vma.prot & !7 == 0, "{file}: area {}: protection {:#x}", text(vma), vma.prot);
             advice(vma).with_context(|| file.clone())?;
         }
+        guard::check(&mm).with_context(|| file.clone())?;
         let vdso = block.block()?;
         pages.runs = split(&pages.runs, &mm.vmas).with_context(|| Image::Pagemap.file_name(arg))?;
         Ok(Self { pid, mm, pages, vdso })
@@ -440,10 +441,10 @@ impl AddressSpace {
         fills
     }
 
-    /// What comes after the pages: recorded protection, advice, locks.
+    /// What comes after the pages: guards, recorded protection, advice, locks.
     #[must_use]
     pub fn finish_calls(&self) -> Vec<Call> {
-        let mut calls = Vec::new();
+        let mut calls = guard::calls(&self.mm);
         for vma in self.areas() {
             let (start, len) = (Arg::Val(vma.start), Arg::Val(vma.end - vma.start));
             if self.first_prot(vma) != vma.prot {
@@ -452,7 +453,10 @@ impl AddressSpace {
             }
             calls.extend(advice_calls(vma, false));
             if vma.flags & libc::MAP_LOCKED.unsigned_abs() != 0 {
-                calls.push(Call::new(format!("mlock({})", text(vma)), libc::SYS_mlock, [start, len]));
+                // Memory that is to be locked is populated, which a guard would end. It was not populated before either.
+                let flags = if guard::any_in(&self.mm, vma) { libc::MLOCK_ONFAULT } else { 0 };
+                let args = [start, len, Arg::from(u64::from(flags))];
+                calls.push(Call::new(format!("mlock2({})", text(vma)), libc::SYS_mlock2, args));
             }
         }
         calls

@@ -60,14 +60,10 @@ pub(crate) struct Found {
     pub(crate) in_parent: bool,
 }
 
-/// Private pages: written at some time, neither the file's nor the shared zero page.
+/// Private pages: written at some time, neither the file's nor the shared zero page, nor guards.
 pub(crate) fn private_pages(report: Page) -> Scan {
-    Scan {
-        inverted: Page::FILE | Page::PFNZERO,
-        all: Page::FILE | Page::PFNZERO,
-        any: Page::PRESENT | Page::SWAPPED,
-        report,
-    }
+    let none = Page::FILE | Page::PFNZERO | memory::guard_category();
+    Scan { inverted: none, all: none, any: Page::PRESENT | Page::SWAPPED, report }
 }
 
 impl Tracked<'_> {

@@ -75,6 +75,7 @@ pub(super) fn dump(pid: Pid, remote: &mut dyn Syscalls) -> anyhow::Result<MmEntr
         dumpable: Some(dumpable),
         aios: Vec::new(),
         thp_disabled: Some(thp_disabled),
+        ckpt_guards: Vec::new(),
     })
 }
 
