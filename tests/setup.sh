@@ -4,7 +4,7 @@ set -euo pipefail
 PATH="$PATH:/usr/sbin:/sbin"
 
 # program:package
-needed=(gcc:gcc redis-server:redis-server redis-cli:redis-tools nginx:nginx-light sqlite3:sqlite3 python3:python3 zstd:zstd
+needed=(gcc:gcc redis-server:redis-server redis-cli:redis-tools nginx:nginx-light sqlite3:sqlite3 python3:python3 gunicorn:gunicorn zstd:zstd
         mandoc:mandoc jq:jq crit:criu nft:nftables ip:iproute2 setsid:util-linux mount:mount)
 missing=()
 for pair in "${needed[@]}"; do

@@ -13,6 +13,7 @@
 //! - `denied`: system calls that the kernel denies to a tool, one at a time
 //! - `wire`: CRIU's own images restored; ours compared with them field by field
 //! - `programs`: bash, python, redis, sqlite, nginx
+//! - `servers`: redis, nginx, gunicorn and asyncio, with clients that know every answer, inside and outside of the tree
 //! - `cli`: options, exit statuses, pipelines of other shapes
 //! - `examples`: the lines of manual, help and README, run as they stand
 
@@ -30,6 +31,7 @@ mod memory;
 mod outside;
 mod programs;
 mod rewrite;
+mod servers;
 mod sharing;
 mod signals;
 mod snapshots;
