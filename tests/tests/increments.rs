@@ -39,7 +39,7 @@ impl Tracker {
         Self { child, address }
     }
 
-    fn end(&mut self) {
+    pub fn end(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
@@ -52,7 +52,7 @@ impl Drop for Tracker {
 }
 
 /// A tracked checkpoint NAME, an increment of PARENT if that is given.
-fn dump(target: &Target, address: &str, name: &str, parent: Option<&str>) -> Outcome {
+pub fn dump(target: &Target, address: &str, name: &str, parent: Option<&str>) -> Outcome {
     let pid = target.pid.to_string();
     let mut scan = vec!["ckpt-scan".into(), "-t".into(), pid.into(), "--track".into(), address.into()];
     let mut write = vec!["ckpt-write".into(), target.path(name).into_os_string()];
@@ -70,7 +70,7 @@ pub fn dump_ok(target: &Target, address: &str, name: &str, parent: Option<&str>)
 }
 
 /// Pages stored in the directory itself, and pages of the whole chain.
-fn sizes(dir: &Path) -> (u64, u64) {
+pub fn sizes(dir: &Path) -> (u64, u64) {
     let set = ImageSet::from_chain(dir).expect("read the images");
     let mut own = 0;
     let mut all = 0;
@@ -83,13 +83,13 @@ fn sizes(dir: &Path) -> (u64, u64) {
     (own, all)
 }
 
-fn stop(pid: i32) {
+pub fn stop(pid: i32) {
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), Signal::SIGSTOP).expect("stop a process");
     assert!(soon(|| process::state(pid) == Some('T')), "{pid} does not stop");
 }
 
 /// Compares every page of every private mapping with the memory of the processes, which are stopped.
-fn same_as_live(dir: &Path) -> (u64, u64) {
+pub fn same_as_live(dir: &Path) -> (u64, u64) {
     let set = ImageSet::from_chain(dir).expect("read the images");
     set.verify_pages().expect("checksums");
     let tasks = set.all::<PstreeEntry>(Image::Pstree, 0).expect("a tree");

@@ -8,6 +8,7 @@
 //! - `tcp`: connections, and the network lock
 //! - `rewrite`: sk-rewrite between a checkpoint and its restore
 //! - `increments`: tracking, and checkpoints that continue others
+//! - `predumps`: memory copied from the running tree, ahead of a checkpoint
 //! - `invariants`: attacks: tools killed, disks full, pipes closed, images damaged
 //! - `images`: compressed pages, chains of increments, checksums
 //! - `denied`: system calls that the kernel denies to a tool, one at a time
@@ -29,6 +30,7 @@ mod inet;
 mod invariants;
 mod memory;
 mod outside;
+mod predumps;
 mod programs;
 mod rewrite;
 mod servers;

@@ -113,6 +113,7 @@ pub fn run(args: &Args, output: File) -> anyhow::Result<()> {
     if base.is_some() {
         return Err(UsageError("--onto makes a directory: name OUT, or give --in-place".to_owned()).into());
     }
+    set.more_than_memory(&args.dir)?;
     ckpt_cli::not_a_terminal(&output, "standard output")?;
     stage::grow_pipe(output.as_fd());
     let mut out = Writer::open(output, produce::hello(&set)?).context("write the stream")?;

@@ -50,6 +50,7 @@ pub fn run(args: &Args, output: File) -> anyhow::Result<()> {
     ckpt_cli::not_a_terminal(&output, "standard output")?;
     stage::grow_pipe(output.as_fd());
     let set = ImageSet::from_chain(&args.dir).with_context(|| args.dir.display().to_string())?;
+    set.more_than_memory(&args.dir)?;
     let hello = produce::hello(&set)?;
     let (output, behind) = if args.decompress && hello.packed() {
         recode::behind(output, Recode::Unpack)?

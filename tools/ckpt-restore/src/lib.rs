@@ -194,6 +194,8 @@ pub fn run(args: Args, input: File) -> anyhow::Result<u8> {
             ImageSet::from_stream(input)?
         }
     };
+    let name = args.dir.as_ref().or(args.images.as_ref());
+    set.more_than_memory(name.map_or("standard input".as_ref(), PathBuf::as_path))?;
     let tree = Tree::read(&set)?;
     ckpt_cli::note!(1, "{} processes, root {}", tree.processes.len(), tree.root().name());
     if args.new_pidns {

@@ -6,13 +6,12 @@
 //! asked for and a writer has said COMMIT. If it dies, the kernel lets the tree run on.
 
 mod ids;
+mod pre_dump;
 mod process;
-mod snapshot;
-mod tracking;
 
 use std::{
+    collections::HashMap,
     fs::File,
-    ops::Range,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::PathBuf,
     time::Duration,
@@ -24,24 +23,20 @@ use ckpt_hold::{Holder, Outcome};
 use ckpt_images::recode::{self, Behind, Codec, Recode};
 use ckpt_kinds::{
     fd::{DumpOptions, External, FileTable, tcp::lock::TreeLock},
-    mem::{
-        dump::{Plan, ShmemPlan},
-        early::Early,
-        share,
-    },
+    mem::{dump::ShmemPlan, early::Early},
     sink::emit,
     task::{self, seccomp::Filters},
 };
+use ckpt_pages::{Memory, Private, Tracking, snapshot};
 use ckpt_proto::{
     Image,
     stream::Writer,
-    types::{Hello, InventoryEntry, PstreeEntry, TimensEntry, Timespec, VmaEntry, core_entry::March},
+    types::{Hello, InventoryEntry, PstreeEntry, TimensEntry, Timespec, core_entry::March},
 };
-use ckpt_remote::{FreezeError, Frozen, Process, Release};
+use ckpt_remote::{FreezeError, Frozen, Release, Twin};
 use ckpt_sys::{Pid, Refused, nft, transfer::Output};
+use ckpt_tracking::arm;
 use clap::{CommandFactory, Parser};
-
-use crate::tracking::Tracking;
 
 /// Freeze a process tree and write it as a checkpoint stream
 #[derive(Debug, Parser)]
@@ -54,6 +49,7 @@ Examples:
   ckpt-scan -t 4711 --kill | ckpt-sk --external 48213 | ckpt-write /var/ckpt/last
   ckpt-scan -t 4711 --snapshot | ckpt-sk | ckpt-write /var/ckpt/2
   ckpt-scan -t 4711 --track ckpt-track-4711 --parent 1 | ckpt-sk | ckpt-write --parent 1 2
+  ckpt-scan -t 4711 --track ckpt-track-4711 --pre-dump | ckpt-write 0
   ckpt-scan -t 4711 --no-mem | ckpt-mem | ckpt-sk | zstd > state.zst
 
 The tree runs on when the last stage is done with it. See ckpt(7) for the pipeline."
@@ -78,11 +74,16 @@ pub struct Args {
     #[arg(long, conflicts_with_all = ["kill", "leave_stopped", "no_mem"])]
     pub snapshot: bool,
     /// Track writes with the ckpt-track at ADDRESS, so that the next checkpoint can be an increment
-    #[arg(long, value_name = "ADDRESS", conflicts_with_all = ["no_mem", "kill", "leave_stopped", "snapshot"])]
+    #[arg(long, value_name = "ADDRESS", conflicts_with = "no_mem")]
     pub track: Option<String>,
     /// Store only what has been written since the checkpoint in DIR
     #[arg(long, value_name = "DIR", requires = "track")]
     pub parent: Option<PathBuf>,
+    /// Write nothing but memory, read while the tree runs: what a checkpoint then needs not store
+    #[arg(long, requires = "track", conflicts_with_all = [
+        "no_mem", "kill", "leave_stopped", "snapshot", "share", "external", "ghost_limit"
+    ])]
+    pub pre_dump: bool,
     /// Store pages that forked processes share once; CRIU can't restore such images
     #[arg(long, conflicts_with_all = ["no_mem", "track"])]
     pub share: bool,
@@ -124,9 +125,14 @@ pub fn run(args: &Args, output: File) -> anyhow::Result<()> {
         return Err(ckpt_cli::UsageError(text.to_owned()).into());
     }
     args.stats.begin();
+    if args.pre_dump {
+        return pre_dump::run(args, output, plain_file);
+    }
     stats::phase("freeze");
     let holder = Holder::bind()?;
-    let mut early = if args.snapshot { Early::read(args.tree) } else { Early::default() };
+    // Which mappings are tracked is not to be asked before the freeze.
+    let ahead = args.snapshot && args.track.is_none();
+    let mut early = if ahead { Early::read(args.tree) } else { Early::default() };
     let mut tracking = Tracking::begin(args.track.as_deref(), args.parent.as_ref())?;
     let frozen = Frozen::freeze(args.tree, Duration::from_secs(args.freeze_timeout)).map_err(as_refusal)?;
     ckpt_cli::note!(1, "froze {} processes", frozen.processes.len());
@@ -140,14 +146,7 @@ pub fn run(args: &Args, output: File) -> anyhow::Result<()> {
         Ok(needs) => needs,
         Err(error) => return give_up(held, None::<Writer<Output>>, error),
     };
-    let hello = Hello {
-        page_size: 4096,
-        arch: March::X8664 as u32,
-        control: (!plain_file).then(|| holder.address().to_vec()),
-        lacks: needs.iter().map(ToString::to_string).collect(),
-        root_pid: Some(args.tree.0.unsigned_abs()),
-        packed: None,
-    };
+    let hello = hello(args, &holder, plain_file, &needs);
     let (output, behind) = match args.compress {
         Some(codec) => recode::behind(output, Recode::Pack(codec))?,
         None => (output, Behind::default()),
@@ -162,8 +161,8 @@ pub fn run(args: &Args, output: File) -> anyhow::Result<()> {
     let mut held = Some(held);
     let copied = if args.snapshot {
         let patience = Duration::from_secs(args.attach_timeout);
-        let behind = snapshot::Behind { holder, needs: &needs, patience };
-        snapshot::copy(&mut held, &memory, &early, &tracking, behind, &mut writer)
+        let mut tree = Forked { held: &mut held, holder, needs: &needs, patience, root: args.tree };
+        snapshot::copy(&mut tree, &memory, &early, &tracking, &mut writer)
     } else if args.no_mem {
         memory.copy_shared(&mut writer)
     } else {
@@ -172,12 +171,7 @@ pub fn run(args: &Args, output: File) -> anyhow::Result<()> {
     if let Err(error) = copied {
         return give_up(held, Some(writer), error).map_err(|e| blame(e, holder));
     }
-    let counts = writer.counts();
-    let written = counts.page_bytes / 4096;
-    stats::count("pages", "scanned", written + counts.parent_pages);
-    stats::count("pages", "written", written);
-    stats::count("pages", "zero", counts.zero_pages);
-    stats::count("pages", "in_parent", counts.parent_pages);
+    ckpt_pages::count(&writer);
     stats::phase("stages");
     let output = writer.end().context("write the stream")?.into_file();
     match holder {
@@ -190,6 +184,17 @@ pub fn run(args: &Args, output: File) -> anyhow::Result<()> {
     }
     settle(args, held, holder, &needs, tracking)?;
     args.stats.write()
+}
+
+fn hello(args: &Args, holder: &Holder, plain_file: bool, needs: &[&str]) -> Hello {
+    Hello {
+        page_size: 4096,
+        arch: March::X8664 as u32,
+        control: (!plain_file).then(|| holder.address().to_vec()),
+        lacks: needs.iter().map(ToString::to_string).collect(),
+        root_pid: Some(args.tree.0.unsigned_abs()),
+        packed: None,
+    }
 }
 
 /// What this process holds for as long as the stages behind it need it. The kernel ends both if it dies.
@@ -245,59 +250,37 @@ impl Held {
     }
 }
 
-/// Memory whose contents are to be stored.
-struct Memory {
-    /// Segments, whose pagemaps are written already.
-    shared: Vec<(ShmemPlan, File)>,
-    private: Vec<Private>,
-    /// Whether pages that a process and its children share are stored once.
-    once: bool,
+/// A frozen tree whose memory is forked, so that it runs on while that is read.
+struct Forked<'a> {
+    held: &'a mut Option<Held>,
+    /// The stages behind us; none behind a plain file.
+    holder: Option<&'a Holder>,
+    /// Which of them work on the live tree, and how long to wait for them to come.
+    needs: &'a [&'a str],
+    patience: Duration,
+    root: Pid,
 }
 
-/// Of one process.
-struct Private {
-    process: Process,
-    vmas: Vec<VmaEntry>,
-    /// Those that our tracking watched already.
-    watched: Vec<Range<u64>>,
-    pages_id: u32,
-}
+impl snapshot::Tree for Forked<'_> {
+    type Twin = Twin;
 
-impl Memory {
-    /// With --share, marks what is stored once for a process and its children.
-    fn share(&self, plans: &mut [Plan]) -> anyhow::Result<()> {
-        let parent = |pid| self.private.iter().find(|p| p.process.pid == pid).map(|p| p.process.ppid);
-        if self.once { share::share(plans, &parent) } else { Ok(()) }
-    }
-
-    fn copy_shared(&self, writer: &mut Writer<Output>) -> anyhow::Result<()> {
-        self.shared.iter().try_for_each(|(plan, own)| plan.copy(own.as_fd(), writer))
-    }
-
-    /// Finds and writes all pages of a frozen tree.
-    fn copy(&self, tracking: &Tracking, writer: &mut Writer<Output>) -> anyhow::Result<()> {
-        let mut plans = self.private.iter().map(|p| p.plan(tracking)).collect::<anyhow::Result<Vec<_>>>()?;
-        self.share(&mut plans)?;
-        for plan in &plans {
-            plan.emit(writer)?;
+    fn twins(&mut self, memory: &Memory) -> anyhow::Result<HashMap<Pid, (Pid, Twin)>> {
+        let Some(held) = &mut self.held else { return Ok(HashMap::new()) };
+        let mut twins = HashMap::new();
+        for (pid, twin) in snapshot::take(&mut held.frozen, memory)? {
+            match twin {
+                Ok(twin) => drop(twins.insert(pid, (twin.pid(), twin))),
+                Err(why) => snapshot::warn(memory, pid, &why),
+            }
         }
-        writer.bulk().context("write the stream")?;
-        self.copy_shared(writer)?;
-        let mut progress = ckpt_cli::Progress::new("pages", Some(plans.iter().map(Plan::bytes).sum()));
-        plans.iter().try_for_each(|plan| plan.copy(writer, |n| progress.inc(n)))
-    }
-}
-
-impl Private {
-    fn what(&self) -> String {
-        format!("pid {} ({})", self.process.pid, self.process.comm())
+        Ok(twins)
     }
 
-    /// What to store, found by looking at the process itself.
-    fn plan(&self, tracking: &Tracking) -> anyhow::Result<Plan> {
-        let pid = self.process.pid;
-        Plan::new(pid, &self.vmas, self.pages_id, tracking.of(pid, &self.watched))
-            .with_context(|| self.what())
+    fn let_go(&mut self) -> anyhow::Result<()> {
+        if let Some(holder) = self.holder {
+            succeeded(self.root, holder.passed(self.needs, self.patience))?;
+        }
+        self.held.take().map_or(Ok(()), |held| held.free(Release::Run))
     }
 }
 
@@ -396,7 +379,7 @@ fn settle(
         Outcome::Released if args.kill => {
             bail!("pid {}: not killed: no writer has said that the images are durable", args.tree)
         }
-        Outcome::NobodyCame { missing } if tracking.on() && missing == ["write"] => {
+        Outcome::NobodyCame { missing } if tracking.on() && !args.kill && missing == ["write"] => {
             tracking.end(false);
             Ok(())
         }
@@ -404,7 +387,10 @@ fn settle(
             let durable = outcome == Outcome::Committed;
             succeeded(args.tree, outcome)?;
             freed?;
-            tracking.end(durable);
+            // What has been killed has no next checkpoint.
+            if !args.kill {
+                tracking.end(durable);
+            }
             Ok(())
         }
     }
@@ -442,7 +428,12 @@ fn dump(
         task::check(process.pid).with_context(|| format!("pid {} ({})", process.pid, process.comm()))?;
     }
     let ids = ids::assign(&processes)?;
-    emit(writer, Image::Inventory, 0, &inventory(&ids, tracking, held.leaves.clone())?)?;
+    let inventory = InventoryEntry {
+        root_ids: Some(ids.root()),
+        ckpt_net_lock: held.leaves.clone(),
+        ..inventory(tracking)?
+    };
+    emit(writer, Image::Inventory, 0, &inventory)?;
     emit(writer, Image::Timens, 0, &clocks()?)?;
     let threads =
         processes.iter().filter(|p| !p.zombie).flat_map(|p| p.threads.iter().map(|t| (p.pid, t.tid)));
@@ -462,7 +453,7 @@ fn dump(
             emit(writer, Image::Core, number(process.pid.0), &core)?;
             continue;
         }
-        tracking.watch(frozen, process);
+        tracking.watch(process.pid, || Ok(arm(frozen, process)?));
         let mut watched = Vec::new();
         let ours = tracking.of(process.pid, &[]).is_some().then_some(&mut watched);
         let vmas =
@@ -489,7 +480,9 @@ fn dump(
     let private = memory
         .into_iter()
         .map(|(process, vmas, watched)| Private {
-            process: process.clone(),
+            pid: process.pid,
+            ppid: process.ppid,
+            comm: process.comm(),
             vmas,
             watched,
             pages_id: next_id(),
@@ -526,22 +519,16 @@ fn pstree(process: &ckpt_remote::Process, root: Pid) -> anyhow::Result<PstreeEnt
     })
 }
 
-fn inventory(
-    ids: &ids::Ids,
-    tracking: &Tracking,
-    net_lock: Option<String>,
-) -> anyhow::Result<InventoryEntry> {
+fn inventory(tracking: &Tracking) -> anyhow::Result<InventoryEntry> {
     let kernel = nix::sys::utsname::uname().context("uname")?;
     Ok(InventoryEntry {
         img_version: 2,
         fdinfo_per_id: Some(true),
-        root_ids: Some(ids.root()),
         ns_per_id: Some(true),
         root_cg_set: Some(1),
         lsmtype: Some(0),
         network_lock_method: Some(0),
         ckpt_format: Some(1),
-        ckpt_net_lock: net_lock,
         ckpt_kernel: Some(kernel.release().to_string_lossy().into_owned()),
         ckpt_id: Some(tracking.id.to_vec()),
         ckpt_parent_id: tracking.parent.map(|id| id.to_vec()),

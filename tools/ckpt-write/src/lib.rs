@@ -152,6 +152,7 @@ fn write(
                 dir.entry(image, arg, &message)?;
                 if image == Image::Inventory {
                     audit.increment = link_parent(args, &dir, &message)?;
+                    audit.pre_dump = InventoryEntry::decode(&message[..])?.ckpt_pre_dump();
                 }
                 audit.entry(image, arg, &message)?;
             }
@@ -256,6 +257,8 @@ fn contents(reader: &mut Reader<File>, dir: &mut DirWriter, image: Image, arg: u
 struct Audit {
     /// Some pages may be in the parent.
     increment: bool,
+    /// It holds memory, and nothing else that a checkpoint must have.
+    pre_dump: bool,
     /// Pages id of each pagemap, and how many pages it says are there.
     pagemaps: BTreeMap<(Image, u64), (u64, u64)>,
     /// Bytes of pages in compressed images.
@@ -306,7 +309,8 @@ impl Audit {
 
     /// How many pages there are.
     fn end(&self, dir: &DirWriter, page_size: u64) -> Result<u64, ImageError> {
-        for image in [Image::Inventory, Image::Pstree] {
+        let required = [Image::Inventory, Image::Pstree];
+        for image in required.into_iter().filter(|image| !(self.pre_dump && *image == Image::Pstree)) {
             if !dir.has(image, 0) {
                 return Err(ImageError::Missing { file: image.file_name(0) });
             }

@@ -4,6 +4,7 @@
 //! the pipeline, so that it can be copied and changed. `ckpt foo` runs `ckpt-foo`, as git does.
 
 mod pipeline;
+mod pre_dump;
 
 use std::{
     ffi::{OsStr, OsString},
@@ -35,6 +36,7 @@ pub struct Args {
 const EXAMPLES: &str = "\
 Examples:
   ckpt dump -t 4711 -D checkpoint                        # the tree runs on
+  ckpt dump -t 4711 -D checkpoint --pre-dump --kill      # most memory is copied before
   ckpt -x dump -t 4711 -D checkpoint --external 48213    # shows the stages
   ckpt restore -D checkpoint --connect 48213=/run/b.sock --detach
   ckpt show --tree checkpoint                            # runs ckpt-show";
@@ -69,11 +71,15 @@ pub struct Dump {
     #[arg(long, value_name = "WHAT")]
     pub queued: Option<OsString>,
     /// Track writes with the ckpt-track at ADDRESS
-    #[arg(long, value_name = "ADDRESS", conflicts_with_all = ["kill", "leave_stopped"])]
+    #[arg(long, value_name = "ADDRESS")]
     pub track: Option<OsString>,
     /// Store only what was written since the checkpoint in DIR
     #[arg(long, value_name = "DIR", requires = "track")]
     pub parent: Option<OsString>,
+    /// Copy memory while the tree runs, in rounds (at most ROUNDS, default 8), before it is frozen for the rest
+    #[arg(long, value_name = "ROUNDS", num_args = 0..=1, require_equals = true, default_missing_value = "8",
+        value_parser = clap::value_parser!(u32).range(1..), conflicts_with = "compress")]
+    pub pre_dump: Option<u32>,
     /// Kill the tree once the directory is safely in place
     #[arg(long, conflicts_with = "leave_stopped")]
     pub kill: bool,
@@ -175,6 +181,9 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
             // ckpt-write would say so too, but not before the tree was frozen for nothing.
             if std::fs::symlink_metadata(&dump.dir).is_ok() {
                 bail!("{} exists already; checkpoints are never overwritten", dump.dir.display());
+            }
+            if let Some(rounds) = dump.pre_dump {
+                return pre_dump::run(dump, rounds, args.trace);
             }
             if dump.stats.file.is_some() {
                 return dump.run_with_stats(args.trace);

@@ -104,7 +104,8 @@ pub fn blame(codes: &[u8]) -> u8 {
         .unwrap_or(0)
 }
 
-fn code(status: ExitStatus) -> u8 {
+/// A stage's exit status, 128 and its number for a signal.
+pub(crate) fn code(status: ExitStatus) -> u8 {
     let code = status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0));
     u8::try_from(code).unwrap_or(1)
 }

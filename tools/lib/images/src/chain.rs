@@ -31,6 +31,7 @@ use ckpt_proto::{
     Image,
     types::{InventoryEntry, PagemapEntry, PstreeEntry},
 };
+use ckpt_sys::Refused;
 use nix::{
     dir::Dir,
     fcntl::{OFlag, openat},
@@ -513,6 +514,19 @@ impl ImageSet {
     #[must_use]
     pub fn id(&self) -> Option<Vec<u8>> {
         self.inventory_entry()?.ckpt_id
+    }
+
+    /// For those who need a whole checkpoint, called `name`.
+    ///
+    /// # Errors
+    /// [`Refused`] if it is a pre-dump, which holds only memory.
+    pub fn more_than_memory(&self, name: &Path) -> Result<(), Refused> {
+        if self.inventory_entry().is_some_and(|entry| entry.ckpt_pre_dump()) {
+            let why = "is a pre-dump, which holds memory and nothing else";
+            return Err(Refused::new(name.display().to_string(), why)
+                .advise("restore the checkpoint that was made as an increment of it"));
+        }
+        Ok(())
     }
 
     /// The id of the checkpoint that this one is an increment of.

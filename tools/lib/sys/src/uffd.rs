@@ -79,6 +79,12 @@ pub fn protect(uffd: BorrowedFd<'_>, start: RemoteAddr, end: RemoteAddr) -> Resu
     set_protection(uffd, start, end, WRITEPROTECT_WP)
 }
 
+/// Takes protection from `[start, end)`, so that its pages count as written. What is no longer mapped there, or
+/// not tracked any more, is not protected anyway.
+pub fn count_as_written(uffd: BorrowedFd<'_>, start: RemoteAddr, end: RemoteAddr) {
+    let _ = set_protection(uffd, start, end, 0);
+}
+
 fn set_protection(
     uffd: BorrowedFd<'_>,
     start: RemoteAddr,

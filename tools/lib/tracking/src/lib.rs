@@ -356,18 +356,18 @@ impl Session {
         &self.verdict
     }
 
-    /// Sees to it that `process` has a userfaultfd, and hands a new one to the tracker.
+    /// Whether this very process has a userfaultfd that still works: not if it has called exec.
+    #[must_use]
+    pub fn watches(&self, pid: Pid, start_time: u64) -> bool {
+        let known = self.watches.get(&pid);
+        known.is_some_and(|w| w.start_time == start_time && uffd::is_alive(w.uffd.as_fd()))
+    }
+
+    /// Hands a new userfaultfd of a process ([`arm`]) to the tracker.
     ///
     /// # Errors
-    /// See [`arm`].
-    pub fn watch(&mut self, frozen: &mut Frozen, process: &Process) -> Result<(), TrackError> {
-        let pid = process.pid;
-        let start_time = start_time(pid)?;
-        let known = self.watches.get(&pid);
-        if known.is_some_and(|w| w.start_time == start_time && uffd::is_alive(w.uffd.as_fd())) {
-            return Ok(());
-        }
-        let uffd = arm(frozen, process)?;
+    /// The tracker is gone.
+    pub fn watch(&mut self, pid: Pid, start_time: u64, uffd: OwnedFd) -> Result<(), TrackError> {
         self.line.say(&format!("WATCH {} {start_time}", pid.0), Some(uffd.as_fd()))?;
         self.watches.insert(pid, Watch { start_time, uffd });
         Ok(())

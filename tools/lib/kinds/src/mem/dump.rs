@@ -14,10 +14,10 @@
 
 use std::{
     fs::File,
-    io::Write,
+    io::{self, Write},
     ops::Range,
     os::{
-        fd::{AsFd, BorrowedFd},
+        fd::{AsFd, BorrowedFd, OwnedFd},
         unix::fs::FileExt,
     },
     path::PathBuf,
@@ -34,6 +34,7 @@ use ckpt_sys::{
     Pid, Refused, RemoteAddr,
     gift::{self, Gift},
     memory::{self, Page, PageRange},
+    uffd,
 };
 use nix::unistd::{Whence, lseek64};
 
@@ -218,6 +219,24 @@ fn dump_vma(
     Ok(entry)
 }
 
+/// The private mappings among `mappings`, and which of them a userfaultfd tracks: all that a pre-dump has to know. What can't
+/// be checkpointed is left out; the checkpoint says so.
+#[must_use]
+pub fn private_vmas(mappings: &[Mapping]) -> (Vec<VmaEntry>, Vec<Range<u64>>) {
+    let plain = |m: &&Mapping| {
+        let known = REFUSED.iter().any(|(flag, _)| *flag != b"uw" && m.has(flag));
+        let kernels = [&b"[vsyscall]"[..], b"[vdso]", b"[vvar]", b"[vvar_vclock]"].contains(&&m.name[..]);
+        !m.shared && !known && !kernels && !m.has(b"io") && !m.has(b"pf")
+    };
+    let entry = |m: &Mapping| {
+        let kind = if m.file() { status::FILE_PRIVATE } else { status::ANON_PRIVATE };
+        VmaEntry { start: m.start, end: m.end, status: status::REGULAR | kind, ..VmaEntry::default() }
+    };
+    let private: Vec<&Mapping> = mappings.iter().filter(plain).collect();
+    let watched = private.iter().filter(|m| m.has(b"uw")).map(|m| m.start..m.end).collect();
+    (private.into_iter().map(entry).collect(), watched)
+}
+
 /// Whether a mapped file's name is that of a memfd or of shared anonymous memory.
 fn is_shmem(name: &[u8]) -> bool {
     name.starts_with(b"/memfd:") || name == b"/dev/zero (deleted)"
@@ -233,6 +252,17 @@ pub struct Plan {
     pub pages_id: u32,
     /// Runs to store, in address order.
     runs: Vec<Run>,
+    /// The process runs while its pages are read.
+    running: Option<Running>,
+}
+
+/// What is needed to read the pages of a process that runs.
+#[derive(Debug)]
+struct Running {
+    /// Its memory: opened while it was frozen, so that it is not that of a later program.
+    memory: File,
+    /// What tracks its writes.
+    uffd: OwnedFd,
 }
 
 /// Pages that are stored, or marked, in the same way.
@@ -293,7 +323,7 @@ impl Plan {
     ) -> anyhow::Result<Self> {
         let path = format!("/proc/{source}/pagemap");
         let pagemap = File::open(&path).with_context(|| path.clone())?;
-        let mut plan = Self { pid, source, pages_id, runs: Vec::new() };
+        let mut plan = Self { pid, source, pages_id, runs: Vec::new(), running: None };
         let mut ranges: Vec<PageRange> = Vec::new();
         for vma in vmas {
             let Some(select) = selection(vma.status) else { continue };
@@ -327,6 +357,26 @@ impl Plan {
             }
         }
         Ok(plan)
+    }
+
+    /// The same pages, to be read from `source`, a copy of the process.
+    #[must_use]
+    pub fn from_copy(mut self, source: Pid) -> Self {
+        self.source = source;
+        self
+    }
+
+    /// The same pages, to be read when the process runs again. What it writes until then is in the next increment: it
+    /// must be tracked.
+    ///
+    /// # Errors
+    /// Its memory can't be opened.
+    pub fn while_running(mut self, tracked: Tracked<'_>) -> anyhow::Result<Self> {
+        let path = format!("/proc/{}/mem", self.pid);
+        let memory = File::open(&path).context(path)?;
+        let uffd = tracked.uffd.try_clone_to_owned().context("userfaultfd")?;
+        self.running = Some(Running { memory, uffd });
+        Ok(self)
     }
 
     /// The runs whose pages are stored.
@@ -412,6 +462,24 @@ impl Plan {
         Ok(())
     }
 
+    /// Reads pages. Of a process that runs some may be gone: they are zeros, and count as written from here on, so that
+    /// no increment is without them.
+    fn read(&self, memory: &File, place: &mut [u8], at: u64) -> io::Result<()> {
+        let read = memory.read_exact_at(place, at);
+        let (Err(_), Some(running)) = (&read, &self.running) else { return read };
+        if !uffd::is_alive(running.uffd.as_fd()) {
+            place.fill(0);
+            return Ok(());
+        }
+        for (page, start) in place.chunks_mut(4096).zip((at..).step_by(4096)) {
+            if memory.read_exact_at(page, start).is_err() {
+                page.fill(0);
+                uffd::count_as_written(running.uffd.as_fd(), RemoteAddr(start), RemoteAddr(start + PAGE));
+            }
+        }
+        Ok(())
+    }
+
     /// Writes the pages, in the order of the pagemap. `progress` is told of each chunk's bytes.
     ///
     /// # Errors
@@ -424,7 +492,11 @@ impl Plan {
         let mut chunk = Chunk::for_output(out.output().as_fd(), self.bytes())?;
         let mut filled = 0;
         let path = format!("/proc/{}/mem", self.source);
-        let memory = File::open(&path).with_context(|| path.clone())?;
+        let memory = match &self.running {
+            Some(running) => running.memory.try_clone(),
+            None => File::open(&path),
+        };
+        let memory = memory.with_context(|| path.clone())?;
         for run in self.stored() {
             let mut at = run.start;
             while at < run.end {
@@ -432,7 +504,7 @@ impl Plan {
                 let full = buffer.len().min(RECORD);
                 let n = usize::try_from(run.end - at).unwrap_or(full).min(full - filled);
                 let place = &mut buffer[filled..filled + n];
-                memory.read_exact_at(place, at).with_context(|| format!("{path}: read at {at:#x}"))?;
+                self.read(&memory, place, at).with_context(|| format!("{path}: read at {at:#x}"))?;
                 filled += n;
                 at += n as u64;
                 if filled == full {

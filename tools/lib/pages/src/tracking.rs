@@ -3,15 +3,15 @@
 use std::{
     fs::File,
     io::Read,
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
 };
 
 use anyhow::{Context, bail};
 use ckpt_images::ImageSet;
 use ckpt_kinds::mem::track::Tracked;
-use ckpt_remote::{Frozen, Process};
 use ckpt_sys::Pid;
-use ckpt_tracking::{Id, Session, TrackError, Verdict};
+use ckpt_tracking::{Id, Session, TrackError, Verdict, start_time};
 
 /// What a checkpoint is called, and how it continues an earlier one.
 #[derive(Debug)]
@@ -25,7 +25,7 @@ pub struct Tracking {
 }
 
 impl Tracking {
-    /// Begins a checkpoint. With a parent it is an increment if the tracker at `address` vouches for that;
+    /// Begins a checkpoint of a new id. With a parent it is an increment if the tracker at `address` vouches for that;
     /// else, or if that has ended, it is full, and a warning says why.
     ///
     /// # Errors
@@ -33,6 +33,14 @@ impl Tracking {
     pub fn begin(address: Option<&str>, parent: Option<&PathBuf>) -> anyhow::Result<Self> {
         let mut id = Id::default();
         File::open("/dev/urandom").and_then(|mut f| f.read_exact(&mut id)).context("/dev/urandom")?;
+        Self::join(id, address, parent)
+    }
+
+    /// The same for a checkpoint that has an id.
+    ///
+    /// # Errors
+    /// As [`Self::begin`].
+    pub fn join(id: Id, address: Option<&str>, parent: Option<&PathBuf>) -> anyhow::Result<Self> {
         let Some(address) = address else { return Ok(Self { id, parent: None, session: None }) };
         let mut parent = parent.map(|dir| id_of(dir)).transpose()?;
         let session = match Session::begin(address, parent) {
@@ -56,12 +64,19 @@ impl Tracking {
         self.session.is_some()
     }
 
-    /// Puts `process` under tracking, if it is not. One that can't be is stored in full.
-    pub fn watch(&mut self, frozen: &mut Frozen, process: &Process) {
+    /// Puts a process under tracking, if it is not: `arm` makes a userfaultfd in it. One that can't be is stored in full.
+    pub fn watch(&mut self, pid: Pid, arm: impl FnOnce() -> anyhow::Result<OwnedFd>) {
         let Some(session) = &mut self.session else { return };
-        if let Err(error) = session.watch(frozen, process) {
-            let error = ckpt_cli::describe(&error.into());
-            ckpt_cli::warn(&format!("pid {} is stored in full: {error}", process.pid));
+        let watch = || -> anyhow::Result<()> {
+            let start_time = start_time(pid)?;
+            if !session.watches(pid, start_time) {
+                session.watch(pid, start_time, arm()?)?;
+            }
+            Ok(())
+        };
+        if let Err(error) = watch() {
+            let error = ckpt_cli::describe(&error);
+            ckpt_cli::warn(&format!("pid {pid} is stored in full: {error}"));
         }
     }
 

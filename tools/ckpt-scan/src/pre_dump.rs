@@ -1,0 +1,106 @@
+//! `--pre-dump`: memory that is copied while the tree runs, ahead of a checkpoint.
+//!
+//! The tree is frozen for as long as it takes to find its pages and protect them, as for an increment;
+//! then it runs, and its pages are read from under it. A page that it writes meanwhile may be read old, new or half
+//! of each. That does no harm: the write takes off the protection, so the next increment stores the page
+//! again. The same goes for what can't be read any more ([`Plan::while_running`]); mappings that are new by then are
+//! stored in full anyway.
+//!
+//! ```text
+//! pre-dump 0          frozen: find, protect | runs: read all ...
+//! pre-dump 1 on 0     frozen: find, protect | runs: read what was written since
+//! checkpoint 2 on 1   frozen: everything, and the few pages written since
+//! ```
+//!
+//! The directory that comes of it has the pagemaps and pages of an increment, and an inventory that says what it
+//! is; nothing of it can be restored alone. CRIU's pre-dumps have the same files.
+//!
+//! Shared memory is left to the checkpoint, which stores it in full as every increment does.
+
+use std::{fs::File, time::Duration};
+
+use anyhow::{Context, bail};
+use ckpt_cli::stats;
+use ckpt_hold::Holder;
+use ckpt_images::recode::{self, Behind, Recode};
+use ckpt_kinds::{
+    mem::{
+        dump::{Plan, private_vmas},
+        early::Early,
+    },
+    sink::emit,
+};
+use ckpt_pages::Tracking;
+use ckpt_proto::{Image, stream::Writer, types::InventoryEntry};
+use ckpt_remote::{Frozen, Release};
+use ckpt_sys::transfer::Output;
+use ckpt_tracking::arm;
+
+use crate::{Args, as_refusal, blame, give_up, hello, inventory, settle};
+
+/// Writes the stream of a pre-dump.
+///
+/// # Errors
+/// The tree runs on whatever went wrong.
+pub fn run(args: &Args, output: File, plain_file: bool) -> anyhow::Result<()> {
+    stats::phase("freeze");
+    let holder = Holder::bind()?;
+    let mut tracking = Tracking::begin(args.track.as_deref(), args.parent.as_ref())?;
+    if !tracking.on() {
+        bail!("a pre-dump without tracking is of no use");
+    }
+    let frozen = Frozen::freeze(args.tree, Duration::from_secs(args.freeze_timeout)).map_err(as_refusal)?;
+    let plans = look(frozen, &mut tracking)?;
+    stats::count("tree", "processes", plans.len() as u64);
+    let (output, behind) = match args.compress {
+        Some(codec) => recode::behind(output, Recode::Pack(codec))?,
+        None => (output, Behind::default()),
+    };
+    let hello = hello(args, &holder, plain_file, &[]);
+    let mut writer = Writer::open(Output::new(output), hello).context("write the stream")?;
+    let holder = (!plain_file).then_some(&holder);
+    stats::phase("pages");
+    if let Err(error) = write(&plans, &tracking, &mut writer) {
+        return give_up(None, Some(writer), error).map_err(|e| blame(e, holder));
+    }
+    ckpt_pages::count(&writer);
+    stats::phase("stages");
+    drop(writer.end().context("write the stream")?);
+    if let Err(error) = behind.finish() {
+        return give_up(None, None, error.into()).map_err(|e| blame(e, holder));
+    }
+    settle(args, None, holder, &[], tracking)?;
+    args.stats.write()
+}
+
+/// Finds what is to be stored, protects it, and lets the tree run.
+fn look(mut frozen: Frozen, tracking: &mut Tracking) -> anyhow::Result<Vec<Plan>> {
+    let mut plans = Vec::new();
+    for process in frozen.processes.clone().iter().filter(|p| !p.zombie) {
+        let pid = process.pid;
+        tracking.watch(pid, || Ok(arm(&mut frozen, process)?));
+        let look = |pages_id| -> anyhow::Result<Option<Plan>> {
+            let (vmas, watched) = private_vmas(&Early::default().mappings(pid)?);
+            let Some(tracked) = tracking.of(pid, &watched) else { return Ok(None) };
+            Ok(Some(Plan::new(pid, &vmas, pages_id, Some(tracked))?.while_running(tracked)?))
+        };
+        let pages_id = u32::try_from(plans.len() + 1)?;
+        plans.extend(look(pages_id).with_context(|| format!("pid {pid} ({})", process.comm()))?);
+    }
+    let held = frozen.since().elapsed();
+    frozen.release(Release::Run);
+    stats::seconds("frozen", held);
+    ckpt_cli::note!(1, "the tree was frozen for {:.2} ms", held.as_secs_f64() * 1000.0);
+    Ok(plans)
+}
+
+fn write(plans: &[Plan], tracking: &Tracking, writer: &mut Writer<Output>) -> anyhow::Result<()> {
+    let inventory = InventoryEntry { ckpt_pre_dump: Some(true), ..inventory(tracking)? };
+    emit(writer, Image::Inventory, 0, &inventory)?;
+    for plan in plans {
+        plan.emit(writer)?;
+    }
+    writer.bulk().context("write the stream")?;
+    let mut progress = ckpt_cli::Progress::new("pages", Some(plans.iter().map(Plan::bytes).sum()));
+    plans.iter().try_for_each(|plan| plan.copy(writer, |n| progress.inc(n)))
+}

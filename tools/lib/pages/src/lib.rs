@@ -1,0 +1,106 @@
+//! Stores the memory of a tree: what `ckpt-scan` does by itself, and `ckpt-mem` as a stage of its own.
+//!
+//! - [`Memory`]: whose pages are to be stored; in full, or what is new since a parent
+//! - [`Tracking`]: the part that a tracker has in it (`--track`, `--parent`)
+//! - [`snapshot`]: pages read from copies while the tree runs on
+//!
+//! Which of the two it is makes no difference to what is stored. What only the tracer can do is asked of it:
+//! `ckpt-scan` does it itself, `ckpt-mem` says it to `ckpt-scan` through the hold protocol.
+
+pub mod snapshot;
+mod tracking;
+
+use std::{fs::File, ops::Range, os::fd::AsFd};
+
+use anyhow::Context;
+use ckpt_cli::stats;
+use ckpt_kinds::mem::{
+    dump::{Plan, ShmemPlan},
+    share,
+};
+use ckpt_proto::{stream::Writer, types::VmaEntry};
+use ckpt_sys::{Pid, transfer::Output};
+
+pub use tracking::Tracking;
+
+/// Memory whose contents are to be stored.
+#[derive(Debug, Default)]
+pub struct Memory {
+    /// Segments, whose pagemaps are written already.
+    pub shared: Vec<(ShmemPlan, File)>,
+    /// Of each process.
+    pub private: Vec<Private>,
+    /// Whether pages that a process and its children share are stored once.
+    pub once: bool,
+}
+
+/// Private memory of one process.
+#[derive(Debug)]
+pub struct Private {
+    /// Whose.
+    pub pid: Pid,
+    /// Its parent's.
+    pub ppid: Pid,
+    /// What it is called.
+    pub comm: String,
+    /// Its mappings.
+    pub vmas: Vec<VmaEntry>,
+    /// Those that our tracking watched already.
+    pub watched: Vec<Range<u64>>,
+    /// Number of its pages image.
+    pub pages_id: u32,
+}
+
+impl Memory {
+    /// With `once`, marks what is stored once for a process and its children.
+    fn share(&self, plans: &mut [Plan]) -> anyhow::Result<()> {
+        let parent = |pid| self.private.iter().find(|p| p.pid == pid).map(|p| p.ppid);
+        if self.once { share::share(plans, &parent) } else { Ok(()) }
+    }
+
+    /// Writes the contents of shared segments.
+    ///
+    /// # Errors
+    /// The output's.
+    pub fn copy_shared(&self, writer: &mut Writer<Output>) -> anyhow::Result<()> {
+        self.shared.iter().try_for_each(|(plan, own)| plan.copy(own.as_fd(), writer))
+    }
+
+    /// Finds and writes all pages of a frozen tree.
+    ///
+    /// # Errors
+    /// The kernel's, the output's; [`Refused`](ckpt_sys::Refused) if somebody else tracks the memory.
+    pub fn copy(&self, tracking: &Tracking, writer: &mut Writer<Output>) -> anyhow::Result<()> {
+        let mut plans = self.private.iter().map(|p| p.plan(tracking)).collect::<anyhow::Result<Vec<_>>>()?;
+        self.share(&mut plans)?;
+        for plan in &plans {
+            plan.emit(writer)?;
+        }
+        writer.bulk().context("write the stream")?;
+        self.copy_shared(writer)?;
+        let mut progress = ckpt_cli::Progress::new("pages", Some(plans.iter().map(Plan::bytes).sum()));
+        plans.iter().try_for_each(|plan| plan.copy(writer, |n| progress.inc(n)))
+    }
+}
+
+impl Private {
+    fn what(&self) -> String {
+        format!("pid {} ({})", self.pid, self.comm)
+    }
+
+    /// What to store, found by looking at the process itself.
+    fn plan(&self, tracking: &Tracking) -> anyhow::Result<Plan> {
+        let tracked = tracking.of(self.pid, &self.watched);
+        Plan::new(self.pid, &self.vmas, self.pages_id, tracked).with_context(|| self.what())
+    }
+}
+
+/// Counts for the statistics what has gone through `writer`.
+pub fn count(writer: &Writer<Output>) {
+    let counts = writer.counts();
+    let written = counts.page_bytes / 4096;
+    stats::count("pages", "scanned", written + counts.parent_pages);
+    stats::count("pages", "written", written);
+    stats::count("pages", "zero", counts.zero_pages);
+    stats::count("pages", "in_parent", counts.parent_pages);
+}
