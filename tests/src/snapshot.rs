@@ -211,6 +211,9 @@ impl Snapshot {
                 if value.contains("/dev/zero") || value.contains("/memfd:") || value.contains("(deleted)") {
                     words.truncate(2);
                     words.push("anonymous file".into());
+                } else if value.contains(" socket:[") {
+                    // A ring; the name has the inode once more.
+                    words.remove(3);
                 }
             } else if key.contains(" fd ") {
                 let mut kept = Vec::new();

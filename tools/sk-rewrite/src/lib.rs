@@ -361,7 +361,9 @@ fn queued(entry: &held::Entry, effects: &Effects) -> anyhow::Result<Option<(Vec<
     let whole = || Ok(Some((entry.message.clone(), 0..u64::MAX)));
     if entry.image == Image::SkQueues {
         let packet = SkPacketEntry::decode(&entry.message[..])?;
-        return if effects.dropped.contains(&packet.id_for) { Ok(None) } else { whole() };
+        // What is in a ring is at places that the program knows of, and stays.
+        let dropped = effects.dropped.contains(&packet.id_for) && packet.ckpt_ring_slot.is_none();
+        return if dropped { Ok(None) } else { whole() };
     }
     let options: Vec<_> = effects.tcp_options.iter().filter(|(id, ..)| *id == entry.arg).collect();
     let (drop, close) = (effects.dropped_tcp.contains(&entry.arg), effects.closed_tcp.contains(&entry.arg));

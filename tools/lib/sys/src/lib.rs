@@ -21,6 +21,7 @@ pub mod pidfd;
 pub mod prctl;
 pub mod probe;
 pub mod ptrace;
+pub mod ring;
 pub mod rseq;
 pub mod sched;
 #[cfg(feature = "selfcall")]

@@ -215,6 +215,14 @@ pub fn receive_with_rights(fd: BorrowedFd<'_>, buffer: &mut [u8]) -> Result<(usi
     Ok((message.bytes, fds))
 }
 
+/// Takes the socket's filter away.
+///
+/// # Errors
+/// ENOENT: it has none. EPERM: it is locked.
+pub fn detach_filter(fd: BorrowedFd<'_>) -> Result<(), SysError> {
+    set_option(fd, libc::SOL_SOCKET, libc::SO_DETACH_FILTER, 0)
+}
+
 /// Length of the socket's classic BPF filter in instructions, 0 if there is none.
 ///
 /// # Errors

@@ -25,7 +25,7 @@ use ckpt_sys::{
 };
 use nix::sys::stat::{FileStat, SFlag};
 
-use super::{KINDS, Support, epoll, fown, lock, memfd, pipe, reg, tty, unix};
+use super::{KINDS, Support, epoll, fown, lock, memfd, packet, pipe, reg, tty, unix};
 use crate::{Sink, sink::emit};
 
 /// What the user allowed at dump time.
@@ -427,6 +427,20 @@ impl FileTable {
     /// [`Refused`] for System V and huge page memory; the sink's.
     pub fn add_shmem(&mut self, pid: Pid, link: &Path, sink: &mut dyn Sink) -> anyhow::Result<Shmem> {
         memfd::add_mapped(self, pid, link, sink)
+    }
+
+    /// The ring of packet socket `id`, mapped from `offset` on with `len` bytes. Gives the socket's number.
+    ///
+    /// # Errors
+    /// [`Refused`] for what can't be mapped again; the sink's.
+    pub fn add_mapped_ring(
+        &mut self,
+        pid: Pid,
+        id: u64,
+        (offset, len): (u64, u64),
+        sink: &mut dyn Sink,
+    ) -> anyhow::Result<FileId> {
+        packet::add_mapped(self, pid, id, (offset, len), sink)
     }
 
     /// Memory whose contents the caller has to store; call it after the last `add_*`.

@@ -6,24 +6,25 @@
 //! that would mean to send them again; a program that listens to a network has to live with losses anyway, so
 //! `--queued=drop` is a fair answer.
 //!
-//! A ring (`PACKET_RX_RING`, `PACKET_TX_RING`) is made again with its measures. One that is mapped is
-//! refused (by [`super::reg`], which names mapped files): the kernel and the program each count at which
-//! frame they are, and the kernel's count is neither told nor taken.
+//! Rings (`PACKET_RX_RING`, `PACKET_TX_RING`) are made again with their measures; what is in a receive ring
+//! is the business of [`ring`]. CRIU's images know of mapped rings, not of what is in them.
+
+mod ring;
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     os::fd::{AsFd, BorrowedFd},
 };
 
 use anyhow::{Context, bail};
 use ckpt_proto::{
     Image,
-    types::{FdTypes, FileEntry, PacketMclist, PacketRing, PacketSockEntry},
+    types::{FdTypes, FileEntry, PacketMclist, PacketRing, PacketSockEntry, SkPacketEntry},
 };
 use ckpt_sys::{
-    FileId, Refused,
+    FileId, Pid, Refused, TargetFd,
     diag::{self, PacketSocket, SockDiag},
-    sock,
+    pidfd, sock,
 };
 use nix::{
     errno::Errno,
@@ -32,6 +33,7 @@ use nix::{
 
 use super::{
     Descriptor, FileTable, Opening,
+    dump::{comm, descriptors, read_link},
     socket::{self, Completion},
     sockopt::{self, Class, Options, When},
 };
@@ -96,10 +98,82 @@ pub(super) fn complete(
             .get(&ino)
             .with_context(|| format!("{}: the kernel does not list {what}", socket.subject))?;
         check(socket, diag, &what, completion)?;
-        let entry = entry(socket, diag, &what, completion)?;
+        let mut psk = entry(socket, diag, &what, completion)?;
+        let mut unread = Vec::new();
+        if let Some(rx) = &psk.rx_ring {
+            let found = ring::read(socket.copy.as_fd(), psk.version, rx, psk.tx_ring.as_ref());
+            let found = found.with_context(|| format!("{}: its ring", socket.subject))?;
+            let contents = found.map_err(|why| socket.refuse(&what, why))?;
+            psk.ckpt_rx_head = Some(contents.head).filter(|&head| head != 0);
+            unread = contents.unread;
+        }
+        let kind = FdTypes::Packetsk.into();
+        let entry = FileEntry { r#type: kind, id: socket.file_id, psk: Some(psk), ..FileEntry::default() };
         emit(sink, Image::Files, 0, &entry)?;
+        for (slot, bytes) in unread {
+            let packet = SkPacketEntry {
+                id_for: socket.file_id,
+                length: u32::try_from(bytes.len()).context("length of a frame")?,
+                ckpt_ring_slot: Some(slot),
+                ..SkPacketEntry::default()
+            };
+            emit(sink, Image::SkQueues, 0, &packet)?;
+            sink.data(Image::SkQueues, 0, &bytes)?;
+        }
     }
     Ok(())
+}
+
+/// The file of a mapped ring.
+///
+/// # Errors
+/// [`Refused`] for what can't be mapped again, or nobody has open.
+pub(super) fn add_mapped(
+    table: &mut FileTable,
+    pid: Pid,
+    id: u64,
+    (offset, len): (u64, u64),
+    sink: &mut dyn Sink,
+) -> anyhow::Result<FileId> {
+    let subject = format!("pid {pid} mapping of socket {id}");
+    let refuse = |reason: &str| Refused::new(subject.clone(), reason);
+    let mut pids: Vec<Pid> = table.tree.iter().copied().filter(|&other| other != pid).collect();
+    pids.sort_unstable();
+    let key = format!("socket:[{id}]");
+    let mut found = None;
+    for pid in std::iter::once(pid).chain(pids) {
+        let fds = descriptors(pid)?.into_iter();
+        let is_it = |fd: &TargetFd| {
+            read_link(&std::path::PathBuf::from(format!("/proc/{pid}/fd/{fd}")))
+                .is_ok_and(|l| l == key.as_bytes())
+        };
+        found = fds.into_iter().find(is_it).map(|fd| (pid, fd));
+        if found.is_some() {
+            break;
+        }
+    }
+    let Some((holder, fd)) = found else {
+        return Err(refuse("no process of the tree has it open any more").into());
+    };
+    let task = pidfd::open(holder)?;
+    let (file, kind, _) = table.add_descriptor(holder, &comm(holder), task.as_fd(), fd, sink)?;
+    if kind != FdTypes::Packetsk {
+        return Err(refuse("memory of this kind of socket can't be checkpointed").into());
+    }
+    let all = SockDiag::here()?.packet().context("enumerate packet sockets")?;
+    let socket =
+        all.into_iter().find(|s| s.id == id).with_context(|| format!("{subject}: it is not listed"))?;
+    if socket.tx_ring.is_some() {
+        return Err(refuse(
+            "the kernel does not tell at which frame of a transmit ring (PACKET_TX_RING) it is",
+        )
+        .into());
+    }
+    let whole = self::ring(socket.rx_ring).map_or(0, |rx| ring::bytes(&rx));
+    if (offset, len) != (0, whole) {
+        return Err(refuse("only a part of its ring is mapped").into());
+    }
+    Ok(file)
 }
 
 fn check(
@@ -112,9 +186,11 @@ fn check(
     if diag.interface == u32::MAX {
         return Err(socket.refuse(what, "the interface that it was bound to is gone").into());
     }
+    // What is in a ring makes it readable too.
+    let readable = happened & libc::POLLIN != 0 && diag.rx_ring.is_none();
     if happened & libc::POLLERR != 0 {
         socket.leave_out(what, "an error waits to be read", completion)?;
-    } else if happened & libc::POLLIN != 0 || diag.rmem > 0 {
+    } else if readable || diag.rmem > 0 {
         socket.leave_out(what, "packets are received and not read", completion)?;
     }
     Ok(())
@@ -125,7 +201,7 @@ fn entry(
     diag: &PacketSocket,
     what: &str,
     completion: Completion<'_>,
-) -> anyhow::Result<FileEntry> {
+) -> anyhow::Result<PacketSockEntry> {
     const PACKET_FANOUT_CBPF: u32 = 6;
     const PACKET_FANOUT_EBPF: u32 = 7;
     let name = |index: u32| -> anyhow::Result<Option<Vec<u8>>> {
@@ -158,7 +234,7 @@ fn entry(
         let reason = "the program that spreads packets over its fanout group can't be read back";
         return Err(socket.refuse(what, reason).into());
     }
-    let psk = PacketSockEntry {
+    Ok(PacketSockEntry {
         id: socket.file_id,
         r#type: socket.stub.r#type,
         protocol: diag.protocol.to_be().into(),
@@ -180,9 +256,8 @@ fn entry(
         tx_ring: ring(diag.tx_ring),
         ns_id: (completion.net_ns)(socket.pid()),
         ckpt_ifname: name(diag.interface)?,
-    };
-    let kind = FdTypes::Packetsk.into();
-    Ok(FileEntry { r#type: kind, id: socket.file_id, psk: Some(psk), ..FileEntry::default() })
+        ckpt_rx_head: None,
+    })
 }
 
 use diag::PacketMembership as PacketSocketMembership;
@@ -195,18 +270,35 @@ fn ring(ring: Option<diag::PacketRing>) -> Option<PacketRing> {
 
 /// ckpt-restore's part.
 pub(super) fn restore(opening: &mut Opening<'_>, files: &[FileEntry]) -> anyhow::Result<()> {
+    let packets: Vec<SkPacketEntry> = opening.set.all(Image::SkQueues, 0)?;
+    let rings: HashSet<u32> =
+        packets.iter().filter(|p| p.ckpt_ring_slot.is_some()).map(|p| p.id_for).collect();
     for file in files {
         let psk = file.psk.as_ref().with_context(|| {
             let stub = if file.ckpt_stub.is_some() { " (it did not pass ckpt-sk)" } else { "" };
             format!("packet socket {} without its entry{stub}", file.id)
         })?;
         let what = format!("packet socket of file {}", psk.id);
-        restore_one(opening, psk, &what).with_context(|| what.clone())?;
+        let mut contents = ring::Contents { head: psk.ckpt_rx_head.unwrap_or(0), unread: Vec::new() };
+        if rings.contains(&psk.id) {
+            for (index, packet) in packets.iter().enumerate().filter(|(_, p)| p.id_for == psk.id) {
+                let Some(slot) = packet.ckpt_ring_slot else { continue };
+                let limit = psk.rx_ring.as_ref().map_or(0, |rx| rx.block_size).into();
+                let bytes = opening.set.payload_bytes(Image::SkQueues, 0, index, limit)?;
+                contents.unread.push((slot, bytes));
+            }
+        }
+        restore_one(opening, psk, &contents, &what).with_context(|| what.clone())?;
     }
     Ok(())
 }
 
-fn restore_one(opening: &mut Opening<'_>, psk: &PacketSockEntry, what: &str) -> anyhow::Result<()> {
+fn restore_one(
+    opening: &mut Opening<'_>,
+    psk: &PacketSockEntry,
+    contents: &ring::Contents,
+    what: &str,
+) -> anyhow::Result<()> {
     let kind = match i32::try_from(psk.r#type) {
         Ok(kind @ (libc::SOCK_RAW | libc::SOCK_DGRAM)) => kind,
         _ => bail!("unknown type {}", psk.r#type),
@@ -228,26 +320,28 @@ fn restore_one(opening: &mut Opening<'_>, psk: &PacketSockEntry, what: &str) -> 
     set(fd_ref, PACKET_TIMESTAMP, psk.timestamp)?;
     set(fd_ref, PACKET_COPY_THRESH, psk.copy_thresh)?;
     let class = Class::of(libc::AF_PACKET.unsigned_abs(), psk.r#type, 0);
-    for when in [When::BeforeBind, When::Later, When::Last] {
-        sockopt::restore(fd_ref, what, class, &Options::of(&psk.opts), when)?;
+    let options = Options::of(&psk.opts);
+    for when in [When::BeforeBind, When::Later] {
+        sockopt::restore(fd_ref, what, class, &options, when)?;
     }
     for (name, ring) in [(PACKET_RX_RING, &psk.rx_ring), (PACKET_TX_RING, &psk.tx_ring)] {
         if let Some(ring) = ring {
             set_ring(fd_ref, name, psk.version, ring).context("its ring")?;
         }
     }
+    if let Some(rx) = psk.rx_ring.as_ref().filter(|_| contents.head != 0 || !contents.unread.is_empty()) {
+        ring::refill(fd_ref, psk.version, rx, psk.tx_ring.as_ref(), contents)
+            .context("what was received into its ring")?;
+        sock::detach_filter(fd_ref)?;
+    }
+    sockopt::restore(fd_ref, what, class, &options, When::Last)?;
     for membership in &psk.mclist {
         join(fd_ref, membership)?;
     }
     let protocol = u16::try_from(psk.protocol).context("a protocol")?;
     if protocol != 0 || psk.ifindex != 0 {
         let index = index(psk.ckpt_ifname.as_deref(), psk.ifindex)?;
-        // struct sockaddr_ll; the protocol is in network byte order already.
-        let mut address = u16::try_from(libc::AF_PACKET)?.to_ne_bytes().to_vec();
-        address.extend_from_slice(&protocol.to_ne_bytes());
-        address.extend_from_slice(&index.to_ne_bytes());
-        address.resize(20, 0);
-        sock::bind_to(fd_ref, &address)?;
+        sock::bind_to(fd_ref, &address(protocol, index)?)?;
     }
     if let Some(fanout) = psk.fanout.filter(|&f| f != NO_FANOUT) {
         sock::set_option(fd_ref, SOL_PACKET, PACKET_FANOUT, fanout.cast_signed())
@@ -255,6 +349,15 @@ fn restore_one(opening: &mut Opening<'_>, psk: &PacketSockEntry, what: &str) -> 
     }
     opening.set_flags(fd_ref, psk.flags)?;
     opening.keep(FileId(psk.id), fd)
+}
+
+/// `struct sockaddr_ll`; the protocol is in network byte order already.
+fn address(protocol: u16, index: u32) -> anyhow::Result<Vec<u8>> {
+    let mut address = u16::try_from(libc::AF_PACKET)?.to_ne_bytes().to_vec();
+    address.extend_from_slice(&protocol.to_ne_bytes());
+    address.extend_from_slice(&index.to_ne_bytes());
+    address.resize(20, 0);
+    Ok(address)
 }
 
 /// Sets a number if it is not what the socket has.

@@ -202,6 +202,12 @@ fn dump_vma(
             // VM_MAYWRITE tells that the descriptor which was mapped was open for writing.
             let access = if m.shared && m.has(b"mw") { libc::O_RDWR } else { libc::O_RDONLY }.unsigned_abs();
             entry.fdflags = Some(access);
+            if let Some(id) = socket_id(name) {
+                let ring = (m.offset, m.end - m.start);
+                entry.shmid = u64::from(files.add_mapped_ring(pid, id, ring, sink)?.0);
+                entry.status |= status::SOCKET;
+                return Ok(entry);
+            }
             if is_shmem(name) {
                 let segment =
                     files.add_shmem(pid, &link, sink).with_context(|| refuse("mapped memory").subject)?;
@@ -240,6 +246,12 @@ pub fn private_vmas(mappings: &[Mapping]) -> (Vec<VmaEntry>, Vec<Range<u64>>) {
 /// Whether a mapped file's name is that of a memfd or of shared anonymous memory.
 fn is_shmem(name: &[u8]) -> bool {
     name.starts_with(b"/memfd:") || name == b"/dev/zero (deleted)"
+}
+
+/// The inode of a mapped socket.
+fn socket_id(name: &[u8]) -> Option<u64> {
+    let id = std::str::from_utf8(name).ok().filter(|name| name.starts_with("socket:["))?;
+    ckpt_sys::sock::parse_id(id).map(|id| id.0)
 }
 
 /// What will be stored of one process's memory.

@@ -8,6 +8,7 @@
 //! | private, of a file | those that were written (anonymous by now) |
 //! | shared, of a file | none: the file has them |
 //! | shared anonymous, memfd | once per segment, by offset, not per mapping |
+//! | ring of a packet socket | none: those who complete sockets read it |
 //! | vdso | all, to compare with the kernel that restores |
 //! | vvar, vsyscall | none: the kernel's |
 
@@ -37,6 +38,8 @@ pub mod status {
     pub const ANON_SHARED: u32 = 1 << 8;
     /// Private anonymous memory.
     pub const ANON_PRIVATE: u32 = 1 << 9;
+    /// The ring of a packet socket, which is a file in FILES.
+    pub const SOCKET: u32 = 1 << 11;
     /// Data of the vdso.
     pub const VVAR: u32 = 1 << 12;
     /// The file is a memfd (shared anonymous memory is one, named /dev/zero).

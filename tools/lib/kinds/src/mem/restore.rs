@@ -37,8 +37,7 @@ pub mod vdso;
 use inherit::Inherited;
 
 /// Kinds of areas that nobody can restore: bits of `vma_entry.status`.
-const UNSUPPORTED: [(u32, &str); 3] =
-    [(1 << 10, "System V shared memory"), (1 << 11, "a packet socket's ring"), (1 << 13, "an aio ring")];
+const UNSUPPORTED: [(u32, &str); 2] = [(1 << 10, "System V shared memory"), (1 << 13, "an aio ring")];
 
 const PAGE: u64 = 4096;
 /// First address after user space (four-level page tables; the kernel maps above only on request).
@@ -206,8 +205,13 @@ impl AddressSpace {
                 block.add(vma)?;
                 continue;
             }
-            let kinds =
-                [status::FILE_PRIVATE, status::FILE_SHARED, status::ANON_PRIVATE, status::ANON_SHARED];
+            let kinds = [
+                status::FILE_PRIVATE,
+                status::FILE_SHARED,
+                status::ANON_PRIVATE,
+                status::ANON_SHARED,
+                status::SOCKET,
+            ];
             if kinds.iter().filter(|&&k| vma.status & k != 0).count() != 1 {
                 bail!("{file}: area {}: status {:#x} names no kind", text(vma), vma.status);
             }
@@ -510,7 +514,7 @@ fn grows(vma: &VmaEntry) -> bool {
 }
 
 fn is_file(vma: &VmaEntry) -> bool {
-    vma.status & (status::FILE_PRIVATE | status::FILE_SHARED) != 0
+    vma.status & (status::FILE_PRIVATE | status::FILE_SHARED | status::SOCKET) != 0
 }
 
 /// The madvise(2) values in `vma.madv`, which has bit n set for advice n.
