@@ -168,6 +168,7 @@ catalogue! {
     Apparmor, "APPARMOR", "apparmor.img", 0x59423047, None, false, None;
     Pidfd, "PIDFD", "pidfd.img", 0x54435556, Some("pidfd_entry"), false, None;
     CkptPages, "CKPT_PAGES", "ckpt-pages-%u.img", 0, None, false, Raw;
+    CkptSysvShm, "CKPT_SYSV_SHM", "ckpt-sysv-shm.img", 0x434b_5653, Some("sysv_shm_entry"), false, None;
     CkptManifest, "CKPT_MANIFEST", "ckpt-manifest.img", 0x434b_4d31, Some("manifest_entry"), false, None;
 }
 

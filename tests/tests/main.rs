@@ -13,6 +13,7 @@
 //! - `images`: compressed pages, chains of increments, checksums
 //! - `denied`: system calls that the kernel denies to a tool, one at a time
 //! - `wire`: CRIU's own images restored; ours compared with them field by field
+//! - `postgres`: PostgreSQL with clients in its tree
 //! - `programs`: bash, python, redis, sqlite, nginx
 //! - `servers`: redis, nginx, gunicorn and asyncio, with clients that know every answer, inside and outside of the tree
 //! - `cli`: options, exit statuses, pipelines of other shapes
@@ -30,6 +31,7 @@ mod inet;
 mod invariants;
 mod memory;
 mod outside;
+mod postgres;
 mod predumps;
 mod programs;
 mod rewrite;

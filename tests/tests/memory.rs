@@ -1,5 +1,6 @@
 //! Memory of all kinds.
 
+use ckpt_sys::sysv;
 use ckpt_tests::{Pipeline, Target, process};
 
 use crate::increments::{Tracker, dump_ok};
@@ -11,6 +12,7 @@ crate::survives! {
     heap_and_stack_grow_after_restore: "memory_growth";
     mlock_and_madvise_still_hold: "memory_flags";
     guard_regions_stay_where_they_are: "memory_guards";
+    system_v_shared_memory_comes_back_under_its_id: "sysv_shm";
     vdso_tells_time_after_restore: "memory_vdso";
     full_address_space_has_room_for_a_checkpoint: "address_space_full";
 }
@@ -92,4 +94,65 @@ fn guard_regions_come_with_every_way_to_store_pages() {
         target.end();
         process::wait_free(&pids);
     }
+}
+
+/// Segments that a killed tree leaves behind are its own again; those that others use are refused, or left alone.
+#[test]
+fn a_segment_that_outlives_its_processes_gets_its_contents_back() {
+    let target = Target::start("sysv_shm");
+    let log = target.log();
+    let id: i32 = log.lines().find_map(|line| line.strip_prefix("segment ")?.parse().ok()).expect("an id");
+    let pids = process::tree(target.pid);
+    let before = target.at_rest();
+    let size = sysv::state(id).expect("its state").expect("a segment").size;
+    let other = sysv::Attached::to(id, size).expect("attach");
+    let us = format!("pid {}", std::process::id());
+    let _ = target.dump("refused").fails("ckpt-scan", 3, &["outside of the tree", &us, "--external shm:["]);
+    let dump = |name: &str, options: &[&str]| {
+        let pid = target.pid.to_string();
+        Pipeline::new(target.dir.path())
+            .stage(["ckpt-scan", "-t", &pid].iter().chain(options))
+            .stage(["ckpt-sk"])
+            .stage(["ckpt-write".into(), target.path(name)])
+            .run()
+            .ok(name)
+    };
+    dump("external", &["--external", &format!("shm:[{id}]")]);
+    drop(other);
+    target.unchanged(&before);
+    dump("snapshot", &["--snapshot"]);
+    dump("img", &[]);
+    target.unchanged(&before);
+    target.end();
+    process::wait_free(&pids);
+    // It is there still, as somebody else leaves it.
+    {
+        let other = sysv::Attached::to(id, size).expect("attach");
+        let memory = std::fs::File::from(other.memory.try_clone().expect("a copy"));
+        std::os::unix::fs::FileExt::write_all_at(&memory, &[9; 4096], 30 * 4096).expect("write");
+        let _ = target.restore("img").fails("ckpt-restore", 3, &["in use by others", &us]);
+    }
+    target.restore_ok("img");
+    target.looks_like(&before);
+    target.end();
+    process::wait_free(&pids);
+    // Its contents are as they are for a tree that shares it with others.
+    target.restore_ok("external");
+    target.looks_like(&before);
+    target.end();
+    process::wait_free(&pids);
+    sysv::remove(id).expect("remove the segment");
+    let _ = target.restore("external").fails("ckpt-restore", 1, &["external to the checkpoint"]);
+    // Another one in its place.
+    sysv::create(id, 0, 4096, (0, 0)).expect("make another");
+    let _ = target.restore("img").fails("ckpt-restore", 3, &["belongs to another segment", "ipcrm"]);
+    sysv::remove(id).expect("remove the other");
+    for name in ["snapshot", "img"] {
+        target.restore_ok(name);
+        target.looks_like(&before);
+        target.passes(name);
+        target.end();
+        process::wait_free(&pids);
+    }
+    assert_eq!(sysv::state(id).expect("its state"), None);
 }

@@ -22,7 +22,7 @@ use xxhash_rust::xxh3::Xxh3Default;
 #[derive(Debug)]
 pub struct Segment {
     /// Its number.
-    shmid: u32,
+    shmid: u64,
     /// What is stored of it; addresses are offsets.
     pub pages: Pages,
 }
@@ -35,9 +35,8 @@ pub fn segments(set: &ImageSet) -> anyhow::Result<Vec<Segment>> {
     let mut segments = Vec::new();
     for arg in set.args(Image::ShmemPagemap) {
         let pages = Pages::read(set, Image::ShmemPagemap, arg)?;
-        let shmid = u32::try_from(arg).with_context(|| Image::ShmemPagemap.file_name(arg))?;
         if pages.id.is_some() {
-            segments.push(Segment { shmid, pages });
+            segments.push(Segment { shmid: arg, pages });
         }
     }
     Ok(segments)
@@ -50,7 +49,7 @@ impl Segment {
     }
 
     fn memory<'a>(&self, files: &'a OpenFiles) -> anyhow::Result<BorrowedFd<'a>> {
-        let name = Image::ShmemPagemap.file_name(self.shmid.into());
+        let name = Image::ShmemPagemap.file_name(self.shmid);
         let (fd, size) = files.shmem(self.shmid).with_context(|| format!("{name}: no such shared memory"))?;
         let end = self.pages.runs.last().map_or(0, |run| run.addr + run.len);
         ensure!(end <= size.next_multiple_of(4096), "{name}: pages up to {end:#x} in memory of {size} bytes");

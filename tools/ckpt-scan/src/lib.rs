@@ -87,7 +87,7 @@ pub struct Args {
     /// Store pages that forked processes share once; CRIU can't restore such images
     #[arg(long, conflicts_with_all = ["no_mem", "track"])]
     pub share: bool,
-    /// A resource whose other end is outside the tree: pipe:[ID]
+    /// A resource that is outside the tree as well: pipe:[ID], shm:[ID]
     #[arg(long, value_name = "RESOURCE")]
     pub external: Vec<External>,
     /// Largest deleted file that is stored in the images, bytes
@@ -462,7 +462,7 @@ fn dump(
         memory.push((process, vmas, watched));
     }
     files.add_in_flight(writer)?;
-    let segments = files.shmem_segments()?;
+    let segments = files.shmem_segments(writer)?;
     held.in_flight = files.finish(writer)?;
 
     let mut pages_id = 0;
@@ -473,7 +473,7 @@ fn dump(
     let mut shared = Vec::new();
     for segment in &segments {
         let own = reopen(segment.fd.as_fd())?;
-        let plan = ShmemPlan::new(u64::from(segment.shmid), own.as_fd(), segment.size, next_id())?;
+        let plan = ShmemPlan::new(segment.shmid, own.as_fd(), segment.size, next_id())?;
         plan.emit(writer)?;
         shared.push((plan, own));
     }

@@ -70,7 +70,7 @@ pub struct Args {
     /// Keep the last N checkpoints, and at most half as many more
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub keep: Option<u64>,
-    /// The far end is outside the tree: ID[:PATH] of a socket, or pipe:[ID]
+    /// The far end is outside the tree: ID[:PATH] of a socket, pipe:[ID] or shm:[ID]
     #[arg(long, value_name = "RESOURCE")]
     pub external: Vec<OsString>,
     /// What external connections have received but not read: drop or keep

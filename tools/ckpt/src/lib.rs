@@ -64,7 +64,7 @@ pub struct Dump {
     /// Directory to make
     #[arg(short = 'D', long, value_name = "DIR")]
     pub dir: PathBuf,
-    /// The far end is outside the tree: a socket as for ckpt-sk (ID[:PATH], path=PATH, peer-pid=PID, all), or pipe:[ID]
+    /// The far end is outside the tree: a socket as for ckpt-sk (ID[:PATH], path=PATH, peer-pid=PID, all), pipe:[ID] or shm:[ID]
     #[arg(long, value_name = "RESOURCE")]
     pub external: Vec<OsString>,
     /// What external sockets hold unread: drop or keep

@@ -29,6 +29,7 @@ pub mod selfcall;
 pub mod sock;
 pub mod spawn;
 pub mod standin;
+pub mod sysv;
 pub mod tcp;
 pub mod transfer;
 pub mod uffd;

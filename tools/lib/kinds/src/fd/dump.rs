@@ -26,7 +26,7 @@ use ckpt_sys::{
 use nix::sys::stat::{FileStat, SFlag};
 
 use super::{KINDS, Support, epoll, fown, lock, memfd, packet, pipe, reg, tty, unix};
-use crate::{Sink, sink::emit};
+use crate::{Sink, mem::sysv::Segments, sink::emit};
 
 /// What the user allowed at dump time.
 #[derive(Debug, Clone, Default)]
@@ -42,16 +42,24 @@ pub struct DumpOptions {
 pub enum External {
     /// `pipe:[ID]`.
     Pipe(u64),
+    /// `shm:[ID]`: System V shared memory.
+    SysvShm(i32),
 }
 
 impl std::str::FromStr for External {
     type Err = anyhow::Error;
     fn from_str(s: &str) -> anyhow::Result<Self> {
-        s.strip_prefix("pipe:[")
-            .and_then(|s| s.strip_suffix(']'))
-            .and_then(|s| s.parse().ok())
-            .map(Self::Pipe)
-            .ok_or_else(|| anyhow::anyhow!("--external {s}: expected pipe:[ID], as /proc/PID/fd shows it"))
+        let resource = s.strip_suffix(']').and_then(|s| s.split_once(":["));
+        let external = match resource {
+            Some(("pipe", id)) => id.parse().ok().map(Self::Pipe),
+            Some(("shm", id)) => id.parse().ok().map(Self::SysvShm),
+            _ => None,
+        };
+        external.ok_or_else(|| {
+            anyhow::anyhow!(
+                "--external {s}: expected pipe:[ID], as /proc/PID/fd shows it, or shm:[ID] (ipcs -m)"
+            )
+        })
     }
 }
 
@@ -77,7 +85,7 @@ pub struct Shmem {
 #[derive(Debug)]
 pub struct ShmemSegment {
     /// Number of the SHMEM_PAGEMAP image.
-    pub shmid: u32,
+    pub shmid: u64,
     /// Bytes.
     pub size: u64,
     /// The memory itself, readable.
@@ -232,6 +240,7 @@ pub struct FileTable {
     pub(super) pipes: pipe::Pipes,
     pub(super) remaps: reg::Remaps,
     pub(super) memory: memfd::Memory,
+    pub(crate) sysv: Segments,
     pub(super) terminals: tty::Terminals,
     pub(super) epolls: Vec<epoll::Pending>,
     pub(super) in_flight: Vec<unix::InFlight>,
@@ -254,6 +263,7 @@ impl FileTable {
             pipes: pipe::Pipes::default(),
             remaps: reg::Remaps::default(),
             memory: memfd::Memory::default(),
+            sysv: Segments::default(),
             terminals: tty::Terminals::default(),
             epolls: Vec::new(),
             in_flight: Vec::new(),
@@ -446,9 +456,16 @@ impl FileTable {
     /// Memory whose contents the caller has to store; call it after the last `add_*`.
     ///
     /// # Errors
-    /// Those of open(2).
-    pub fn shmem_segments(&self) -> anyhow::Result<Vec<ShmemSegment>> {
-        self.memory.segments()
+    /// Those of open(2); [`Refused`] for System V memory that others use too.
+    pub fn shmem_segments(&self, sink: &mut dyn Sink) -> anyhow::Result<Vec<ShmemSegment>> {
+        let mut segments = self.memory.segments()?;
+        let tree: Vec<Pid> = self.tree.iter().copied().collect();
+        let external = self.options.external.iter().filter_map(|external| match external {
+            External::SysvShm(id) => Some(*id),
+            External::Pipe(_) => None,
+        });
+        segments.extend(self.sysv.finish(&tree, &external.collect::<Vec<_>>(), sink)?);
+        Ok(segments)
     }
 
     /// Whether another process shares an open file with the given id: for tests and messages.

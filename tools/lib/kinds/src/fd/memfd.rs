@@ -65,7 +65,13 @@ impl Memory {
     pub(super) fn segments(&self) -> anyhow::Result<Vec<ShmemSegment>> {
         self.segments
             .values()
-            .map(|s| Ok(ShmemSegment { shmid: s.shmid, size: s.size, fd: reopen(&s.place, libc::O_RDONLY)? }))
+            .map(|s| {
+                Ok(ShmemSegment {
+                    shmid: s.shmid.into(),
+                    size: s.size,
+                    fd: reopen(&s.place, libc::O_RDONLY)?,
+                })
+            })
             .collect()
     }
 }
@@ -157,14 +163,8 @@ pub(super) fn add_mapped(
     let stat = nix::sys::stat::stat(link).with_context(|| format!("stat {}", link.display()))?;
     let subject = format!("pid {pid} mapping {}", link.file_name().unwrap_or_default().display());
     let Some(name) = name_of(&target, &stat) else {
-        let what = if target.starts_with(b"/SYSV") {
-            "System V shared memory"
-        } else {
-            "shared memory of this kind"
-        };
-        return Err(
-            Refused::new(subject, format!("{}: {what}: not supported yet", target.escape_ascii())).into()
-        );
+        let why = format!("{}: shared memory of this kind: not supported", target.escape_ascii());
+        return Err(Refused::new(subject, why).into());
     };
     let (inode_id, shmid, new) = add_segment(table, &subject, name, &stat, link, sink)?;
     if let Some(&id) = table.memory.mapped.get(&stat.st_ino) {

@@ -51,7 +51,7 @@ use ckpt_proto::types::{FdTypes, FileEntry};
 use ckpt_sys::FileId;
 use nix::sys::stat::SFlag;
 
-pub use dump::{Descriptor, DumpOptions, External, FileTable, Shmem, ShmemSegment, Survey};
+pub use dump::{Descriptor, DumpOptions, External, FileTable, Shmem, ShmemSegment, Survey, comm};
 pub use restore::{OpenFiles, Opening, RestoreOptions};
 
 use crate::Sink;
@@ -152,7 +152,11 @@ pub const KINDS: &[Kind] = &[
     refused!("namespace", reg::is_namespace, "not supported yet"),
     refused!("tun/tap interface", |d| d.is_device(10, 200), "not supported yet"),
     refused!("FUSE connection", |d| d.is_device(10, 229), "its file system would lose its server"),
-    refused!("System V shared memory", |d| d.link.starts_with(b"/SYSV"), "not supported yet"),
+    refused!(
+        "System V shared memory",
+        |d| d.link.starts_with(b"/SYSV"),
+        "supported if it is attached to, not as an open file"
+    ),
     refused!("huge page memfd", |d| d.link.starts_with(b"/memfd:"), "not supported yet"),
     refused!(
         "file in /proc of a process of the tree",

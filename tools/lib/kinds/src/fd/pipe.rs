@@ -170,7 +170,8 @@ fn name(pipe: &Pipe) -> String {
 /// Decides on half pipes, writes entries and what is in flight.
 pub(super) fn finish(table: &mut FileTable, sink: &mut dyn Sink) -> anyhow::Result<()> {
     let pipes = std::mem::take(&mut table.pipes.pipes);
-    for External::Pipe(id) in &table.options.external {
+    for external in &table.options.external {
+        let External::Pipe(id) = external else { continue };
         if !pipes.values().any(|p| !p.fifo && u64::from(p.id) == *id) {
             let there: Vec<String> = pipes.values().filter(|p| !p.fifo).map(name).collect();
             let there = if there.is_empty() { "none".to_owned() } else { there.join(" ") };

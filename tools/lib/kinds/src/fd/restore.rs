@@ -23,6 +23,7 @@ use ckpt_remote::Call;
 use ckpt_sys::{FileId, Pid, Refused, SocketId, file};
 
 use super::{KINDS, Support, epoll, fown, lock, memfd, reg, tcp, tty, unix};
+use crate::mem::sysv;
 
 /// What the user wants at restore.
 #[derive(Debug, Clone)]
@@ -207,6 +208,7 @@ impl Opening<'_> {
 pub struct OpenFiles {
     files: HashMap<u32, OwnedFd>,
     memory: memfd::Restored,
+    sysv: sysv::Restored,
     terminals: Vec<tty::Restored>,
     /// With the members that are still to be added.
     epolls: HashMap<u32, EventpollFileEntry>,
@@ -258,16 +260,19 @@ impl OpenFiles {
             sockets: Vec::new(),
             tcp: tcp::Connections::default(),
         };
-        let opened = opening.open(&entries);
+        let opened = opening.open(&entries).and_then(|()| sysv::Restored::prepare(set));
         for created in opening.created.drain(..).rev().flatten() {
             created.remove();
         }
-        if let Err(error) = opened {
-            for name in &opening.sockets {
-                let _ = fs::remove_file(name);
+        let sysv = match opened {
+            Ok(sysv) => sysv,
+            Err(error) => {
+                for name in &opening.sockets {
+                    let _ = fs::remove_file(name);
+                }
+                return Err(error);
             }
-            return Err(error);
-        }
+        };
         let mut owners = opening.owners;
         owners.extend(entries.iter().filter_map(|e| {
             let (flags, fown) = fown::of(e)?;
@@ -279,6 +284,7 @@ impl OpenFiles {
         Ok(Self {
             files: opening.files,
             memory: opening.memory,
+            sysv,
             terminals: opening.terminals,
             epolls: entries.iter().filter_map(|e| Some((e.id, e.epfd.clone()?))).collect(),
             epolls_met: HashSet::new(),
@@ -297,8 +303,9 @@ impl OpenFiles {
 
     /// A segment of shared memory, open for reading and writing, and its size: to be filled with its pages.
     #[must_use]
-    pub fn shmem(&self, shmid: u32) -> Option<(BorrowedFd<'_>, u64)> {
-        self.memory.segments.get(&shmid).map(|(fd, size)| (fd.as_fd(), *size))
+    pub fn shmem(&self, shmid: u64) -> Option<(BorrowedFd<'_>, u64)> {
+        let Ok(inode) = u32::try_from(shmid) else { return self.sysv.memory(shmid) };
+        self.memory.segments.get(&inode).map(|(fd, size)| (fd.as_fd(), *size))
     }
 
     /// What has to run inside process `pid` once its descriptors `fdinfo` are in place, its memory
@@ -309,6 +316,7 @@ impl OpenFiles {
     /// An epoll set whose members the task does not have.
     pub fn placed(&mut self, fdinfo: &[FdinfoEntry], pid: Pid) -> anyhow::Result<Vec<Call>> {
         self.memory.seal()?;
+        self.sysv.settle()?;
         let mut calls = Vec::new();
         for entry in fdinfo {
             if let Some(set) = self.epolls.get_mut(&entry.id) {
@@ -365,6 +373,7 @@ impl OpenFiles {
     /// [`Self::take_terminals`], for a restore that fails later on.
     pub fn undo(&mut self) {
         self.terminals.iter().for_each(tty::Restored::give_back);
+        self.sysv.undo();
         for name in self.created.drain(..) {
             let _ = fs::remove_file(&name);
         }

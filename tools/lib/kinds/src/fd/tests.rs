@@ -428,7 +428,7 @@ fn memfd_and_anonymous_memory() {
     let link = fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())).unwrap();
     assert_eq!(link.to_str(), Some("/memfd:a name (deleted)"));
     assert_eq!(nix::unistd::lseek(fd, 0, nix::unistd::Whence::SeekCur).unwrap(), 8);
-    let (segment, size) = files.shmem(inodes[0].shmid).unwrap();
+    let (segment, size) = files.shmem(inodes[0].shmid.into()).unwrap();
     assert_eq!(size, 8);
     nix::unistd::write(segment, b"put back").unwrap();
     let mut text = String::new();
@@ -436,7 +436,7 @@ fn memfd_and_anonymous_memory() {
     assert_eq!(text, "put back");
     let table: Vec<FdinfoEntry> = set.all(Image::Fdinfo, 2).unwrap();
     assert!(files.placed(&table, own_pid()).unwrap().is_empty());
-    let (segment, _) = files.shmem(inodes[0].shmid).unwrap();
+    let (segment, _) = files.shmem(inodes[0].shmid.into()).unwrap();
     assert_eq!(nix::fcntl::fcntl(segment, nix::fcntl::FcntlArg::F_GET_SEALS).unwrap(), 2);
 }
 
@@ -458,7 +458,7 @@ fn sealed_memory_that_is_only_mapped_is_sealed_again() {
     let mapped = files.fd(FileId(shmem.file_id)).unwrap();
     assert_eq!(file::flags(mapped).unwrap() & libc::O_ACCMODE.cast_unsigned(), 0, "it could not be sealed");
     files.placed(&[], own_pid()).unwrap();
-    let (segment, _) = files.shmem(shmem.shmid).unwrap();
+    let (segment, _) = files.shmem(shmem.shmid.into()).unwrap();
     assert_eq!(fcntl(segment, FcntlArg::F_GET_SEALS).unwrap(), 1 | 8);
 }
 

@@ -39,7 +39,7 @@ use ckpt_sys::{
 use nix::unistd::{Whence, lseek64};
 
 use super::{
-    page, status,
+    page, status, sysv,
     track::{Found, Tracked, private_pages},
 };
 use crate::{
@@ -112,6 +112,10 @@ pub fn dump_vmas(
             _ => entries.push(entry),
         }
     }
+    if entries.iter().any(|entry| entry.status & status::SYSVIPC != 0) {
+        let size = |id| Some(ckpt_sys::sysv::state(i32::try_from(id).ok()?).ok()??.size);
+        sysv::check_whole(&format!("pid {pid} ({comm})"), &entries, size)?;
+    }
     Ok(entries)
 }
 
@@ -180,8 +184,11 @@ fn dump_vma(
         name if name.starts_with(b"/[aio]") || name.starts_with(b"[aio]") => {
             return Err(refuse("an AIO ring (io_setup) can't be checkpointed yet").into());
         }
-        name if name.starts_with(b"/SYSV") && m.shared => {
-            return Err(refuse("System V shared memory can't be checkpointed yet").into());
+        _ if sysv::recognise(m) => {
+            let id = files.sysv.add(pid, comm, m)?;
+            sysv::describe(&mut entry, id, m);
+            entry.flags |= bits(&[(m.has(b"lo"), libc::MAP_LOCKED), (m.has(b"nr"), libc::MAP_NORESERVE)]);
+            entry.madv = (advice != 0).then_some(advice);
         }
         _ if m.has(b"dp") => {
             return Err(refuse("droppable memory (MAP_DROPPABLE) can't be checkpointed yet").into());

@@ -9,6 +9,7 @@
 //! | shared, of a file | none: the file has them |
 //! | shared anonymous, memfd | once per segment, by offset, not per mapping |
 //! | ring of a packet socket | none: those who complete sockets read it |
+//! | System V shared memory | once per segment, by offset |
 //! | vdso | all, to compare with the kernel that restores |
 //! | vvar, vsyscall | none: the kernel's |
 
@@ -18,6 +19,7 @@ pub mod guard;
 pub mod restore;
 pub mod share;
 pub mod snapshot;
+pub mod sysv;
 pub mod track;
 
 /// `vma_entry.status`: what a mapping is.
@@ -36,6 +38,8 @@ pub mod status {
     pub const FILE_SHARED: u32 = 1 << 7;
     /// Shared anonymous memory known by its segment.
     pub const ANON_SHARED: u32 = 1 << 8;
+    /// System V shared memory, besides `ANON_SHARED`; `shmid` is its id.
+    pub const SYSVIPC: u32 = 1 << 10;
     /// Private anonymous memory.
     pub const ANON_PRIVATE: u32 = 1 << 9;
     /// The ring of a packet socket, which is a file in FILES.

@@ -29,7 +29,7 @@ use std::{
     os::fd::{AsRawFd, RawFd},
 };
 
-use super::{guard, page, status};
+use super::{guard, page, status, sysv};
 
 pub mod inherit;
 pub mod vdso;
@@ -37,7 +37,7 @@ pub mod vdso;
 use inherit::Inherited;
 
 /// Kinds of areas that nobody can restore: bits of `vma_entry.status`.
-const UNSUPPORTED: [(u32, &str); 2] = [(1 << 10, "System V shared memory"), (1 << 13, "an aio ring")];
+const UNSUPPORTED: [(u32, &str); 1] = [(1 << 13, "an aio ring")];
 
 const PAGE: u64 = 4096;
 /// First address after user space (four-level page tables; the kernel maps above only on request).
@@ -215,7 +215,7 @@ impl AddressSpace {
             if kinds.iter().filter(|&&k| vma.status & k != 0).count() != 1 {
                 bail!("{file}: area {}: status {:#x} names no kind", text(vma), vma.status);
             }
-            if vma.status & status::ANON_SHARED != 0 {
+            if vma.status & status::ANON_SHARED != 0 && vma.status & status::SYSVIPC == 0 {
                 return Err(
                     refuse("shared memory without a memfd entry (an image of CRIU before 3.17)").into()
                 );
@@ -223,6 +223,11 @@ impl AddressSpace {
             ensure!(vma.pgoff.is_multiple_of(PAGE), "{file}: area {}: offset {:#x}", text(vma), vma.pgoff);
             ensure!(vma.prot & !7 == 0, "{file}: area {}: protection {:#x}", text(vma), vma.prot);
             advice(vma).with_context(|| file.clone())?;
+        }
+        if mm.vmas.iter().any(|vma| vma.status & status::SYSVIPC != 0) {
+            let segments = sysv::entries(set)?;
+            let size = |id| Some(segments.iter().find(|entry| u64::try_from(entry.id) == Ok(id))?.size);
+            sysv::check_whole(&format!("pid {pid}"), &mm.vmas, size)?;
         }
         guard::check(&mm).with_context(|| file.clone())?;
         let vdso = block.block()?;
@@ -315,6 +320,10 @@ impl AddressSpace {
             | libc::MAP_NORESERVE;
         let mut calls = Vec::new();
         for vma in self.areas() {
+            if vma.status & status::SYSVIPC != 0 {
+                calls.extend(sysv::attach_call(vma));
+                continue;
+            }
             let len = vma.end - vma.start;
             let mut flags = (vma.flags & KEPT.unsigned_abs()) | libc::MAP_FIXED_NOREPLACE.unsigned_abs();
             let prot = self.first_prot(vma);
@@ -352,6 +361,9 @@ impl AddressSpace {
 
     /// Protection while pages are filled in, and read again for their checksums.
     fn first_prot(&self, vma: &VmaEntry) -> u32 {
+        if vma.status & status::SYSVIPC != 0 {
+            return sysv::first_prot(vma);
+        }
         let both = (libc::PROT_READ | libc::PROT_WRITE).unsigned_abs();
         if vma.prot & both != both && self.has_pages(vma) { vma.prot | both } else { vma.prot }
     }
