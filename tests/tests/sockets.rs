@@ -12,6 +12,7 @@ use ckpt_tests::{Pipeline, Target, process};
 crate::survives! {
     socketpairs_keep_queues_and_options: "socketpairs";
     messages_keep_descriptors_and_credentials: "unix_messages";
+    names_and_owners_of_sockets: "unix_names";
     a_crowd_of_socketpairs: "socket_crowd";
 }
 

@@ -46,6 +46,14 @@ int main(int argc, char **argv)
 	NEED(!bind(v4, (void *)&a4, sizeof a4) && !listen(v4, 7));
 	NEED(!bind(v6, (void *)&a6, sizeof a6) && !listen(v6, 3));
 	NEED(!bind(bound, (void *)&a4, sizeof a4));
+	/* A server that closes first is remembered at the listener's port for a while (TIME_WAIT). */
+	struct sockaddr_in6 name4 = local(v4);
+	int shortly = socket(AF_INET, SOCK_STREAM, 0), waiting = socket(AF_INET, SOCK_STREAM, 0), server;
+	char byte;
+	NEED(!connect(shortly, (void *)&name4, sizeof a4) && (server = accept(v4, 0, 0)) >= 0 && !close(server) && read(shortly, &byte, 1) == 0 && !close(shortly));
+	/* Not accepted yet. */
+	NEED(!connect(waiting, (void *)&name4, sizeof a4));
+	struct sockaddr_in6 who = { 0 };
 	struct sockaddr_in6 names[3] = { local(v4), local(v6), local(bound) };
 	ready();
 	wait_asked();
@@ -62,6 +70,11 @@ int main(int argc, char **argv)
 	CHECK(option(v6, IPPROTO_IPV6, IPV6_V6ONLY) == 1, "IPV6_V6ONLY");
 	CHECK(option(v4, SOL_SOCKET, SO_ACCEPTCONN) == 1, "not listening");
 	CHECK(option(loose, SOL_SOCKET, SO_DOMAIN) == AF_INET6, "family");
+	BREAK("waiting") { close(waiting); waiting = socket(AF_INET, SOCK_STREAM, 0); }
+	struct sockaddr_in6 waiter = local(waiting);
+	socklen_t len = sizeof who;
+	CHECK((server = accept(v4, (void *)&who, &len)) >= 0 && !memcmp(&who, &waiter, sizeof a4), "the connection that was waiting");
+	CHECK(write(waiting, "w", 1) == 1 && read(server, &byte, 1) == 1 && byte == 'w' && write(server, "v", 1) == 1 && read(waiting, &byte, 1) == 1, "its bytes");
 	serve(v4);
 	serve(v6);
 	pass();

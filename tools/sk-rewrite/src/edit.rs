@@ -17,7 +17,7 @@ use ckpt_socket::{CLOSE, ESTABLISHED, Holder, LISTEN, Match, SocketPath, View, a
 use prost_reflect::{DynamicMessage, ReflectMessage, Value};
 
 use crate::{
-    option::set_option,
+    option::{in_stream, set_option},
     rule::{Change, Edit, Rule, renamed},
 };
 
@@ -32,16 +32,13 @@ pub struct Socket {
     pub holders: Vec<Holder>,
     /// Bytes of messages that it has received and not read.
     pub received: u64,
-    options: Vec<(String, String)>,
 }
 
 impl Socket {
     /// The socket in a `files.img` entry; anything else comes back.
     pub fn new(message: Vec<u8>, entry: FileEntry) -> Result<Self, Vec<u8>> {
         match View::of(&entry) {
-            Some(view) => {
-                Ok(Self { message, entry, view, holders: Vec::new(), received: 0, options: Vec::new() })
-            }
+            Some(view) => Ok(Self { message, entry, view, holders: Vec::new(), received: 0 }),
             None => Err(message),
         }
     }
@@ -65,15 +62,11 @@ impl Socket {
     pub fn encode(&self) -> anyhow::Result<Vec<u8>> {
         let edited = self.entry.encode_to_vec();
         let before = FileEntry::decode(&self.message[..])?;
-        if before == self.entry && self.options.is_empty() {
+        if before == self.entry {
             return Ok(self.message.clone());
         }
         let mut message = decode("file_entry", &self.message)?;
         carry(&mut message, &decode("file_entry", &edited)?);
-        for (name, value) in &self.options {
-            set_option(&mut message, name, value)
-                .map_err(|what| anyhow!("socket {}: {what}", self.describe()))?;
-        }
         Ok(message.encode_to_vec())
     }
 }
@@ -115,8 +108,8 @@ pub struct Effects {
     pub dropped_tcp: BTreeSet<u64>,
     /// By inode: TCP connections that are none any more.
     pub closed_tcp: BTreeSet<u64>,
-    /// By inode: options that the image of a TCP connection has too.
-    pub tcp_options: Vec<(u64, String, String)>,
+    /// By inode: switches that the image of a TCP connection has too, by their fields there.
+    pub tcp_options: Vec<(u64, &'static str, bool)>,
     /// What has been or would be done.
     pub notes: Vec<String>,
 }
@@ -242,12 +235,11 @@ impl Sockets {
                 return Ok(());
             }
             Edit::SetOption { name: option, value } => {
-                // Wrong names and values are found now, before anything is written.
-                set_option(&mut decode("file_entry", &socket.message)?, option, value)
-                    .map_err(|what| cannot(&what))?;
-                socket.options.push((option.clone(), value.clone()));
-                if let Some(id) = id.filter(|_| socket.tcp_connection().is_some()) {
-                    effects.tcp_options.push((id, option.clone(), value.clone()));
+                set_option(&mut socket.entry, option, value).map_err(|what| cannot(&what))?;
+                if let Some(id) = id.filter(|_| socket.tcp_connection().is_some())
+                    && let Some((field, on)) = in_stream(option, value)
+                {
+                    effects.tcp_options.push((id, field, on));
                 }
                 return Ok(());
             }

@@ -371,8 +371,8 @@ fn queued(entry: &held::Entry, effects: &Effects) -> anyhow::Result<Option<(Vec<
         return whole();
     }
     let mut message = edit::decode("tcp_stream_entry", &entry.message)?;
-    for (_, name, value) in options {
-        option::set_stream_option(&mut message, name, value).map_err(|what| anyhow!(what))?;
+    for (_, field, on) in options {
+        message.set_field_by_name(field, Value::Bool(*on));
     }
     let stream = TcpStreamEntry::decode(&entry.message[..])?;
     let received = u64::from(stream.inq_len);

@@ -344,9 +344,17 @@ fn options_are_set_by_their_names() {
     output.rewind().unwrap();
     let set = ImageSet::from_stream(output).unwrap();
     assert_eq!(set.one::<TcpStreamEntry>(Image::TcpStream, 426_766).unwrap().nodelay, Some(true));
-    for (option, why) in
-        [("SO_NONE=1", "there are"), ("SO_KEEPALIVE=2", "neither"), ("SO_MARK=x", "no number")]
-    {
+    // One that has no field of its own.
+    let output = rewritten("--set-opt 426766:TCP_CONGESTION=reno", &tcp()).unwrap();
+    let socket = inet(&output).into_iter().find(|s| s.ino == 426_766).unwrap();
+    let stored = &socket.opts.ckpt_options[..];
+    assert!(stored.iter().any(|o| (o.level, o.name, &o.value[..]) == (6, 13, b"reno\0")), "{stored:?}");
+    for (option, why) in [
+        ("SO_NONE=1", "SO_KEEPALIVE, "),
+        ("SO_KEEPALIVE=2", "0 or 1"),
+        ("SO_MARK=x", "a number"),
+        ("UDP_GRO=1", "TCP_NODELAY"),
+    ] {
         let error = rewritten(&format!("--set-opt 426766:{option}"), &tcp()).unwrap_err().to_string();
         assert!(error.contains(why), "{option}: {error}");
     }

@@ -118,6 +118,16 @@ pub fn was_connected(fd: BorrowedFd<'_>) -> Result<bool, SysError> {
     Ok(bytes.get(120..136).is_some_and(|counts| counts.iter().any(|&b| b != 0)))
 }
 
+/// Whether anything was sent, or is to be.
+///
+/// # Errors
+/// Those of getsockopt(2) and ioctl(2).
+pub fn has_sent(fd: BorrowedFd<'_>) -> Result<bool, SysError> {
+    // tcpi_bytes_sent (linux/tcp.h, Linux 4.19).
+    let bytes = option_bytes(fd, libc::IPPROTO_TCP, libc::TCP_INFO, 208)?;
+    Ok(outgoing(fd)?.0 != 0 || bytes.get(200..208).is_none_or(|count| count.iter().any(|&b| b != 0)))
+}
+
 /// The timestamp that the socket would send now.
 ///
 /// # Errors

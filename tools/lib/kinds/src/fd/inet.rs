@@ -264,10 +264,27 @@ pub(super) fn sockaddr(address: SocketAddr) -> Box<dyn SockaddrLike> {
     }
 }
 
+/// Whether nobody has a TCP port but closed connections that the kernel remembers.
+fn only_remembered(fd: BorrowedFd<'_>, address: SocketAddr) -> bool {
+    const TIME_WAIT: u8 = 6;
+    let tcp = sock::option(fd, libc::SOL_SOCKET, libc::SO_PROTOCOL).is_ok_and(|p| p == libc::IPPROTO_TCP);
+    let here = |s: &InetSocket| s.local.port() == address.port();
+    tcp && table(libc::IPPROTO_TCP).is_ok_and(|(open, loose)| {
+        !open.values().any(here) && loose.iter().any(|s| here(s) && s.state == TIME_WAIT)
+    })
+}
+
 /// Binds `fd`. An address in use is the most likely failure of all, and says so.
 pub(super) fn bind(fd: BorrowedFd<'_>, what: &str, address: SocketAddr) -> anyhow::Result<()> {
     match nix::sys::socket::bind(fd.as_raw_fd(), &*sockaddr(address)) {
         Ok(()) => Ok(()),
+        Err(Errno::EADDRINUSE) if only_remembered(fd, address) => {
+            let reason = format!(
+                "{address} is held by connections that its original has closed (TIME_WAIT), as it had not set SO_REUSEADDR"
+            );
+            let advice = "restore in a minute, or on another port: sk-rewrite --port OLD=NEW";
+            Err(Refused::new(what.to_owned(), reason).advise(advice).into())
+        }
         Err(Errno::EADDRINUSE) => {
             let reason = format!("{address} is in use by another process");
             Err(Refused::new(what.to_owned(), reason).advise("end it; ss -tulpn shows who it is").into())

@@ -125,6 +125,8 @@ pub fn complete(
                 let fate = fate(socket, &inside, &in_flight, &orphans, options)?;
                 if fate == Fate::Keep {
                     stream = Some(read(socket, now)?);
+                } else if fate == Fate::Again {
+                    isk.state = state::SYN_SENT.into();
                 } else {
                     isk.state = state::CLOSE.into();
                     isk.ckpt_closed = Some(match fate {
@@ -162,6 +164,8 @@ struct Stream {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Fate {
     Keep,
+    /// It will be made again by the client, as nothing has happened to it.
+    Again,
     /// It will have been closed.
     Close,
     /// It will have been reset by its peer.
@@ -184,8 +188,8 @@ fn fate(
     if inside.contains_key(&there) || orphans.contains(&there) {
         return Ok(Fate::Keep);
     }
-    if in_flight.contains(&there) && options.skip_in_flight {
-        return Ok(Fate::Reset);
+    if in_flight.contains(&there) {
+        return Ok(if options.skip_in_flight { Fate::Reset } else { Fate::Again });
     }
     if options.established {
         return Ok(Fate::Keep);
@@ -200,8 +204,9 @@ fn fate(
 }
 
 /// Connections that wait to be accepted. The server has not seen them: one from outside stays with the
-/// original, which runs on and accepts it. If the tree is to be killed, or the client is in it, it
-/// would be lost.
+/// original, which runs on and accepts it. If the tree is to be killed it would be lost. One whose client is in the
+/// tree is made again, if nothing was sent over it yet: what was sent has arrived where nobody has a descriptor
+/// to read it by.
 fn check_backlog(
     socket: &Socket<'_>,
     inside: &BTreeMap<Connection, &Socket<'_>>,
@@ -212,8 +217,14 @@ fn check_backlog(
     let mut outside = 0;
     for connection in in_flight.iter().filter(|c| socket.listens_for(c)) {
         match inside.get(&connection.reversed()) {
-            Some(client) if !options.skip_in_flight => {
-                let reason = format!("has not accepted the connection from {}", client.open.subject);
+            Some(client)
+                if !options.skip_in_flight
+                    && (client.state() != state::ESTABLISHED || tcp::has_sent(client.fd())?) =>
+            {
+                let reason = format!(
+                    "has not accepted the connection from {}, over which something was sent that nobody can read there",
+                    client.open.subject
+                );
                 let advice =
                     "checkpoint when it has been accepted, or pass --skip-in-flight to have it reset";
                 return Err(socket.refuse(reason).advise(advice).into());

@@ -46,6 +46,8 @@ use crate::fd::{Opening, inet};
 const PIECE: u64 = 1 << 16;
 /// How long a packet may take from one socket of this process to another.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// How long a connection within this host may take.
+const HANDSHAKE: Duration = Duration::from_millis(200);
 const SO_RCVBUFFORCE: i32 = 33;
 /// Memory that the kernel takes for a byte in a queue, at most, and for an empty queue.
 const OVERHEAD: u64 = 4;
@@ -70,7 +72,11 @@ struct Waiting {
 
 #[derive(Debug)]
 enum Next {
-    Connect(SocketAddr),
+    Connect {
+        to: SocketAddr,
+        /// The one who listens is in the images too: it takes no time.
+        inside: bool,
+    },
     Live {
         reuse: bool,
         /// Where in the contents of which stream image lies what has not been sent yet.
@@ -93,10 +99,14 @@ pub(in crate::fd) fn restore(opening: &mut Opening<'_>, entries: &[&InetSkEntry]
         Ok(opening.options.tcp_close && !connections.contains(&connection(isk)?.reversed()))
     };
     let mut planned = Vec::new();
+    let mut listening = Vec::new();
     for isk in entries {
         let now = state_of(isk)?;
         let plan = match now {
-            state::LISTEN => Plan::Listen,
+            state::LISTEN => {
+                listening.push(inet::source(isk)?);
+                Plan::Listen
+            }
             state::SYN_SENT => Plan::Connect,
             state::CLOSE => match isk.ckpt_closed.map(ClosedConnection::try_from) {
                 None => Plan::Bind,
@@ -133,9 +143,25 @@ pub(in crate::fd) fn restore(opening: &mut Opening<'_>, entries: &[&InetSkEntry]
                 fd
             }
             Plan::Connect => {
-                let fd = bound(isk, &what)?;
+                let warn = opening.options.warn;
+                let fd = match bound(isk, &what) {
+                    // Nobody has heard of it yet.
+                    Err(error) if error.is::<Refused>() => {
+                        warn(&format!("{what}: it will connect from another port: {error}"));
+                        let fd = inet::new_socket(isk, &what)?;
+                        inet::bind(fd.as_fd(), &what, SocketAddr::new(inet::source(isk)?.ip(), 0))?;
+                        fd
+                    }
+                    fd => fd?,
+                };
                 inet::finish(fd.as_fd(), isk, &what)?;
-                let what_next = Next::Connect(inet::destination(isk)?);
+                let to = inet::destination(isk)?;
+                let ip = to.ip().to_canonical();
+                let inside = listening.iter().any(|l| {
+                    let here = l.ip().to_canonical();
+                    l.port() == to.port() && (here.is_unspecified() || here == ip)
+                });
+                let what_next = Next::Connect { to, inside };
                 opening.tcp.waiting.push(Waiting { id: isk.id, what: what.clone(), what_next });
                 fd
             }
@@ -520,13 +546,18 @@ impl Connections {
                         shutdown(fd.as_raw_fd(), Shutdown::Write).with_context(|| w.what.clone())?;
                     }
                 }
-                Next::Connect(address) => {
+                Next::Connect { to, inside } => {
                     let flags = file::flags(fd)?;
                     file::set_flags(fd, flags | libc::O_NONBLOCK.cast_unsigned())?;
-                    let connected = connect_to(fd, *address);
+                    let connected = connect_to(fd, *to);
                     file::set_flags(fd, flags)?;
                     if !matches!(connected, Ok(()) | Err(Errno::EINPROGRESS)) {
-                        connected.with_context(|| format!("{}: connect to {address}", w.what))?;
+                        connected.with_context(|| format!("{}: connect to {to}", w.what))?;
+                    }
+                    // If its backlog is full, it takes some time after all.
+                    let end = Instant::now() + HANDSHAKE;
+                    while *inside && tcp::info(fd)?.state == state::SYN_SENT && Instant::now() < end {
+                        std::thread::sleep(Duration::from_micros(100));
                     }
                 }
             }

@@ -6,7 +6,7 @@ use std::{
         fd::{AsFd, AsRawFd},
         unix::{ffi::OsStrExt, fs::MetadataExt},
     },
-    path::PathBuf,
+    path::{Path, PathBuf},
 };
 
 use anyhow::{Context, bail};
@@ -506,27 +506,42 @@ fn socket_file(socket: &Socket<'_>) -> anyhow::Result<SocketFile> {
     let is_it = |m: &std::fs::Metadata| {
         m.ino() & u64::from(u32::MAX) == u64::from(inode) && kernel_dev(m.dev()) == device
     };
-    let directory = if name.starts_with(b"/") { None } else { directory(socket, name) };
-    let full = directory.as_ref().map_or_else(|| path(name).to_owned(), |d| d.join(path(name)));
-    let name_dir = directory.map(|d| std::os::unix::ffi::OsStringExt::into_vec(d.into_os_string()));
-    match std::fs::symlink_metadata(&full) {
-        Ok(m) if is_it(&m) => {
-            let perms = FilePermsEntry { mode: m.mode(), uid: m.uid(), gid: m.gid() };
-            Ok((Some(perms), name_dir, None))
-        }
-        _ => Ok((None, name_dir, Some(true))),
+    let perms = |m: &std::fs::Metadata| FilePermsEntry { mode: m.mode(), uid: m.uid(), gid: m.gid() };
+    let here = |file: &Path| std::fs::symlink_metadata(file).ok().filter(is_it);
+    if name.starts_with(b"/") {
+        let found = here(path(name));
+        return Ok((found.as_ref().map(perms), None, found.is_none().then_some(true)));
     }
+    let file = unixsock::bound_file(socket.copy.as_fd()).ok();
+    let file = file.and_then(|file| std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd())).ok());
+    let candidates = directories(socket, name, file.as_deref());
+    let found = candidates.iter().find_map(|d| Some((d, here(&d.join(path(name)))?)));
+    let bytes = |d: &PathBuf| d.as_os_str().as_bytes().to_vec();
+    if let Some((directory, metadata)) = found {
+        return Ok((Some(perms(&metadata)), Some(bytes(directory)), None));
+    }
+    if let Some(file) = file.filter(|file| here(file).is_some()) {
+        let name = shown(name);
+        let reason = format!("bound to {} as {name}, by way of a directory that is gone", file.display());
+        return Err(socket.refuse(reason).into());
+    }
+    Ok((None, candidates.first().map(bytes), Some(true)))
 }
 
-/// The directory that a relative name started from: what is in front of it in the path of the file.
-fn directory(socket: &Socket<'_>, name: &[u8]) -> Option<PathBuf> {
-    let by_file = || {
-        let file = unixsock::bound_file(socket.copy.as_fd()).ok()?;
-        let full = std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd())).ok()?;
-        let full = full.as_os_str().as_bytes();
-        let directory = full.strip_suffix(name)?.strip_suffix(b"/")?;
-        Some(if directory.is_empty() { PathBuf::from("/") } else { path(directory).to_owned() })
-    };
-    // Without the privilege to ask, or with a name like ../x, where the process is now.
-    by_file().or_else(|| std::fs::read_link(format!("/proc/{}/cwd", socket.stub.pid)).ok())
+/// Directories that a relative name may have started from: what is in front of it in the path of the file; the current
+/// one of the process; for a name like ../x, those on the way to the file, and those beside it.
+fn directories(socket: &Socket<'_>, name: &[u8], file: Option<&Path>) -> Vec<PathBuf> {
+    let mut all = Vec::new();
+    let full = file.map(|file| file.as_os_str().as_bytes());
+    let full = full.map(|full| full.strip_suffix(b" (deleted)").unwrap_or(full));
+    let front = full.and_then(|full| full.strip_suffix(name)?.strip_suffix(b"/"));
+    all.extend(front.map(|front| if front.is_empty() { PathBuf::from("/") } else { path(front).to_owned() }));
+    all.extend(std::fs::read_link(format!("/proc/{}/cwd", socket.stub.pid)));
+    let above: Vec<&Path> = full.map(path).into_iter().flat_map(Path::ancestors).skip(1).collect();
+    all.extend(above.iter().map(|&directory| directory.to_owned()));
+    for beside in above.iter().take(2).filter_map(|directory| std::fs::read_dir(directory).ok()) {
+        let entries = beside.flatten().filter(|e| e.file_type().is_ok_and(|t| t.is_dir()));
+        all.extend(entries.map(|e| e.path()));
+    }
+    all
 }

@@ -12,11 +12,11 @@
 //! message of no bytes behind others can be peeked once in its life: a second checkpoint does not
 //! see it, but sees that memory is taken by something, and refuses.
 //!
-//! **What it does not tell.** Credentials (SO_PASSCRED) and descriptors (SCM_RIGHTS) that wait in a
-//! queue can't be made again, so such queues are refused. A connection that has not been accepted
-//! yet has no socket on its far side. If its client is outside the tree it is passed over: under load
+//! **What it does not tell.** A connection that has not been accepted yet has a socket on its far side that
+//! nobody has a descriptor of. If its client is outside the tree it is passed over: under load
 //! there is always one, as clients go on connecting while the tree stands still, and the server has
-//! not seen it. If its client is in the tree it is refused.
+//! not seen it. If its client is in the tree it is made again; if something has been sent over it, it is refused: the only
+//! call that reaches that queue is accept(2), which takes the connection out of the backlog of a tree that may run on.
 
 pub mod complete;
 mod in_flight;

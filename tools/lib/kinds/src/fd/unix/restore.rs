@@ -272,8 +272,12 @@ impl Sockets {
             }
             self.connect_later.push((ino, Some(peer.ino.into())));
         }
+        let itself = usk.peer == usk.ino;
+        if itself {
+            self.connect_later.push((ino, Some(ino)));
+        }
         let connected = usk.state == u32::from(ESTABLISHED);
-        if connected && usk.peer != 0 && peer.is_none() {
+        if connected && usk.peer != 0 && peer.is_none() && !itself {
             bail!("its peer {} is not in the images, and it is not marked as external", usk.peer);
         }
         if connected && usk.peer == 0 {
