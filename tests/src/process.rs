@@ -190,6 +190,22 @@ pub fn wait_free(pids: &[i32]) {
     );
 }
 
+/// Waits until nobody is left of a session whose processes have all been killed, its zombies included.
+///
+/// # Panics
+/// Some pid is still taken after a long wait.
+pub fn wait_session_free(sid: i32) {
+    let mut left = Vec::new();
+    let free = soon(|| {
+        let of_session =
+            |pid: &i32| stat(*pid).is_some_and(|fields| fields.get(3).is_some_and(|s| s.parse() == Ok(sid)));
+        left = all().into_iter().filter(of_session).collect();
+        left.retain(|&pid| !is_free(pid));
+        left.is_empty()
+    });
+    assert!(free, "still there: {:?}", left.iter().map(|&p| (p, stat(p))).collect::<Vec<_>>());
+}
+
 /// Where `/proc/PID/NAME` points.
 #[must_use]
 pub fn link(pid: i32, name: &str) -> PathBuf {

@@ -278,3 +278,118 @@ fn every_example_runs_as_it_stands() {
         failures.join("\n")
     );
 }
+
+/// The story of the README: a server goes back while its client has moved on. Every command of the section is run as it
+/// stands, but for names, and for a checkpoint of message 6 instead of 60.
+#[test]
+fn the_story_of_the_readme_runs_as_it_stands() {
+    const MESSAGES: usize = 6;
+    let text = fs::read_to_string(here().join("../README.md")).expect("read README.md");
+    let section = text.split("\n## ").find(|s| s.starts_with("Going back")).expect("the section is there");
+    let mut commands = section.lines().filter_map(|l| l.strip_prefix("    ")).map(str::trim);
+    let target = Target::start_with("answering", &["-", "a.sock"]);
+    let dir = target.dir.path().to_owned();
+    let at = dir.display().to_string();
+    let (bin, ckpt) = (dir.join("bin"), dir.join("ckpt"));
+    for made in [&bin, &ckpt] {
+        fs::create_dir(made).expect("make a directory");
+    }
+    let asking = |from: usize, count: usize| {
+        let mut command = Command::new(ckpt_tests::workload::compile("asking"));
+        command.arg("connect").arg(dir.join("a.sock")).args([from.to_string(), count.to_string()]);
+        command
+    };
+    let mut first = asking(1, MESSAGES + 2);
+    let mut first = first.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("start the client");
+    let mut pace = first.stdin.take().expect("piped");
+    let mut heard = std::io::BufReader::new(first.stdout.take().expect("piped"));
+    let mut hear = |line: String| {
+        let mut answer = String::new();
+        std::io::BufRead::read_line(&mut heard, &mut answer).expect("hear the client");
+        assert_eq!(answer.trim_end(), line);
+    };
+    target.wait_log("connected");
+    let id = sockets::latest(&target).to_string();
+    // A client that goes on after a message, as soon as it can.
+    let client = format!(
+        "#!/bin/bash\nuntil yes | {} connect \"$3\" $(($2 + 1)) 2; do sleep 0.05; done >>{at}/heard\n",
+        ckpt_tests::workload::compile("asking").display()
+    );
+    fs::write(bin.join("client"), client).expect("write client");
+    fs::set_permissions(bin.join("client"), fs::Permissions::from_mode(0o755)).expect("chmod");
+    let path = format!(
+        "{}:{}:{}",
+        bin.display(),
+        ckpt_tests::bin_dir().display(),
+        std::env::var("PATH").unwrap_or_default()
+    );
+    let shell = |lines: &str| {
+        let lines = lines.replace("/var/ckpt/", &format!("{}/", ckpt.display())).replace("/60", "/6");
+        let lines =
+            lines.replace("--from-message 60", "--from-message 6").replace("/run/", &format!("{at}/"));
+        let lines = lines.replace("4711", &target.pid.to_string()).replace("48213", &id);
+        let mut command = Command::new("bash");
+        command.args(["-c", &format!("exec 7<&0; {lines}")]).current_dir(&dir).env("PATH", &path);
+        command
+    };
+
+    let line = commands.next().expect("the loop that checkpoints");
+    assert!(line.starts_with("n=0; while read"), "{line}");
+    let mut each = shell(line).stdin(Stdio::piped()).spawn().expect("start bash");
+    let mut every = each.stdin.take().expect("piped");
+    for n in 1..=MESSAGES + 1 {
+        use std::io::Write;
+        pace.write_all(b"\n").expect("let the client ask");
+        hear(format!("answer {n} to question {n}"));
+        every.write_all(b"message\n").expect("let the loop go on");
+        assert!(soon(|| ckpt.join(n.to_string()).exists()), "no checkpoint after message {n}");
+    }
+    drop(every);
+    assert!(each.wait().expect("wait for bash").success());
+    {
+        use std::io::Write;
+        pace.write_all(b"\n").expect("let the client ask");
+    }
+    hear(format!("answer {0} to question {0}", MESSAGES + 2));
+    assert!(first.wait().expect("wait for the client").success());
+
+    // The same client comes again; then somebody else at another path, somebody who is called on, and somebody who is
+    // already connected.
+    let line = format!(
+        "{}\n{}\nwait",
+        commands.next().expect("restore by accept"),
+        commands.next().expect("a client")
+    );
+    target.end();
+    let output = shell(&line).stdin(Stdio::null()).output().expect("run bash");
+    assert!(output.status.success(), "{line}: {output:?}");
+    let heard = fs::read_to_string(dir.join("heard")).expect("what the client heard");
+    assert_eq!(heard, "answer 7 to question 7\nanswer 8 to question 8\n");
+    target.passes(&line);
+    target.end();
+    let mut ways = 0;
+    for (way, line) in commands.enumerate() {
+        let mut talk = None;
+        let (ours, theirs) = std::os::unix::net::UnixStream::pair().expect("make a pair");
+        let there = dir.join("b.sock");
+        let _ = fs::remove_file(&there);
+        let listener = UnixListener::bind(there).expect("listen");
+        let mut running = shell(line).stdin(std::os::fd::OwnedFd::from(theirs)).spawn().expect("start bash");
+        if line.contains("--accept") {
+            assert!(soon(|| {
+                talk = std::os::unix::net::UnixStream::connect(dir.join("again.sock")).ok();
+                talk.is_some()
+            }));
+        }
+        assert!(running.wait().expect("wait for bash").success(), "{line}");
+        if line.contains("--connect") {
+            talk = Some(listener.accept().expect("the server comes").0);
+        }
+        let mut talk = sockets::Talk::over(talk.unwrap_or(ours));
+        assert_eq!(talk.ask(&format!("way {way}")), format!("answer 7 to way {way}"), "{line}");
+        target.passes(line);
+        target.end();
+        ways += 1;
+    }
+    assert_eq!(ways, 3, "by accept, by connect, by inheritance");
+}

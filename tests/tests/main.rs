@@ -16,6 +16,7 @@
 //! - `postgres`: PostgreSQL with clients in its tree
 //! - `programs`: bash, python, redis, sqlite, nginx
 //! - `servers`: redis, nginx, gunicorn and asyncio, with clients that know every answer, inside and outside of the tree
+//! - `sundry`: other programs that keep themselves busy and count
 //! - `cli`: options, exit statuses, pipelines of other shapes
 //! - `examples`: the lines of manual, help and README, run as they stand
 
@@ -40,6 +41,7 @@ mod sharing;
 mod signals;
 mod snapshots;
 mod sockets;
+mod sundry;
 mod tasks;
 mod tcp;
 mod tree;

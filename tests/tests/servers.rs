@@ -115,9 +115,8 @@ fn dump(target: &Target, name: &str, scan: &[&str], sk: &[&str]) {
 
 /// Checkpoints and kills.
 fn kill(target: &Target, name: &str, sk: &[&str]) {
-    let tree = process::tree(target.pid);
     dump(target, name, &["--kill"], sk);
-    process::wait_free(&tree);
+    process::wait_session_free(target.pid);
 }
 
 /// A unix connection of lines.

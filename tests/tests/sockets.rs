@@ -28,7 +28,7 @@ pub(crate) struct Talk {
 }
 
 impl Talk {
-    fn over(stream: UnixStream) -> Self {
+    pub(crate) fn over(stream: UnixStream) -> Self {
         stream.set_read_timeout(Some(Duration::from_secs(20))).expect("set a timeout");
         Self { write: stream.try_clone().expect("clone"), read: BufReader::new(stream) }
     }
@@ -48,6 +48,12 @@ pub(crate) fn conversation() -> (Target, Talk, u64) {
     for n in 1..=3 {
         assert_eq!(talk.ask(&format!("message {n}")), format!("answer {n} to message {n}"));
     }
+    let id = latest(&target);
+    (target, talk, id)
+}
+
+/// The ID of the socket on the highest descriptor of a server: its connection, for the listener came first.
+pub(crate) fn latest(target: &Target) -> u64 {
     let sockets = std::fs::read_dir(format!("/proc/{}/fd", target.pid)).expect("list fds").flatten();
     let sockets: Vec<i32> = sockets
         .filter_map(|f| f.file_name().to_str()?.parse().ok())
@@ -55,9 +61,7 @@ pub(crate) fn conversation() -> (Target, Talk, u64) {
             process::link(target.pid, &format!("fd/{fd}")).display().to_string().starts_with("socket:[")
         })
         .collect();
-    // The listener came first, the connection is the last descriptor.
-    let id = process::socket_id(target.pid, *sockets.iter().max().expect("sockets"));
-    (target, talk, id)
+    process::socket_id(target.pid, *sockets.iter().max().expect("sockets"))
 }
 
 fn dump_external(target: &Target, id: u64, name: &str) {
