@@ -12,6 +12,7 @@
 //! - `invariants`: attacks: tools killed, disks full, pipes closed, images damaged
 //! - `images`: compressed pages, chains of increments, checksums
 //! - `denied`: system calls that the kernel denies to a tool, one at a time
+//! - `privileges`: tools with few capabilities and small limits
 //! - `wire`: CRIU's own images restored; ours compared with them field by field
 //! - `postgres`: PostgreSQL with clients in its tree
 //! - `programs`: bash, python, redis, sqlite, nginx
@@ -34,6 +35,7 @@ mod memory;
 mod outside;
 mod postgres;
 mod predumps;
+mod privileges;
 mod programs;
 mod rewrite;
 mod servers;

@@ -10,7 +10,7 @@ use std::{
     os::fd::{AsFd, AsRawFd},
 };
 
-use ckpt_sys::{Pid, RemoteAddr, TargetFd, kcmp, memory, pidfd, probe};
+use ckpt_sys::{Pid, RemoteAddr, TargetFd, capability, kcmp, memory, pidfd, probe};
 use clap::{CommandFactory, Parser};
 use serde_json::json;
 
@@ -83,21 +83,21 @@ features! {
     "PTRACE_O_SUSPEND_SECCOMP", Sometimes, "tasks under seccomp (CAP_SYS_ADMIN)", || told(probe::ptrace_suspend_seccomp());
     "userfaultfd WP_ASYNC", Sometimes, "tracking which pages change between checkpoints (Linux 6.7)", || told(probe::userfaultfd_wp_async());
     "PR_TIMER_CREATE_RESTORE_IDS", Sometimes, "POSIX timers whose ids are far apart", || told(probe::timer_restore_ids());
-    "CAP_CHECKPOINT_RESTORE", Sometimes, "choosing pids; CAP_SYS_ADMIN does as well", || capability(40);
-    "CAP_SYS_ADMIN", Sometimes, "tasks under seccomp, choosing pids on old kernels", || capability(21);
-    "CAP_SYS_PTRACE", Sometimes, "tasks of other users, and set-uid programs", || capability(19);
-    "CAP_SETUID", Sometimes, "restoring tasks of other users", || capability(7);
-    "CAP_SETGID", Sometimes, "restoring tasks of other groups", || capability(6);
-    "CAP_SETPCAP", Sometimes, "restoring bounding sets and securebits", || capability(8);
-    "CAP_DAC_OVERRIDE", Sometimes, "opening files of other users", || capability(1);
-    "CAP_CHOWN", Sometimes, "restoring deleted files of other users", || capability(0);
-    "CAP_KILL", Sometimes, "ending tasks of other users (--kill, --replace)", || capability(5);
-    "CAP_NET_ADMIN", Sometimes, "TCP connections; socket buffers over the system's limit", || capability(12);
-    "CAP_NET_RAW", Sometimes, "raw and packet sockets, received datagrams", || capability(13);
-    "CAP_DAC_READ_SEARCH", Sometimes, "names of files that inotify watches", || capability(2);
-    "CAP_SYS_CHROOT", Sometimes, "restoring tasks with a root directory of their own", || capability(18);
-    "CAP_SYS_NICE", Sometimes, "restoring real-time and raised priorities", || capability(23);
-    "CAP_SYS_RESOURCE", Sometimes, "restoring hard limits over our own, and negative oom_score_adj", || capability(24);
+    "CAP_CHECKPOINT_RESTORE", Sometimes, "choosing pids; CAP_SYS_ADMIN does as well", || capability("CAP_CHECKPOINT_RESTORE");
+    "CAP_SYS_ADMIN", Sometimes, "tasks under seccomp, choosing pids on old kernels", || capability("CAP_SYS_ADMIN");
+    "CAP_SYS_PTRACE", Sometimes, "tasks of other users, and set-uid programs", || capability("CAP_SYS_PTRACE");
+    "CAP_SETUID", Sometimes, "restoring tasks of other users", || capability("CAP_SETUID");
+    "CAP_SETGID", Sometimes, "restoring tasks of other groups", || capability("CAP_SETGID");
+    "CAP_SETPCAP", Sometimes, "restoring bounding sets and securebits", || capability("CAP_SETPCAP");
+    "CAP_DAC_OVERRIDE", Sometimes, "opening files of other users", || capability("CAP_DAC_OVERRIDE");
+    "CAP_CHOWN", Sometimes, "restoring deleted files of other users", || capability("CAP_CHOWN");
+    "CAP_KILL", Sometimes, "ending tasks of other users (--kill, --replace)", || capability("CAP_KILL");
+    "CAP_NET_ADMIN", Sometimes, "TCP connections; socket buffers over the system's limit", || capability("CAP_NET_ADMIN");
+    "CAP_NET_RAW", Sometimes, "raw and packet sockets, received datagrams", || capability("CAP_NET_RAW");
+    "CAP_DAC_READ_SEARCH", Sometimes, "names of files that inotify watches", || capability("CAP_DAC_READ_SEARCH");
+    "CAP_SYS_CHROOT", Sometimes, "restoring tasks with a root directory of their own", || capability("CAP_SYS_CHROOT");
+    "CAP_SYS_NICE", Sometimes, "restoring real-time and raised priorities", || capability("CAP_SYS_NICE");
+    "CAP_SYS_RESOURCE", Sometimes, "restoring hard limits over our own, and negative oom_score_adj", || capability("CAP_SYS_RESOURCE");
 }
 
 const AF_UNIX: i32 = 1;
@@ -140,15 +140,12 @@ fn read_self() -> Result<(), String> {
     told(memory::read_exact(own(), RemoteAddr(&raw const byte as u64), &mut copy))
 }
 
-/// Whether capability `number` is in our effective set.
-fn capability(number: u32) -> Result<(), String> {
-    let status = std::fs::read_to_string("/proc/thread-self/status")
-        .map_err(|e| format!("/proc/thread-self/status: {e}"))?;
-    let set = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
-    match set.and_then(|set| u64::from_str_radix(set.trim(), 16).ok()) {
-        Some(set) if set & (1 << number) != 0 => Ok(()),
+/// Whether the capability called `name` is in our effective set.
+fn capability(name: &str) -> Result<(), String> {
+    match capability::by_name(name) {
+        Some(number) if capability::held(number) => Ok(()),
         Some(_) => Err("not in the effective set".to_owned()),
-        None => Err("/proc/thread-self/status has no CapEff".to_owned()),
+        None => Err("unknown".to_owned()),
     }
 }
 
@@ -236,7 +233,7 @@ mod tests {
     #[test]
     fn unknown_names_are_not_available() {
         assert!(available("teleportation").is_err());
-        assert_eq!(available("CAP_SYS_ADMIN").is_ok(), capability(21).is_ok());
+        assert_eq!(available("CAP_SYS_ADMIN").is_ok(), capability("CAP_SYS_ADMIN").is_ok());
     }
 
     #[test]

@@ -224,8 +224,6 @@ fn restore(
     signals: &Signals,
     pidfile: bool,
 ) -> anyhow::Result<Pid> {
-    // The tasks' descriptors are open here all at once, besides our own.
-    let _ = ckpt_sys::file::raise_limit(0);
     let options = RestoreOptions {
         inherit: args.inherit_fd.iter().map(|i| (i.fd, i.resource.clone())).collect(),
         external_unix: args.external.iter().map(|e| (e.id, e.path.clone())).collect(),

@@ -27,7 +27,9 @@ use ckpt_remote::{
     build::{Area, Built},
 };
 use ckpt_sys::{
-    FileId, Pid, Refused, RemoteAddr, Tid, clone, memory,
+    FileId, Pid, Refused, RemoteAddr, Tid,
+    capability::{self, number::CHECKPOINT_RESTORE},
+    clone, memory,
     ptrace::{self, Stop},
 };
 use nix::{
@@ -127,10 +129,14 @@ impl Family {
     }
 
     fn fork_root(&mut self, pid: Pid) -> anyhow::Result<()> {
-        clone::spawn_waiting(pid).map_err(|error| {
-            let taken = error.errno == Errno::EEXIST;
-            let error = anyhow::Error::from(error);
-            if taken { error.context(taken_text(pid.0)) } else { error }
+        clone::spawn_waiting(pid).map_err(|error| match error.errno {
+            Errno::EEXIST => anyhow::Error::from(error).context(taken_text(pid.0)),
+            errno if capability::lack(errno, &[CHECKPOINT_RESTORE]).is_some() => {
+                Refused::new(format!("pid {pid}"), "choosing the pid of a task needs CAP_CHECKPOINT_RESTORE")
+                    .advise("run ckpt-restore as root or with that capability")
+                    .into()
+            }
+            _ => error.into(),
         })?;
         self.made.push(pid);
         ptrace::seize(pid.leader(), OPTIONS.unsigned_abs())?;
@@ -484,7 +490,10 @@ impl Drop for Family {
     fn drop(&mut self) {
         if !self.done {
             for pid in &self.made {
-                let _ = kill(pid.nix(), Signal::SIGKILL);
+                // A task that has become another user's takes CAP_KILL, or a tracer (PTRACE_KILL).
+                if kill(pid.nix(), Signal::SIGKILL).is_err() {
+                    let _ = nix::sys::ptrace::kill(pid.nix());
+                }
             }
             // Whoever it was, their parents may be gone already, and then they are ours: wait for any.
             while let Ok(Some(_)) = ptrace::wait(Tid(-1), false) {}

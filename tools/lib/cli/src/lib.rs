@@ -26,6 +26,7 @@ use std::{
 use ckpt_sys::Refused;
 use clap::{ArgAction, CommandFactory, Parser};
 use indicatif::{ProgressBar, ProgressStyle};
+use nix::errno::Errno;
 pub use stats::StatsOption;
 
 /// Exit status, the same table for every tool and every man page.
@@ -110,11 +111,31 @@ pub fn code_of(error: &anyhow::Error) -> Status {
 pub fn describe(error: &anyhow::Error) -> String {
     let mut text = one_line(error);
     let advice = error.chain().find_map(|c| c.downcast_ref::<Refused>().and_then(|r| r.advice.as_deref()));
-    for line in advice.unwrap_or_default().lines() {
+    let general = || what_may_help(error);
+    for line in advice.map(str::to_owned).or_else(general).unwrap_or_default().lines() {
         text.push_str("\n  ");
         text.push_str(line);
     }
     text
+}
+
+/// Advice for what the kernel denies anywhere, and where nobody knows better.
+fn what_may_help(error: &anyhow::Error) -> Option<String> {
+    use ckpt_sys::capability::{self, number as cap};
+    let errno = error.chain().find_map(errno_of)?;
+    // What files need, and what /proc/PID needs; and all else that some checkpoints need (ckpt-check).
+    let caps: &[u32] = match errno {
+        Errno::EMFILE => return Some("raise the limit on open files: ulimit -n".to_owned()),
+        Errno::EACCES => &[cap::DAC_OVERRIDE, cap::SYS_PTRACE],
+        _ => &[cap::CHECKPOINT_RESTORE, cap::SYS_PTRACE, cap::SYS_ADMIN, cap::NET_ADMIN],
+    };
+    capability::lack(errno, caps)
+        .map(|names| format!("what may help and is missing: {names}; see ckpt-check"))
+}
+
+fn errno_of(cause: &(dyn std::error::Error + 'static)) -> Option<Errno> {
+    let io = || cause.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error).map(Errno::from_raw);
+    cause.downcast_ref::<Errno>().copied().or_else(io)
 }
 
 /// The chain of causes on one line. What a cause repeats of the one above it is said once.
@@ -229,6 +250,7 @@ pub fn main<A: Parser>(tool: &'static str, run: impl FnOnce(A) -> anyhow::Result
 /// Like [`main`] for a tool with exit statuses of its own.
 pub fn main_with<A: Parser>(tool: &'static str, run: impl FnOnce(A) -> anyhow::Result<ExitCode>) -> ExitCode {
     let _ = TOOL.set(tool.to_owned());
+    ckpt_sys::limits::prepare();
     let parsed = on_one_screen(<A as CommandFactory>::command()).try_get_matches().and_then(|matches| {
         if let Ok(Some(&level)) = matches.try_get_one::<u8>("verbose") {
             set_verbosity(level);

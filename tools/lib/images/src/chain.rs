@@ -400,8 +400,6 @@ impl ImageSet {
         if wanted.is_empty() {
             return Ok(());
         }
-        // A long chain is as many open files.
-        let _ = ckpt_sys::file::raise_limit(0);
         let mut id = self.parent_id();
         let mut seen = vec![identity(&dir, path)?];
         let (mut dir, mut path) = (dir, path.to_owned());

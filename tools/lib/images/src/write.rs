@@ -62,7 +62,6 @@ pub struct DirWriter {
     staging: PathBuf,
     cleanup: Cleanup,
     /// The staging directory, locked as long as we live.
-    #[expect(dead_code, reason = "held, not used")]
     lock: Option<Flock<File>>,
     outputs: BTreeMap<(Image, u64), Output>,
     open: VecDeque<(Image, u64)>,
@@ -456,7 +455,9 @@ impl Output {
 
 impl Drop for DirWriter {
     fn drop(&mut self) {
+        // To remove it takes a descriptor, and there may be no other left.
         self.outputs.clear();
+        self.lock = None;
         self.cleanup.remove();
     }
 }

@@ -22,7 +22,9 @@ use std::{
 
 use ckpt_proc::{stat, status};
 use ckpt_sys::{
-    Pid, Refused, SysError, Tid, kcmp,
+    Pid, Refused, SysError, Tid,
+    capability::{self, number::KILL},
+    kcmp,
     ptrace::{self, Regs, Stop},
     rseq,
 };
@@ -142,7 +144,10 @@ impl Frozen {
                             thread::sleep(Duration::from_millis(3));
                         }
                         // What can't be borrowed is said when it is tried.
-                        _ => return Ok(frozen),
+                        _ => {
+                            frozen.check_signals()?;
+                            return Ok(frozen);
+                        }
                     }
                 }
                 Ok(Some(stuck)) => {
@@ -169,6 +174,23 @@ impl Frozen {
             self.landings.of(&process.threads, process.pid)?;
         }
         Ok(())
+    }
+
+    /// A signal that comes meanwhile may have to be sent once more, and to kill or stop the tree takes one: better
+    /// refused than lost.
+    fn check_signals(&self) -> Result<(), Refused> {
+        if capability::held(KILL) {
+            return Ok(());
+        }
+        let denied = |p: &&Process| nix::sys::signal::kill(p.pid.nix(), None) == Err(Errno::EPERM);
+        match self.processes.iter().find(denied) {
+            Some(process) => {
+                let subject = format!("pid {} ({})", process.pid, process.comm());
+                Err(Refused::new(subject, "to send signals to it needs CAP_KILL")
+                    .advise("run as the same user, as root, or with that capability"))
+            }
+            None => Ok(()),
+        }
     }
 
     /// How long the tree has been frozen.

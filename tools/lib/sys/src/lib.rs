@@ -6,6 +6,7 @@
 
 #![allow(unsafe_code)]
 
+pub mod capability;
 pub mod clone;
 pub mod cpu;
 pub mod diag;
@@ -15,6 +16,7 @@ pub mod gift;
 pub mod ids;
 pub mod kcmp;
 mod lent;
+pub mod limits;
 pub mod memory;
 pub mod nft;
 pub mod pidfd;

@@ -32,11 +32,18 @@ use ckpt_proto::{
 };
 use ckpt_sys::{
     Pid, Refused, RemoteAddr,
+    capability::{
+        self,
+        number::{CHECKPOINT_RESTORE, SYS_ADMIN},
+    },
     gift::{self, Gift},
     memory::{self, Page, PageRange},
     uffd,
 };
-use nix::unistd::{Whence, lseek64};
+use nix::{
+    errno::Errno,
+    unistd::{Whence, lseek64},
+};
 
 use super::{
     page, status, sysv,
@@ -216,13 +223,16 @@ fn dump_vma(
                 return Ok(entry);
             }
             if is_shmem(name) {
-                let segment =
-                    files.add_shmem(pid, &link, sink).with_context(|| refuse("mapped memory").subject)?;
+                let segment = files
+                    .add_shmem(pid, &link, sink)
+                    .map_err(|e| not_told(e, &refuse))
+                    .with_context(|| refuse("mapped memory").subject)?;
                 entry.shmid = u64::from(segment.file_id);
                 entry.status |= status::MEMFD;
             } else {
                 let file = files
                     .add_path(pid, &link, access, sink)
+                    .map_err(|e| not_told(e, &refuse))
                     .with_context(|| refuse("mapped file").subject)?;
                 entry.shmid = u64::from(file);
             }
@@ -248,6 +258,18 @@ pub fn private_vmas(mappings: &[Mapping]) -> (Vec<VmaEntry>, Vec<Range<u64>>) {
     let private: Vec<&Mapping> = mappings.iter().filter(plain).collect();
     let watched = private.iter().filter(|m| m.has(b"uw")).map(|m| m.start..m.end).collect();
     (private.into_iter().map(entry).collect(), watched)
+}
+
+/// A refusal if the error says that we may not follow links in map_files (proc_pid_map_files(5)).
+fn not_told(error: anyhow::Error, refuse: &dyn Fn(&str) -> Refused) -> anyhow::Error {
+    let errno = error.chain().find_map(|cause| cause.downcast_ref::<Errno>());
+    let lacks = errno.and_then(|&errno| capability::lack(errno, &[CHECKPOINT_RESTORE]));
+    if lacks.is_none() || capability::held(SYS_ADMIN) {
+        return error;
+    }
+    refuse("to look at the mapped file itself needs CAP_CHECKPOINT_RESTORE")
+        .advise("run ckpt-scan as root or with that capability")
+        .into()
 }
 
 /// Whether a mapped file's name is that of a memfd or of shared anonymous memory.

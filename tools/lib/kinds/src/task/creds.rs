@@ -19,13 +19,17 @@
 use ckpt_proc::status::{self, Caps, Ids, Status};
 use ckpt_proto::types::CredsEntry;
 use ckpt_remote::{Arg, Call};
-use ckpt_sys::{Refused, prctl};
+use ckpt_sys::{
+    Refused,
+    capability::{
+        has, names,
+        number::{SETGID, SETPCAP, SETUID},
+    },
+    prctl,
+};
 
 use super::answers::{Answers, malformed};
 
-const CAP_SETGID: u32 = 6;
-const CAP_SETUID: u32 = 7;
-const CAP_SETPCAP: u32 = 8;
 /// linux/limits.h
 const NGROUPS_MAX: usize = 65536;
 const SECBIT_KEEP_CAPS: u32 = 1 << 4;
@@ -38,66 +42,6 @@ const PR_CAP_AMBIENT: i32 = 47;
 const PR_CAP_AMBIENT_RAISE: i32 = 2;
 const PR_CAP_AMBIENT_CLEAR_ALL: i32 = 4;
 const PR_SET_NO_NEW_PRIVS: i32 = 38;
-
-/// Names of capabilities by number, capabilities(7).
-const NAMES: [&str; 41] = [
-    "CHOWN",
-    "DAC_OVERRIDE",
-    "DAC_READ_SEARCH",
-    "FOWNER",
-    "FSETID",
-    "KILL",
-    "SETGID",
-    "SETUID",
-    "SETPCAP",
-    "LINUX_IMMUTABLE",
-    "NET_BIND_SERVICE",
-    "NET_BROADCAST",
-    "NET_ADMIN",
-    "NET_RAW",
-    "IPC_LOCK",
-    "IPC_OWNER",
-    "SYS_MODULE",
-    "SYS_RAWIO",
-    "SYS_CHROOT",
-    "SYS_PTRACE",
-    "SYS_PACCT",
-    "SYS_ADMIN",
-    "SYS_BOOT",
-    "SYS_NICE",
-    "SYS_RESOURCE",
-    "SYS_TIME",
-    "SYS_TTY_CONFIG",
-    "MKNOD",
-    "LEASE",
-    "AUDIT_WRITE",
-    "AUDIT_CONTROL",
-    "SETFCAP",
-    "MAC_OVERRIDE",
-    "MAC_ADMIN",
-    "SYSLOG",
-    "WAKE_ALARM",
-    "BLOCK_SUSPEND",
-    "AUDIT_READ",
-    "PERFMON",
-    "BPF",
-    "CHECKPOINT_RESTORE",
-];
-
-/// Names of the capabilities in `set`, for messages.
-pub(super) fn names(set: u64) -> String {
-    let held = (0..64_u32).filter(|n| set >> n & 1 == 1);
-    let name = |n: u32| match NAMES.get(n as usize) {
-        Some(name) => format!("CAP_{name}"),
-        None => format!("capability {n}"),
-    };
-    held.map(name).collect::<Vec<_>>().join(", ")
-}
-
-/// Whether `set` has capability `cap`.
-pub(super) fn has(set: u64, cap: u32) -> bool {
-    set >> cap & 1 == 1
-}
 
 pub(super) fn ask(calls: &mut Vec<Call>) {
     calls.push(Call::new("prctl(PR_GET_SECUREBITS)", libc::SYS_prctl, [PR_GET_SECUREBITS.into()]));
@@ -199,17 +143,17 @@ fn check_with(want: &Creds, have: &Creds) -> anyhow::Result<()> {
         let reason = format!("{what} need {}", names(1_u64 << cap));
         Err(Refused::new(subject, reason).advise("run ckpt-restore as root or with that capability").into())
     };
-    if want.uid != have.uid && !has(held, CAP_SETUID) {
-        return lacks(CAP_SETUID, &format!("the task's user ids ({})", want.uid.real));
+    if want.uid != have.uid && !has(held, SETUID) {
+        return lacks(SETUID, &format!("the task's user ids ({})", want.uid.real));
     }
-    if (want.gid != have.gid || want.groups != have.groups) && !has(held, CAP_SETGID) {
-        return lacks(CAP_SETGID, &format!("the task's groups ({})", want.gid.real));
+    if (want.gid != have.gid || want.groups != have.groups) && !has(held, SETGID) {
+        return lacks(SETGID, &format!("the task's groups ({})", want.gid.real));
     }
     let changes_sets = want.securebits != have.securebits
         || have.caps.bounding & !want.caps.bounding != 0
         || want.caps.inheritable & !(have.caps.inheritable | held) != 0;
-    if changes_sets && !has(held, CAP_SETPCAP) {
-        return lacks(CAP_SETPCAP, "the task's securebits and capability bounds");
+    if changes_sets && !has(held, SETPCAP) {
+        return lacks(SETPCAP, "the task's securebits and capability bounds");
     }
     Ok(())
 }
@@ -301,9 +245,9 @@ mod tests {
 
     fn privileged() -> bool {
         let held = own_status().caps.effective;
-        let can = [CAP_SETUID, CAP_SETGID, CAP_SETPCAP].iter().all(|&c| has(held, c));
+        let can = [SETUID, SETGID, SETPCAP].iter().all(|&c| has(held, c));
         if !can {
-            eprintln!("skipped: needs {}", names(1 << CAP_SETUID | 1 << CAP_SETGID | 1 << CAP_SETPCAP));
+            eprintln!("skipped: needs {}", names(1 << SETUID | 1 << SETGID | 1 << SETPCAP));
         }
         can
     }

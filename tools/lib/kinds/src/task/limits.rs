@@ -8,11 +8,12 @@ use anyhow::Context;
 use ckpt_proc::limits::{self, INFINITY, RESOURCES};
 use ckpt_proto::types::{RlimitEntry, TaskRlimitsEntry};
 use ckpt_remote::{Arg, Call};
-use ckpt_sys::{Pid, Refused};
+use ckpt_sys::{
+    Pid, Refused,
+    capability::{self, number::SYS_RESOURCE},
+};
 
-use super::{answers::words, creds};
-
-const CAP_SYS_RESOURCE: u32 = 24;
+use super::answers::words;
 
 pub(super) fn dump(pid: Pid) -> anyhow::Result<TaskRlimitsEntry> {
     let path = format!("/proc/{pid}/limits");
@@ -24,7 +25,7 @@ pub(super) fn dump(pid: Pid) -> anyhow::Result<TaskRlimitsEntry> {
 }
 
 pub(super) fn check(entry: &TaskRlimitsEntry) -> anyhow::Result<()> {
-    if creds::has(creds::own_status().caps.effective, CAP_SYS_RESOURCE) {
+    if capability::held(SYS_RESOURCE) {
         return Ok(());
     }
     let text = std::fs::read("/proc/self/limits").context("/proc/self/limits")?;

@@ -7,12 +7,13 @@ use anyhow::Context;
 use ckpt_proc::stat::{self, Stat};
 use ckpt_proto::types::ThreadCoreEntry;
 use ckpt_remote::{Arg, Call};
-use ckpt_sys::{Refused, Tid, sched};
-
-use super::{
-    answers::{Answers, malformed},
-    creds,
+use ckpt_sys::{
+    Refused, Tid,
+    capability::{self, number::SYS_NICE},
+    sched,
 };
+
+use super::answers::{Answers, malformed};
 
 /// linux/sched.h
 const SCHED_FIFO: u32 = 1;
@@ -24,7 +25,6 @@ const PR_GET_TIMERSLACK: i32 = 30;
 const PR_SET_TIMERSLACK: i32 = 29;
 /// Nanoseconds that a task has unless it or an ancestor changed it.
 const DEFAULT_SLACK: u64 = 50_000;
-const CAP_SYS_NICE: u32 = 23;
 /// linux/ioprio.h
 const IOPRIO_WHO_PROCESS: u64 = 1;
 const IOPRIO_CLASS_SHIFT: u32 = 13;
@@ -102,7 +102,7 @@ pub(super) fn check(entry: &ThreadCoreEntry) -> anyhow::Result<()> {
     if entry.ckpt_cpu_mask.as_ref().is_some_and(|mask| mask.len() > MAX_MASK) {
         return Err(malformed("a processor mask longer than any kernel's"));
     }
-    if creds::has(creds::own_status().caps.effective, CAP_SYS_NICE) {
+    if capability::held(SYS_NICE) {
         return Ok(());
     }
     let what = if is_real_time(policy) {

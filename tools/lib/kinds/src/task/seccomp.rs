@@ -22,10 +22,14 @@ use ckpt_proto::{
     types::{CoreEntry, SeccompEntry, SeccompFilter, SeccompMode},
 };
 use ckpt_remote::{Arg, Call};
-use ckpt_sys::{Pid, Refused, RemoteAddr, Tid, ptrace};
+use ckpt_sys::{
+    Pid, Refused, RemoteAddr, Tid,
+    capability::{self, number::SYS_ADMIN},
+    ptrace,
+};
 use nix::errno::Errno;
 
-use super::{answers::malformed, creds};
+use super::answers::malformed;
 
 const SECCOMP_SET_MODE_FILTER: u64 = 1;
 const FLAG_TSYNC: u64 = 1;
@@ -37,7 +41,6 @@ const INSTRUCTION: usize = 8;
 const MAX_INSTRUCTIONS: usize = 4096;
 /// The kernel limits the length of all filters of a chain together to less.
 const MAX_CHAIN: usize = 32768;
-const CAP_SYS_ADMIN: u32 = 21;
 
 /// All filters of a tree, each once.
 #[derive(Debug, Default)]
@@ -153,7 +156,7 @@ impl Table {
             }
             SeccompMode::Filter => {}
         }
-        if !creds::has(creds::own_status().caps.effective, CAP_SYS_ADMIN) {
+        if !capability::held(SYS_ADMIN) {
             return Err(Refused::new(
                 "the thread",
                 "is confined by seccomp; to restore that needs CAP_SYS_ADMIN",
@@ -218,7 +221,7 @@ mod tests {
         let thread = core.thread_core.as_mut().unwrap();
         thread.set_seccomp_mode(SeccompMode::Filter);
         thread.seccomp_filter = Some(2);
-        if creds::has(creds::own_status().caps.effective, CAP_SYS_ADMIN) {
+        if capability::held(SYS_ADMIN) {
             let lengths: Vec<_> = table.of(&core).unwrap().iter().map(|f| f.program.len()).collect();
             assert_eq!(lengths, [8, 16, 24]);
         }
