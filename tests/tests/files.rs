@@ -6,6 +6,7 @@ use ckpt_tests::{Pipeline, Target, TestDir, process, workload};
 use nix::{pty::openpty, sys::signal::Signal};
 
 crate::survives! {
+    pidfds_stand_for_the_same_processes: "pidfds";
     regular_files_keep_offsets_flags_and_sharing: "files_regular";
     deleted_files_keep_their_contents: "files_deleted";
     pipes_and_fifos_keep_bytes_in_flight: "pipes";
@@ -263,4 +264,60 @@ fn restored_ghosts_leave_no_names() {
     target.signal(Signal::SIGKILL);
     target.end();
     assert_eq!(before, names());
+}
+
+/// A process outside is somebody else's to identify: named at dump, handed in at restore.
+#[test]
+fn a_pidfd_of_a_process_outside_has_to_be_handed_in() {
+    if !ckpt_tests::installed("python3") {
+        ckpt_tests::skip("pidfd outside", "no python3");
+        return;
+    }
+    let us = std::process::id();
+    let script = format!(
+        "import os, select, signal
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+fd = os.pidfd_open({us})
+open('log', 'a').write('ready\\n')
+signal.sigwait([signal.SIGUSR1])
+os.kill({us}, 0)
+told = open(f'/proc/self/fdinfo/{{fd}}').read()
+open('log', 'a').write('PASS\\n' if 'Pid:\\t{us}\\n' in told else 'BROKEN ' + told)
+signal.pause()"
+    );
+    let mut command = std::process::Command::new("python3");
+    command.args(["-c", &script]);
+    let target = Target::spawn(ckpt_tests::TestDir::new("pidfd"), command);
+    target.wait_log("ready");
+    let pids = process::tree(target.pid);
+    let external = format!("pidfd:[{us}]");
+    let _ = target.dump("refused").fails("ckpt-scan", 3, &["outside of the tree", &external]);
+    let _ = ckpt_tests::Pipeline::new(target.dir.path())
+        .stage(["ckpt-scan", "-t", &target.pid.to_string(), "--external", &external])
+        .stage(["ckpt-sk"])
+        .stage(["ckpt-write".into(), target.path("img")])
+        .run()
+        .ok("dump");
+    target.end();
+    process::wait_free(&pids);
+    let _ = target.restore("img").fails("ckpt-restore", 3, &["--inherit-fd", &external]);
+    let launch = format!(
+        "import os, sys
+os.dup2(os.pidfd_open({us}), 5)
+os.execvp(sys.argv[1], sys.argv[1:])"
+    );
+    let _ = ckpt_tests::Pipeline::new(target.dir.path())
+        .stage([
+            "python3".into(),
+            "-c".into(),
+            launch.into(),
+            ckpt_tests::tool("ckpt-restore").into_os_string(),
+            "--detach".into(),
+            "--inherit-fd".into(),
+            format!("fd[5]:{external}").into(),
+            target.path("img").into_os_string(),
+        ])
+        .run()
+        .ok("restore");
+    target.passes("the restored one");
 }

@@ -236,6 +236,12 @@ impl Family {
                 self.tasks.insert(thread.tid.0, new);
             }
         }
+        files.open_late()?;
+        ckpt_sys::prctl::allow_tracer(tree.root().pid);
+        for (process, body) in bodies(tree) {
+            let task = self.task(process.pid.0)?;
+            files.fetch_late(task, &body.fds).with_context(|| format!("{}: pidfds", process.name()))?;
+        }
         for (process, _) in bodies(tree) {
             self.settings(process).with_context(|| process.name())?;
         }
@@ -261,7 +267,7 @@ impl Family {
         let mm = &body.space.mm;
         let exe = number(mm.exe_file_id, "the executable")?;
         let mut wanted = Vec::new();
-        for entry in &body.fds {
+        for entry in body.fds.iter().filter(|entry| !files.is_late(FileId(entry.id))) {
             let to =
                 i32::try_from(entry.fd).ok().with_context(|| format!("fd {}: no such number", entry.fd))?;
             wanted.push(Move {

@@ -87,7 +87,7 @@ pub struct Args {
     /// Store pages that forked processes share once; CRIU can't restore such images
     #[arg(long, conflicts_with_all = ["no_mem", "track"])]
     pub share: bool,
-    /// A resource that is outside the tree as well: pipe:[ID], shm:[ID]
+    /// A resource that is outside the tree as well: pipe:[ID], shm:[ID], pidfd:[PID]
     #[arg(long, value_name = "RESOURCE")]
     pub external: Vec<External>,
     /// Largest deleted file that is stored in the images, bytes

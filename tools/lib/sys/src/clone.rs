@@ -217,6 +217,31 @@ pub fn spawn_waiting(pid: Pid) -> Result<(), SysError> {
     }
 }
 
+/// A pidfd, or one of a thread, of a process that has ended and been waited for.
+///
+/// # Errors
+/// EAGAIN, ENOMEM; EINVAL for a thread before Linux 6.9.
+pub fn pidfd_of_the_dead(thread: bool) -> Result<OwnedFd, SysError> {
+    // No signal tells of its end.
+    let args = CloneArgs::default();
+    // SAFETY: without CLONE_VM this is fork(2): the child has its own copy of everything, and ends at once.
+    let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw const args, size_of::<CloneArgs>()) };
+    let pid = match i32::try_from(pid) {
+        Ok(0) => {
+            // SAFETY: ends this copy; there is nothing to clean up in it.
+            unsafe { libc::_exit(0) }
+        }
+        Ok(pid) if pid > 0 => Pid(pid),
+        _ => return Err(SysError::last("clone3", "this process")),
+    };
+    let opened = if thread { crate::pidfd::open_thread(pid.leader()) } else { crate::pidfd::open(pid) };
+    // SAFETY: a null pointer is allowed where the status is not wanted.
+    while unsafe { libc::waitpid(pid.0, std::ptr::null_mut(), libc::__WALL) } < 0
+        && nix::errno::Errno::last() == nix::errno::Errno::EINTR
+    {}
+    opened
+}
+
 /// Splits this process in two, as fork(2). `None` in the child. The caller has one thread.
 ///
 /// # Errors

@@ -44,6 +44,8 @@ pub enum External {
     Pipe(u64),
     /// `shm:[ID]`: System V shared memory.
     SysvShm(i32),
+    /// `pidfd:[PID]`: pidfds of that process.
+    Pidfd(i32),
 }
 
 impl std::str::FromStr for External {
@@ -53,11 +55,12 @@ impl std::str::FromStr for External {
         let external = match resource {
             Some(("pipe", id)) => id.parse().ok().map(Self::Pipe),
             Some(("shm", id)) => id.parse().ok().map(Self::SysvShm),
+            Some(("pidfd", pid)) => pid.parse().ok().map(Self::Pidfd),
             _ => None,
         };
         external.ok_or_else(|| {
             anyhow::anyhow!(
-                "--external {s}: expected pipe:[ID], as /proc/PID/fd shows it, or shm:[ID] (ipcs -m)"
+                "--external {s}: expected pipe:[ID], as /proc/PID/fd shows it, shm:[ID] (ipcs -m) or pidfd:[PID]"
             )
         })
     }
@@ -462,7 +465,7 @@ impl FileTable {
         let tree: Vec<Pid> = self.tree.iter().copied().collect();
         let external = self.options.external.iter().filter_map(|external| match external {
             External::SysvShm(id) => Some(*id),
-            External::Pipe(_) => None,
+            External::Pipe(_) | External::Pidfd(_) => None,
         });
         segments.extend(self.sysv.finish(&tree, &external.collect::<Vec<_>>(), sink)?);
         Ok(segments)

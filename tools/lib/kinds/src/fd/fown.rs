@@ -47,6 +47,7 @@ pub(super) fn of(entry: &FileEntry) -> Option<(u32, &FownEntry)> {
         FdTypes::Signalfd => entry.sgfd.as_ref().map(|e| (e.flags, &e.fown))?,
         FdTypes::Timerfd => entry.tfd.as_ref().map(|e| (e.flags, &e.fown))?,
         FdTypes::Memfd => entry.memfd.as_ref().map(|e| (e.flags, &e.fown))?,
+        FdTypes::Pidfd => entry.pidfd.as_ref().map(|e| (e.flags, &e.fown))?,
         FdTypes::Tty => entry.tty.as_ref().map(|e| (e.flags, &e.fown))?,
         _ => return None,
     })

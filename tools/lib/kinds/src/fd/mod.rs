@@ -31,6 +31,7 @@ pub mod memfd;
 mod multicast;
 mod netlink;
 mod packet;
+mod pidfd;
 pub mod pipe;
 mod raw;
 pub mod reg;
@@ -144,7 +145,7 @@ pub const KINDS: &[Kind] = &[
     refused!("BPF map", |d| d.is_anon("bpf-map"), "not supported yet"),
     refused!("BPF program or link", |d| d.link.starts_with(b"anon_inode:bpf"), "not supported"),
     refused!("BPF program or link", |d| d.link.starts_with(b"anon_inode:[bpf"), "not supported"),
-    refused!("pidfd", |d| d.is_anon("[pidfd]") || d.link.starts_with(b"pidfd:["), "not supported yet"),
+    full!("pidfd", Pidfd, pidfd),
     refused!("seccomp notifier", |d| d.is_anon("seccomp notify"), "not supported"),
     refused!("KVM", |d| d.link.starts_with(b"anon_inode:kvm") || d.is_device(10, 232), "not supported"),
     full!("epoll set", Eventpoll, epoll),

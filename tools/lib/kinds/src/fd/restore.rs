@@ -22,7 +22,7 @@ use ckpt_proto::{
 use ckpt_remote::Call;
 use ckpt_sys::{FileId, Pid, Refused, SocketId, file};
 
-use super::{KINDS, Support, epoll, fown, lock, memfd, reg, tcp, tty, unix};
+use super::{KINDS, Support, epoll, fown, lock, memfd, pidfd, reg, tcp, tty, unix};
 use crate::mem::sysv;
 
 /// What the user wants at restore.
@@ -87,6 +87,7 @@ pub struct Opening<'a> {
     pub options: &'a RestoreOptions,
     pub(super) names: reg::Names,
     pub(super) memory: memfd::Restored,
+    pub(super) late: pidfd::Late,
     pub(super) terminals: Vec<tty::Restored>,
     regs: BTreeMap<u32, RegFileEntry>,
     aliases: HashSet<u32>,
@@ -206,8 +207,9 @@ impl Opening<'_> {
 /// Every open file of the images, opened in this process.
 #[derive(Debug, Default)]
 pub struct OpenFiles {
-    files: HashMap<u32, OwnedFd>,
+    pub(super) files: HashMap<u32, OwnedFd>,
     memory: memfd::Restored,
+    pub(super) late: pidfd::Late,
     sysv: sysv::Restored,
     terminals: Vec<tty::Restored>,
     /// With the members that are still to be added.
@@ -247,6 +249,7 @@ impl OpenFiles {
             aliases: aliases(&entries, &names),
             names,
             memory: memfd::Restored::default(),
+            late: pidfd::Late::default(),
             terminals: Vec::new(),
             described,
             files: HashMap::new(),
@@ -284,6 +287,7 @@ impl OpenFiles {
         Ok(Self {
             files: opening.files,
             memory: opening.memory,
+            late: opening.late,
             sysv,
             terminals: opening.terminals,
             epolls: entries.iter().filter_map(|e| Some((e.id, e.epfd.clone()?))).collect(),
@@ -399,7 +403,9 @@ impl Opening<'_> {
             let reason = format!("files of type {name} can't be restored yet");
             return Err(Refused::new(format!("file {id}"), reason).into());
         }
-        if let Some(missing) = self.described.iter().find(|id| !self.files.contains_key(id)) {
+        if let Some(missing) =
+            self.described.iter().find(|&&id| !self.files.contains_key(&id) && !self.late.has(id))
+        {
             bail!("a descriptor refers to file {missing}, which {} does not hold", Image::Files.file_name(0));
         }
         self.check_all_used()

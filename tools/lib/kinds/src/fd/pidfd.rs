@@ -1,0 +1,171 @@
+//! pidfd_open(2): a process, or with `PIDFD_THREAD` a thread. `fdinfo` tells which: its number, -1 when it has been
+//! waited for.
+//!
+//! - Of the tree: it can be opened only when that task exists, and then no task inherits it any more. The restorer opens
+//!   it, and the tasks take copies from there (pidfd_getfd(2)), so that those who shared an open file share one.
+//! - Waited for: nothing can be asked of it, so any process that came and went stands for it.
+//! - Outside: only who restores knows whether the process of that number is still the one that was meant. It has to be
+//!   handed in, and to be named at dump.
+
+use std::{collections::BTreeMap, fs, os::fd::AsFd};
+
+use anyhow::Context;
+use ckpt_proc::{fdinfo::Special, status};
+use ckpt_proto::types::{FdTypes, FdinfoEntry, FileEntry, PidfdEntry};
+use ckpt_remote::{Arg, Call, Syscalls, run_one};
+use ckpt_sys::{FileId, Pid, Refused, Tid, clone, file, pidfd};
+
+use super::{Descriptor, External, FileTable, OpenFiles, Opening};
+use crate::Sink;
+
+/// In the flags of an open pidfd (linux/pidfd.h).
+const THREAD: u32 = libc::O_EXCL.cast_unsigned();
+
+pub(super) fn recognise(d: &Descriptor) -> bool {
+    d.is_anon("[pidfd]") || d.link.starts_with(b"pidfd:[")
+}
+
+pub(super) fn dump(
+    table: &mut FileTable,
+    d: &Descriptor,
+    id: FileId,
+    _: &mut dyn Sink,
+) -> anyhow::Result<Option<FileEntry>> {
+    let Special::Pidfd(nspid) = d.info.special else {
+        return Err(d.refuse("fdinfo does not tell its process").into());
+    };
+    let external = nspid >= 0 && !of_tree(table, nspid)?;
+    if external && !table.options.external.contains(&External::Pidfd(nspid)) {
+        let what =
+            format!("it stands for pid {nspid} ({}), which is outside of the tree", super::comm(Pid(nspid)));
+        let advice =
+            format!("pass --external pidfd:[{nspid}] and at restore --inherit-fd fd[N]:pidfd:[{nspid}]");
+        return Err(d.refuse(what).advise(advice).into());
+    }
+    let pidfd = PidfdEntry {
+        id: id.0,
+        // Only whether it is the same as another's counts.
+        ino: u32::try_from(d.stat.st_ino & u64::from(u32::MAX)).unwrap_or(0),
+        flags: d.flags(),
+        nspid,
+        fown: d.fown()?,
+        ckpt_external: external.then_some(true),
+    };
+    Ok(Some(FileEntry {
+        r#type: FdTypes::Pidfd.into(),
+        id: id.0,
+        pidfd: Some(pidfd),
+        ..FileEntry::default()
+    }))
+}
+
+/// Whether a task belongs to the tree: a thread of it, or a process that has ended and that one of it has to wait for.
+fn of_tree(table: &FileTable, task: i32) -> anyhow::Result<bool> {
+    let path = format!("/proc/{task}/status");
+    let Ok(text) = fs::read(&path) else { return Ok(false) };
+    let status = status::parse(&text).context(path)?;
+    let has = |pid: i32| table.tree.contains(&Pid(pid));
+    Ok(has(status.tgid) || status.state == b'Z' && has(status.ppid))
+}
+
+/// Those of the tree, which are opened when it is there.
+#[derive(Debug, Default)]
+pub(super) struct Late(BTreeMap<u32, PidfdEntry>);
+
+pub(super) fn restore(opening: &mut Opening<'_>, entries: &[FileEntry]) -> anyhow::Result<()> {
+    for entry in entries {
+        let pidfd = entry.pidfd.context("a pidfd without its entry")?;
+        let fd = if pidfd.ckpt_external() {
+            let key = format!("pidfd:[{}]", pidfd.nspid);
+            let Some(fd) = opening.inherited(&key)? else {
+                let refused = Refused::new(key.clone(), "this process is outside of the checkpoint");
+                return Err(refused.advise(format!("pass --inherit-fd fd[N]:{key}")).into());
+            };
+            fd
+        } else if pidfd.nspid < 0 {
+            clone::pidfd_of_the_dead(pidfd.flags & THREAD != 0)?
+        } else {
+            opening.late.0.insert(entry.id, pidfd);
+            continue;
+        };
+        opening.set_flags(fd.as_fd(), pidfd.flags)?;
+        opening.keep(FileId(entry.id), fd)?;
+    }
+    Ok(())
+}
+
+impl Late {
+    pub(super) fn has(&self, id: u32) -> bool {
+        self.0.contains_key(&id)
+    }
+}
+
+impl OpenFiles {
+    /// Whether an open file can't be there before all tasks are.
+    #[must_use]
+    pub fn is_late(&self, id: FileId) -> bool {
+        self.late.has(id.0)
+    }
+
+    /// Opens those, when all tasks are there.
+    ///
+    /// # Errors
+    /// There is no such task.
+    pub fn open_late(&mut self) -> anyhow::Result<()> {
+        for (&id, entry) in &self.late.0 {
+            let fd = match entry.flags & THREAD {
+                0 => pidfd::open(Pid(entry.nspid)),
+                _ => pidfd::open_thread(Tid(entry.nspid)),
+            };
+            let fd = fd.with_context(|| format!("file {id}: a pidfd"))?;
+            if entry.flags & libc::O_NONBLOCK.cast_unsigned() != 0 {
+                let flags = file::flags(fd.as_fd())?;
+                file::set_flags(fd.as_fd(), flags | libc::O_NONBLOCK.cast_unsigned())?;
+            }
+            self.files.insert(id, fd);
+        }
+        Ok(())
+    }
+
+    /// Gives a task with the descriptors `fdinfo`, all others of which are in place, those that were opened late.
+    ///
+    /// # Errors
+    /// EPERM: the task may not look into this process.
+    pub fn fetch_late(&self, task: &mut impl Syscalls, fdinfo: &[FdinfoEntry]) -> anyhow::Result<()> {
+        let late: Vec<&FdinfoEntry> = fdinfo.iter().filter(|entry| self.late.has(entry.id)).collect();
+        if late.is_empty() {
+            return Ok(());
+        }
+        let call =
+            |name: &str, nr: i64, args: &[i32]| Call::new(name, nr, args.iter().map(|&arg| Arg::from(arg)));
+        let mut run = |call: Call| -> anyhow::Result<i32> { Ok(i32::try_from(run_one(task, call)?.ret)?) };
+        // A number that is nobody's.
+        let mut ours = 0;
+        while fdinfo.iter().any(|entry| i32::try_from(entry.fd) == Ok(ours)) {
+            ours += 1;
+        }
+        let me = std::process::id().cast_signed();
+        let opened = run(call("pidfd_open(ckpt-restore)", libc::SYS_pidfd_open, &[me, 0]))?;
+        if opened != ours {
+            run(call("dup3", libc::SYS_dup3, &[opened, ours, libc::O_CLOEXEC]))?;
+            run(call("close", libc::SYS_close, &[opened]))?;
+        }
+        for entry in late {
+            use std::os::fd::AsRawFd;
+            let number = i32::try_from(entry.fd).context("a descriptor's number")?;
+            let Some(source) = self.fd(FileId(entry.id)) else { continue };
+            let copy = run(call("pidfd_getfd", libc::SYS_pidfd_getfd, &[ours, source.as_raw_fd(), 0]))?;
+            let cloexec = entry.flags & 1 == 1;
+            if copy == number {
+                let flag = if cloexec { libc::FD_CLOEXEC } else { 0 };
+                run(call("fcntl(F_SETFD)", libc::SYS_fcntl, &[copy, libc::F_SETFD, flag]))?;
+            } else {
+                let flag = if cloexec { libc::O_CLOEXEC } else { 0 };
+                run(call("dup3", libc::SYS_dup3, &[copy, number, flag]))?;
+                run(call("close", libc::SYS_close, &[copy]))?;
+            }
+        }
+        run(call("close", libc::SYS_close, &[ours]))?;
+        Ok(())
+    }
+}
