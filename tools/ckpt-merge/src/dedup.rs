@@ -10,6 +10,9 @@
 //!    ones, and exchanged with the old one;
 //! 3. the holes are made. If that is cut short, the next run makes them.
 //!
+//! A page that a later checkpoint has again, equal or not, is freed in the earlier one. What else is equal is for
+//! [`crate::equal`].
+//!
 //! Not chosen: writing the files anew without the pages. It costs a copy of everything to free a little.
 
 use std::{

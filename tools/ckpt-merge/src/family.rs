@@ -8,6 +8,7 @@ use std::{
 
 use anyhow::Context;
 use ckpt_images::chain::PARENT;
+use ckpt_proto::Image;
 
 /// Checkpoints beside those of `chain` that have one of them among their own ancestors.
 ///
@@ -15,6 +16,24 @@ use ckpt_images::chain::PARENT;
 /// A directory can't be listed.
 pub fn dependents(chain: &[PathBuf]) -> anyhow::Result<Vec<PathBuf>> {
     let members: BTreeSet<&Path> = chain.iter().map(PathBuf::as_path).collect();
+    let all = around(chain)?;
+    Ok(all.into_iter().filter(|dir| !members.contains(&**dir) && leads_into(dir, &members)).collect())
+}
+
+/// The chain, and all checkpoints beside those in it, by name.
+///
+/// # Errors
+/// A directory can't be listed.
+pub fn beside(chain: &[PathBuf]) -> anyhow::Result<Vec<PathBuf>> {
+    let mut all = around(chain)?;
+    // A link to one of them is no other.
+    let is_dir = |dir: &PathBuf| fs::symlink_metadata(dir).is_ok_and(|meta| meta.is_dir());
+    all.retain(|dir| is_dir(dir) && dir.join(Image::Inventory.file_name(0)).is_file());
+    Ok(all)
+}
+
+/// Everything in the directories that the chain's directories are in, by name.
+fn around(chain: &[PathBuf]) -> anyhow::Result<Vec<PathBuf>> {
     let places: BTreeSet<&Path> = chain.iter().filter_map(|dir| dir.parent()).collect();
     let mut found = Vec::new();
     for place in places {
@@ -23,7 +42,7 @@ pub fn dependents(chain: &[PathBuf]) -> anyhow::Result<Vec<PathBuf>> {
             let path = entry.with_context(what)?.path();
             // Partial directories are hidden, and nobody's yet.
             let hidden = path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"."));
-            if !hidden && !members.contains(&*path) && leads_into(&path, &members) {
+            if !hidden {
                 found.push(path);
             }
         }

@@ -2,12 +2,14 @@
 //!
 //! - [`fold`]: the same checkpoint with the pages that it had in others
 //! - [`dedup`]: room that older checkpoints take for pages which nobody needs any more
+//! - [`equal`]: pages that are equal share their room
 //! - [`family`]: which directories belong to a chain, and which others lead into it
 //!
 //! Nothing that is there is changed in place, except that pages which nobody can see any more are cut out of
 //! a file: a directory that changes is made anew beside the old one and exchanged with it in one step.
 
 pub mod dedup;
+pub mod equal;
 pub mod family;
 pub mod fold;
 
@@ -40,7 +42,7 @@ pub struct Args {
     #[arg(long, value_name = "BASE", conflicts_with = "dedup")]
     pub onto: Option<PathBuf>,
     /// Free the pages of earlier checkpoints that neither DIR nor any other checkpoint beside
-    /// them needs; the earlier ones can then not be restored themselves
+    /// them needs (the earlier ones can then not be restored themselves); equal pages share room
     #[arg(long)]
     pub dedup: bool,
     /// With --dedup: take no notice of checkpoints that lead here and can't be read
@@ -80,6 +82,8 @@ pub fn run(args: &Args, output: File) -> anyhow::Result<()> {
     if args.dedup {
         stats::phase("free");
         dedup::run(args)?;
+        stats::phase("share");
+        share(args)?;
         return args.stats.write();
     }
     stats::phase("read");
@@ -128,6 +132,23 @@ pub fn run(args: &Args, output: File) -> anyhow::Result<()> {
             Err(error)
         }
     }
+}
+
+/// Lets equal pages share their room, in the chain and in all checkpoints beside it.
+fn share(args: &Args) -> anyhow::Result<()> {
+    let dirs = family::beside(&ckpt_images::chain::ancestry(&args.dir)?)?;
+    let mut progress = ckpt_cli::Progress::new("comparing", None);
+    let shared = equal::share(&dirs, &mut |n| progress.inc(n))?;
+    drop(progress);
+    stats::count("bytes", "shared", shared.bytes);
+    ckpt_cli::note!(1, "{} bytes of equal pages share their room", shared.bytes);
+    if shared.unsupported {
+        ckpt_cli::warn(&format!(
+            "{}: equal pages stay as they are: files of this file system can't share room (those of btrfs and XFS can)",
+            args.dir.display()
+        ));
+    }
+    Ok(())
 }
 
 #[cfg(test)]

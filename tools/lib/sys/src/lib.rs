@@ -9,6 +9,7 @@
 pub mod capability;
 pub mod clone;
 pub mod cpu;
+pub mod dedupe;
 pub mod diag;
 pub mod error;
 pub mod file;
