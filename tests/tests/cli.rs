@@ -107,7 +107,7 @@ fn differing(a: &Path, b: &Path) -> Vec<String> {
     names.dedup();
     names.retain(|n| {
         a.get(n) != b.get(n)
-            && !["inventory.img", "ckpt-manifest.img"].contains(&n.as_str())
+            && !["inventory.img", "ckpt-manifest.img", "stats-dump"].contains(&n.as_str())
             && !n.starts_with("timens-")
     });
     names.retain(|n| !(n.starts_with("pages-") && nearly(a.get(n), b.get(n))));

@@ -15,6 +15,7 @@
 //! - `privileges`: tools with few capabilities and small limits
 //! - `wire`: CRIU's own images restored; ours compared with them field by field
 //! - `postgres`: PostgreSQL with clients in its tree
+//! - `crit`: CRIU's decoder reads all that we write
 //! - `equal`: equal pages of several checkpoints share their room
 //! - `programs`: bash, python, redis, sqlite, nginx
 //! - `servers`: redis, nginx, gunicorn and asyncio, with clients that know every answer, inside and outside of the tree
@@ -25,6 +26,7 @@
 #![allow(missing_docs)]
 
 mod cli;
+mod crit;
 mod denied;
 mod equal;
 mod examples;

@@ -13,10 +13,10 @@ fn names() -> Vec<String> {
 /// Those that need more around them than a log.
 const SPECIAL: &[&str] = &["terminal", "fullscreen"];
 /// Those whose third argument [`start`] knows.
-const WITH_SOCKET: &[&str] = &["answering", "unix_listener"];
+pub(crate) const WITH_SOCKET: &[&str] = &["answering", "unix_listener"];
 
 /// All that can be started by [`start`]: others want more arguments than a log and what is to break.
-fn ordinary() -> Vec<String> {
+pub(crate) fn ordinary() -> Vec<String> {
     let takes_more = |name: &str| {
         let source =
             std::fs::read_to_string(here().join(format!("workloads/{name}.c"))).expect("read a workload");
@@ -29,7 +29,7 @@ fn ordinary() -> Vec<String> {
     names().into_iter().filter(fits).collect()
 }
 
-fn start(name: &str, broken: &str) -> Target {
+pub(crate) fn start(name: &str, broken: &str) -> Target {
     match name {
         _ if WITH_SOCKET.contains(&name) => Target::start_with(name, &[broken, &format!("{name}.sock")]),
         _ => Target::start_with(name, &[broken]),

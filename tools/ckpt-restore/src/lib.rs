@@ -17,18 +17,22 @@ use std::{
 
 use anyhow::Context;
 use ckpt_cli::stats;
-use ckpt_images::ImageSet;
+use ckpt_images::{ImageSet, service};
 use ckpt_kinds::fd::{
     OpenFiles, RestoreOptions,
     unix::{ExternalSocket, Which},
 };
+use ckpt_proto::types::{RestoreStatsEntry, StatsEntry};
 use ckpt_remote::build::Area;
 use ckpt_sys::{Pid, Refused, SocketId};
 use clap::{
     CommandFactory, Parser, ValueEnum,
     builder::{OsStringValueParser, TypedValueParser},
 };
-use nix::{libc, unistd::getpgid};
+use nix::{
+    libc,
+    unistd::{AccessFlags, access, getpgid},
+};
 
 pub mod births;
 pub mod fill;
@@ -113,6 +117,9 @@ pub struct Args {
     common: ckpt_cli::Common,
     #[command(flatten)]
     stats: ckpt_cli::StatsOption,
+    /// Leave CRIU's file stats-restore in DIR
+    #[arg(short = 'W', long, value_name = "DIR")]
+    pub work_dir: Option<PathBuf>,
     /// Image directory; without one the stream on standard input
     #[arg(value_name = "DIR")]
     pub dir: Option<PathBuf>,
@@ -182,6 +189,10 @@ pub fn main(args: Args) -> ExitCode {
 /// # Errors
 /// Nothing was restored, and why.
 pub fn run(args: Args, input: File) -> anyhow::Result<u8> {
+    if let Some(dir) = &args.work_dir {
+        access(dir, AccessFlags::W_OK).with_context(|| format!("{}: can't write there", dir.display()))?;
+        stats::begin();
+    }
     args.stats.begin();
     stats::phase("read");
     let mut set = match args.dir.as_ref().or(args.images.as_ref()) {
@@ -261,8 +272,7 @@ fn restore(
         family.go()?;
         files.redraw();
         stats::count("tree", "processes", tree.processes.len() as u64);
-        let spaces = tree.processes.iter().filter_map(|p| Some(&p.body.as_ref()?.space));
-        stats::count("pages", "restored", spaces.map(|space| space.pages.bytes() / 4096).sum());
+        stats::count("pages", "restored", pages(tree));
         if let Some(pidfile) = pidfile {
             pidfile.keep();
         }
@@ -270,11 +280,34 @@ fn restore(
     });
     if built.is_err() {
         files.undo();
-    } else if let Err(error) = args.stats.write() {
+    } else if let Err(error) = leave_stats(args, tree).and_then(|()| args.stats.write()) {
         // They run: too late to fail.
         ckpt_cli::warn(&ckpt_cli::describe(&error));
     }
     built
+}
+
+/// How many are stored, of all processes.
+fn pages(tree: &Tree) -> u64 {
+    let spaces = tree.processes.iter().filter_map(|p| Some(&p.body.as_ref()?.space));
+    spaces.map(|space| space.pages.bytes() / 4096).sum()
+}
+
+/// CRIU leaves this in its work directory, which is that of the images if nothing else is said. Here it is written only if
+/// somebody asks: images are for reading.
+fn leave_stats(args: &Args, tree: &Tree) -> anyhow::Result<()> {
+    let Some(dir) = &args.work_dir else { return Ok(()) };
+    let restore = RestoreStatsEntry {
+        forking_time: service::micros(stats::taken(Some("tasks"))),
+        restore_time: service::micros(stats::taken(None)),
+        pages_restored: Some(pages(tree)),
+        ..RestoreStatsEntry::default()
+    };
+    let path = dir.join(service::RESTORE);
+    let contents = service::contents(&StatsEntry { dump: None, restore: Some(restore) });
+    contents
+        .and_then(|bytes| std::fs::write(&path, bytes))
+        .with_context(|| format!("{}: write", path.display()))
 }
 
 fn build(

@@ -14,12 +14,12 @@ use std::{
     fs::File,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::PathBuf,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, bail};
 use ckpt_cli::stats;
-use ckpt_hold::{Holder, Outcome};
+use ckpt_hold::{Clock, Holder, Outcome};
 use ckpt_images::recode::{self, Behind, Codec, Recode};
 use ckpt_kinds::{
     fd::{DumpOptions, External, FileTable, tcp::lock::TreeLock},
@@ -134,9 +134,11 @@ pub fn run(args: &Args, output: File) -> anyhow::Result<()> {
     let ahead = args.snapshot && args.track.is_none();
     let mut early = if ahead { Early::read(args.tree) } else { Early::default() };
     let mut tracking = Tracking::begin(args.track.as_deref(), args.parent.as_ref())?;
+    let asked = Instant::now();
     let frozen = Frozen::freeze(args.tree, Duration::from_secs(args.freeze_timeout)).map_err(as_refusal)?;
+    let clock = holder.clock(asked.elapsed(), frozen.since());
     ckpt_cli::note!(1, "froze {} processes", frozen.processes.len());
-    let mut held = Held { frozen, lock: None, leaves: None, in_flight: Vec::new() };
+    let mut held = Held { frozen, clock, lock: None, leaves: None, in_flight: Vec::new() };
     stats::phase("entries");
     stats::count("tree", "processes", held.frozen.processes.len() as u64);
     let needs = match what_lacks(args, &held.frozen, plain_file).and_then(|needs| {
@@ -200,6 +202,8 @@ fn hello(args: &Args, holder: &Holder, plain_file: bool, needs: &[&str]) -> Hell
 /// What this process holds for as long as the stages behind it need it. The kernel ends both if it dies.
 struct Held {
     frozen: Frozen,
+    /// Tells the writer how long.
+    clock: Clock,
     /// On the tree's TCP connections.
     lock: Option<TreeLock>,
     /// The name of the lock that stays when the tree is killed.
@@ -225,7 +229,7 @@ impl Held {
     /// Ends the freeze, and the lock on the network unless the tree is killed: then its connections stay silent
     /// until they are restored.
     fn free(self, how: Release) -> anyhow::Result<()> {
-        let Self { frozen, mut lock, leaves, in_flight } = self;
+        let Self { frozen, clock, mut lock, leaves, in_flight } = self;
         drop(in_flight);
         let held = frozen.since().elapsed();
         let copies = match &lock {
@@ -236,6 +240,7 @@ impl Held {
             }
         };
         frozen.release(if copies.is_ok() { how } else { Release::Run });
+        drop(clock);
         let copies = copies.context("not killed: its TCP connections could not be kept silent")?;
         stats::seconds("frozen", held);
         ckpt_cli::note!(1, "the tree was frozen for {:.2} ms", held.as_secs_f64() * 1000.0);

@@ -9,8 +9,17 @@
 //! pagemaps name.
 //!
 //! Pages that come compressed are kept so; --compress compresses those that come plain.
+//!
+//! A directory that is made of a live tree gets CRIU's `stats-dump` too, as CRIU would leave it there. The times
+//! in it are those known when everything else is written: how long the tree has been stopped, `ckpt-scan` is asked for.
 
-use std::{collections::BTreeMap, fs::File, os::fd::AsFd, path::PathBuf};
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    os::fd::AsFd,
+    path::PathBuf,
+    time::{Duration, Instant},
+};
 
 use anyhow::Context;
 use ckpt_cli::stats;
@@ -19,12 +28,12 @@ use ckpt_images::{
     Cleanup, DirWriter, ImageError, ImageSet, chain,
     pack::{self, Codec},
     recode::{self, Recode},
-    stage,
+    service, stage,
 };
 use ckpt_proto::{
     Image, MAX_MESSAGE, Message,
     stream::{Facts, Frame, Reader, zero_ranges},
-    types::{FileEntry, Hello, InventoryEntry, PagemapEntry, PagemapHead},
+    types::{DumpStatsEntry, FileEntry, Hello, InventoryEntry, PagemapEntry, PagemapHead, StatsEntry},
 };
 use ckpt_sys::Refused;
 use clap::{CommandFactory, Parser};
@@ -89,8 +98,8 @@ pub fn store(
     if let Some(codec) = args.compress {
         (reader, hello) = recode::before(reader, hello, Recode::Pack(codec))?;
     }
-    let hold = take_hold(&hello);
-    match write(args, &mut reader, &hello, hold.is_some(), begun) {
+    let mut hold = take_hold(&hello);
+    match write(args, &mut reader, &hello, hold.as_mut(), begun) {
         Ok(()) => {
             if let Some(Err(error)) = hold.map(Hold::commit) {
                 let error = ckpt_cli::describe(&error.into());
@@ -124,28 +133,32 @@ fn take_hold(hello: &Hello) -> Option<Hold> {
     }
 }
 
-/// `live`: whether the tree is still held. Then the stream comes through pipes from a process on this machine that has just
+/// `hold`: on the tree, if it is still held. Then the stream comes through pipes from a process on this machine that has just
 /// computed the checksums.
 fn write(
     args: &Args,
     reader: &mut Reader<File>,
     hello: &Hello,
-    live: bool,
+    hold: Option<&mut Hold>,
     begun: impl FnOnce(Cleanup) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
     complete(hello)?;
     let mut dir = DirWriter::create(&args.dir)?;
     begun(dir.cleanup())?;
-    if live {
+    if hold.is_some() {
         dir.trust_checksums();
     }
     let mut audit = Audit::default();
     let mut progress = ckpt_cli::Progress::new("writing", None);
     let mut zero = 0;
+    let mut pages_since = None;
     while let Some(frame) = reader.next_frame()? {
         match frame {
             Frame::Hello(_) => {}
-            Frame::Bulk => stats::phase("pages"),
+            Frame::Bulk => {
+                stats::phase("pages");
+                pages_since = Some(Instant::now());
+            }
             Frame::Entry { image, arg, .. } => {
                 let image = known(&image)?;
                 let message = reader.payload(u64::from(MAX_MESSAGE))?;
@@ -180,15 +193,41 @@ fn write(
             }
         }
     }
-    let written = audit.end(&dir, u64::from(hello.page_size))?;
-    stats::count("pages", "written", written);
+    audit.end(&dir, u64::from(hello.page_size))?;
+    let (private, shared) = (audit.count(Image::Pagemap), audit.count(Image::ShmemPagemap));
+    stats::count("pages", "written", private.here.saturating_add(shared.here));
     stats::count("pages", "zero", zero);
-    stats::count("pages", "in_parent", audit.in_parent);
+    stats::count("pages", "in_parent", private.in_parent.saturating_add(shared.in_parent));
+    if let Some(hold) = hold {
+        let moving = pages_since.map(|since| since.elapsed()).unwrap_or_default();
+        let dump = Some(dump_stats(hold, moving, private, shared));
+        let entry = StatsEntry { dump, restore: None };
+        dir.beside(service::DUMP, &service::contents(&entry).context(service::DUMP)?)?;
+    }
     stats::count("bytes", "images", dir.size());
     stats::phase("sync");
     dir.finish()?;
     ckpt_cli::note!(1, "{} is complete", args.dir.display());
     Ok(())
+}
+
+/// What CRIU would say of this dump. Pages are read and written at the same time, so both take what `moving` them took.
+fn dump_stats(hold: &mut Hold, moving: Duration, private: Pages, shared: Pages) -> DumpStatsEntry {
+    // A tree of which nobody knows is no reason to fail: whether it is still held is asked at the end.
+    let times = hold.times().ok().flatten();
+    DumpStatsEntry {
+        freezing_time: times.map_or(0, |times| service::micros(times.freezing)),
+        frozen_time: times.map_or(0, |times| service::micros(times.frozen)),
+        memdump_time: service::micros(moving),
+        memwrite_time: service::micros(moving),
+        pages_scanned: private.here.saturating_add(private.in_parent),
+        pages_skipped_parent: private.in_parent,
+        pages_written: private.here,
+        shpages_scanned: Some(shared.here.saturating_add(shared.in_parent)),
+        shpages_skipped_parent: Some(shared.in_parent),
+        shpages_written: Some(shared.here),
+        ..DumpStatsEntry::default()
+    }
 }
 
 /// Makes the link to the parent that an increment names; whether it is one.
@@ -252,6 +291,13 @@ fn contents(reader: &mut Reader<File>, dir: &mut DirWriter, image: Image, arg: u
     }
 }
 
+/// How many pages a pagemap names.
+#[derive(Debug, Default, Clone, Copy)]
+struct Pages {
+    here: u64,
+    in_parent: u64,
+}
+
 /// Does it all add up?
 #[derive(Debug, Default)]
 struct Audit {
@@ -259,12 +305,10 @@ struct Audit {
     increment: bool,
     /// It holds memory, and nothing else that a checkpoint must have.
     pre_dump: bool,
-    /// Pages id of each pagemap, and how many pages it says are there.
-    pagemaps: BTreeMap<(Image, u64), (u64, u64)>,
+    /// Pages id of each pagemap, and how many pages it says there are.
+    pagemaps: BTreeMap<(Image, u64), (u64, Pages)>,
     /// Bytes of pages in compressed images.
     packed: BTreeMap<u64, u64>,
-    /// Pages that the parent has.
-    in_parent: u64,
 }
 
 impl Audit {
@@ -282,7 +326,7 @@ impl Audit {
             Image::Pagemap | Image::ShmemPagemap => match self.pagemaps.get_mut(&(image, arg)) {
                 None => {
                     let id = u64::from(PagemapHead::decode(message)?.pages_id);
-                    self.pagemaps.insert((image, arg), (id, 0));
+                    self.pagemaps.insert((image, arg), (id, Pages::default()));
                 }
                 Some((_, pages)) => {
                     let entry = PagemapEntry::decode(message)?;
@@ -291,9 +335,9 @@ impl Audit {
                         let what = format!("pages at {:#x} are in a parent that nobody names", entry.vaddr);
                         return Err(ImageError::Stream { file: image.file_name(arg), what }.into());
                     }
-                    *pages = pages.saturating_add(here);
+                    pages.here = pages.here.saturating_add(here);
                     if in_parent {
-                        self.in_parent = self.in_parent.saturating_add(chain::pages_of(&entry));
+                        pages.in_parent = pages.in_parent.saturating_add(chain::pages_of(&entry));
                     }
                 }
             },
@@ -307,8 +351,16 @@ impl Audit {
         *sum = sum.saturating_add(plain);
     }
 
-    /// How many pages there are.
-    fn end(&self, dir: &DirWriter, page_size: u64) -> Result<u64, ImageError> {
+    /// Pages of all pagemaps of one kind.
+    fn count(&self, kind: Image) -> Pages {
+        let of_kind = self.pagemaps.iter().filter(|((image, _), _)| *image == kind);
+        of_kind.fold(Pages::default(), |sum, (_, (_, pages))| Pages {
+            here: sum.here.saturating_add(pages.here),
+            in_parent: sum.in_parent.saturating_add(pages.in_parent),
+        })
+    }
+
+    fn end(&self, dir: &DirWriter, page_size: u64) -> Result<(), ImageError> {
         let required = [Image::Inventory, Image::Pstree];
         for image in required.into_iter().filter(|image| !(self.pre_dump && *image == Image::Pstree)) {
             if !dir.has(image, 0) {
@@ -316,10 +368,9 @@ impl Audit {
             }
         }
         let mut expected: BTreeMap<u64, u64> = BTreeMap::new();
-        let sum = self.pagemaps.values().fold(0, |sum: u64, &(_, pages)| sum.saturating_add(pages));
         for &(id, pages) in self.pagemaps.values() {
             let bytes = expected.entry(id).or_default();
-            *bytes = bytes.saturating_add(pages.saturating_mul(page_size));
+            *bytes = bytes.saturating_add(pages.here.saturating_mul(page_size));
         }
         for (id, bytes) in expected {
             let packed = self.packed.get(&id).copied();
@@ -334,7 +385,7 @@ impl Audit {
                 return Err(ImageError::Stream { file: Image::Pages.file_name(id), what });
             }
         }
-        Ok(sum)
+        Ok(())
     }
 }
 

@@ -55,10 +55,10 @@ impl State {
 }
 
 impl StatsOption {
-    /// Starts the clock.
+    /// Starts the clock, if figures are wanted.
     pub fn begin(&self) {
         if self.file.is_some() {
-            *state() = Some(State { start: Instant::now(), phase: None, groups: Map::new() });
+            begin();
         }
     }
 
@@ -81,6 +81,21 @@ impl StatsOption {
         }
         std::fs::write(file, text).with_context(|| format!("{}: write statistics", file.display()))
     }
+}
+
+/// Starts the clock for figures that are read with [`taken`].
+pub fn begin() {
+    *state() = Some(State { start: Instant::now(), phase: None, groups: Map::new() });
+}
+
+/// How long a phase that has ended took; without a name, all of it so far.
+#[must_use]
+pub fn taken(name: Option<&str>) -> Duration {
+    let state = state();
+    let Some(state) = state.as_ref() else { return Duration::ZERO };
+    let Some(name) = name else { return state.start.elapsed() };
+    let seconds = state.groups.get("seconds").and_then(|group| group.get(name)).and_then(Value::as_f64);
+    Duration::try_from_secs_f64(seconds.unwrap_or_default()).unwrap_or_default()
 }
 
 /// What is timed from here on is called `name`; what was before has ended.

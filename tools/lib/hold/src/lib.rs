@@ -14,6 +14,8 @@
 //!                 <-   OK
 //! or COMMIT       ->          (ckpt-write) the directory is durable under its final name
 //! or FAIL reason  ->          the checkpoint will not come to be
+//! TIMES           ->          (after HOLD) how long has the tree been stopped?
+//!                 <-   OK 1200 84000      to stop it took 1.2 ms, and it was or is stopped for 84
 //! ```
 //!
 //! A connection that breaks after HOLD without one of the three last words is a failure: a stage
@@ -106,8 +108,39 @@ pub enum Outcome {
     },
 }
 
+/// How long a tree is stopped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Times {
+    /// From the first thread's stop to the last one's.
+    pub freezing: Duration,
+    /// From then on until it ran again, or so far.
+    pub frozen: Duration,
+}
+
+/// Tells those who ask [`Hold::times`]; the clock runs until it is dropped.
+#[derive(Debug)]
+pub struct Clock(Arc<Shared>);
+
+impl Drop for Clock {
+    fn drop(&mut self) {
+        self.0.change(|state| {
+            if let Some(freeze) = &mut state.freeze {
+                freeze.over = Some(freeze.since.elapsed());
+            }
+        });
+    }
+}
+
+#[derive(Debug)]
+struct Freeze {
+    freezing: Duration,
+    since: Instant,
+    over: Option<Duration>,
+}
+
 #[derive(Debug, Default)]
 struct State {
+    freeze: Option<Freeze>,
     /// Stages that hold now, by connection.
     holding: BTreeMap<u64, String>,
     /// Stages that have taken a hold, ever.
@@ -216,6 +249,13 @@ impl Holder {
                 }
             }
         });
+    }
+
+    /// The tree is stopped since `since`, and to stop it took `freezing`. It runs when the clock is dropped.
+    #[must_use]
+    pub fn clock(&self, freezing: Duration, since: Instant) -> Clock {
+        self.shared.change(|state| state.freeze = Some(Freeze { freezing, since, over: None }));
+        Clock(Arc::clone(&self.shared))
     }
 
     /// Blocks until every stage in `needs` has come and gone, whoever else still holds, or until a stage
@@ -380,10 +420,10 @@ impl Peer {
             while let Some(end) = self.buffer.iter().position(|&b| b == b'\n') {
                 let line: Vec<u8> = self.buffer.drain(..=end).collect();
                 let line = String::from_utf8_lossy(&line).trim_end().to_owned();
-                if !self.line(&line, shared) {
+                let Some(answer) = self.line(&line, shared) else {
                     return self.broken(shared, &format!("it said {line:?}, which is not in the protocol"));
-                }
-                if self.socket.write_all(b"OK\n").is_err() && !self.over {
+                };
+                if self.socket.write_all(format!("OK{answer}\n").as_bytes()).is_err() && !self.over {
                     return self.broken(shared, "it ended without a word");
                 }
             }
@@ -393,7 +433,8 @@ impl Peer {
         }
     }
 
-    fn line(&mut self, line: &str, shared: &Shared) -> bool {
+    /// What to add to the OK; `None` for what is not in the protocol.
+    fn line(&mut self, line: &str, shared: &Shared) -> Option<String> {
         let (word, rest) = line.split_once(' ').unwrap_or((line, ""));
         match (word, self.over, &self.stage) {
             ("HOLD", false, None) if !rest.is_empty() => {
@@ -418,9 +459,17 @@ impl Peer {
                     state.failed.get_or_insert_with(|| (stage.clone(), rest.to_owned()));
                 });
             }
-            _ => return false,
+            ("TIMES", false, Some(_)) => {
+                let state = shared.lock();
+                let times = state.freeze.as_ref().map(|freeze| {
+                    let frozen = freeze.over.unwrap_or_else(|| freeze.since.elapsed());
+                    format!(" {} {}", freeze.freezing.as_micros(), frozen.as_micros())
+                });
+                return Some(times.unwrap_or_default());
+            }
+            _ => return None,
         }
-        true
+        Some(String::new())
     }
 
     /// The connection is over; a failure unless the stage had nothing or no more to say.
@@ -484,6 +533,26 @@ impl Hold {
             return Err(failed(io::Error::new(io::ErrorKind::InvalidData, "the answer is not OK")));
         }
         Ok(())
+    }
+
+    /// How long the tree has been stopped; `None` if the holder does not tell.
+    ///
+    /// # Errors
+    /// The holder is gone.
+    pub fn times(&mut self) -> Result<Option<Times>, HoldError> {
+        let failed = |source| HoldError::Broken { what: "ask for times", source };
+        self.socket.write_all(b"TIMES\n").map_err(failed)?;
+        let mut answer = Vec::new();
+        while answer.last() != Some(&b'\n') && answer.len() < 64 {
+            let mut byte = [0];
+            self.socket.read_exact(&mut byte).map_err(failed)?;
+            answer.extend(byte);
+        }
+        let answer = String::from_utf8_lossy(&answer);
+        let mut numbers =
+            answer.split_whitespace().skip(1).map(|n| n.parse().ok().map(Duration::from_micros));
+        let (freezing, frozen) = (numbers.next().flatten(), numbers.next().flatten());
+        Ok(freezing.zip(frozen).map(|(freezing, frozen)| Times { freezing, frozen }))
     }
 
     /// The directory is durable under its final name: with `--kill` the tree may be killed now.
@@ -618,6 +687,23 @@ mod tests {
             });
             assert_eq!(holder.wait(&["mem"], false, Duration::from_millis(10)), Outcome::Released);
         });
+    }
+
+    #[test]
+    fn times_run_until_the_clock_is_dropped() {
+        let holder = Holder::bind().unwrap();
+        let mut hold = Hold::take(holder.address(), "write").unwrap();
+        assert_eq!(hold.times().unwrap(), None);
+        let since = Instant::now().checked_sub(SOON).unwrap();
+        let clock = holder.clock(Duration::from_micros(70), since);
+        let first = hold.times().unwrap().unwrap();
+        assert!(first.freezing == Duration::from_micros(70) && first.frozen >= SOON);
+        drop(clock);
+        let last = hold.times().unwrap().unwrap();
+        assert!(last.frozen >= first.frozen);
+        thread::sleep(Duration::from_millis(2));
+        assert_eq!(hold.times().unwrap(), Some(last));
+        hold.release();
     }
 
     #[test]

@@ -13,6 +13,7 @@ mod error;
 pub mod pack;
 pub mod produce;
 pub mod recode;
+pub mod service;
 mod set;
 pub mod stage;
 pub mod sums;

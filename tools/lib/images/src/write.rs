@@ -327,6 +327,19 @@ impl DirWriter {
         Ok(())
     }
 
+    /// Puts a file that is no image into the directory.
+    ///
+    /// # Errors
+    /// It can't be written.
+    pub fn beside(&mut self, name: &str, contents: &[u8]) -> Result<(), ImageError> {
+        let path = self.staging.join(name);
+        let mut options = OpenOptions::new();
+        options.write(true).create_new(true).mode(0o600);
+        let mut file = options.open(&path).map_err(ImageError::io(&path, "open"))?;
+        file.write_all(contents).map_err(ImageError::io(&path, "write"))?;
+        file.sync_all().map_err(ImageError::io(&path, "fsync"))
+    }
+
     /// Bytes written so far to `pages-ID.img`; `None` if there is no such file.
     #[must_use]
     pub fn pages_len(&self, id: u64) -> Option<u64> {
