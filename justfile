@@ -37,6 +37,12 @@ ci: lint man test
 # The same by the name that style guides use.
 check: ci
 
+# A benchmark by NAME and with SIZE, whose table in docs/performance.md is renewed, and its plot.
+record *ARGS: setup
+    cargo build --quiet --release --bins
+    @cargo build --quiet --release -p ckpt-tests --bin bench
+    @CKPT_BIN_DIR="{{ target }}/release" tests/record-bench {{ ARGS }}
+
 # Benchmarks, each as a ratio to its yardstick: all of them, or one by NAME and with SIZE (`just bench pages 256`).
 bench *ARGS: setup
     cargo build --quiet --release --bins

@@ -112,6 +112,18 @@ pub fn watch(mut stages: Vec<(String, Child)>, peaks: &mut Peaks) {
     }
 }
 
+/// Memory that programs can have without hurting others, bytes.
+pub fn available() -> u64 {
+    let text = fs::read_to_string("/proc/meminfo").expect("read /proc/meminfo");
+    let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:")?.trim().strip_suffix(" kB"));
+    line.and_then(|kib| kib.parse::<u64>().ok()).expect("MemAvailable") << 10
+}
+
+/// Bytes of all files in a directory.
+pub fn size(dir: &Path) -> u64 {
+    fs::read_dir(dir).expect("list").flatten().map(|f| f.metadata().map_or(0, |m| m.len())).sum()
+}
+
 pub fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     values[values.len() / 2]

@@ -14,8 +14,10 @@ mod pages;
 mod redis;
 mod rewrite;
 mod scaling;
+mod sharing;
 mod snapshot;
 mod sockets;
+mod sparse;
 
 use std::process::ExitCode;
 
@@ -32,7 +34,9 @@ const BENCHES: &[Bench] = &[
     Bench { name: "rewrite", size: ("MiB", 1024), run: rewrite::run },
     Bench { name: "sockets", size: ("socketpairs", 10_000), run: sockets::run },
     Bench { name: "snapshot", size: ("MiB", 1024), run: snapshot::run },
-    Bench { name: "scaling", size: ("MiB", 4096), run: scaling::run },
+    Bench { name: "scaling", size: ("MiB", 8192), run: scaling::run },
+    Bench { name: "sparse", size: ("rounds", 5), run: sparse::run },
+    Bench { name: "sharing", size: ("MiB", 500), run: sharing::run },
     Bench { name: "redis", size: ("MiB", 1024), run: redis::run },
 ];
 

@@ -66,7 +66,8 @@ pub struct Trip {
     pub restore: Duration,
 }
 
-/// Dumps `target` into `dir`, calls `dumped`, copies the pages, ends the target, restores it and has it check itself. Leaves nothing in `dir`.
+/// Dumps `target` into `dir`, calls `dumped`, ends the target, copies the pages, restores it and has it check itself. Never are
+/// there more than two of the process, its images and their copy, so large ones fit too. Leaves nothing in `dir`.
 pub fn round_trip(target: &Target, dir: &Tmpfs, peaks: &mut Peaks, dumped: impl FnOnce()) -> Trip {
     let pids = process::tree(target.pid);
     let images = dir.join("img");
@@ -76,6 +77,8 @@ pub fn round_trip(target: &Target, dir: &Tmpfs, peaks: &mut Peaks, dumped: impl 
     harness::pipeline(&[&["ckpt-scan", "-t", &pid], &["ckpt-sk"], &["ckpt-write", images_arg]], peaks);
     let dump = start.elapsed();
     dumped();
+    target.end();
+    process::wait_free(&pids);
 
     let pages = fs::read_dir(&images).expect("list images").flatten().map(|f| f.path());
     let pages: Vec<PathBuf> =
@@ -89,8 +92,6 @@ pub fn round_trip(target: &Target, dir: &Tmpfs, peaks: &mut Peaks, dumped: impl 
     assert!(status.success(), "cp: {status}");
     fs::remove_dir_all(&copy).expect("remove the copy");
 
-    target.end();
-    process::wait_free(&pids);
     let start = Instant::now();
     let restore = Command::new(tool("ckpt-restore"))
         .arg("--detach")

@@ -82,6 +82,17 @@ pub fn tree(root: i32) -> Vec<i32> {
     pids
 }
 
+/// Proportional share of memory of a tree, KiB: what it takes by itself.
+#[must_use]
+pub fn pss(root: i32) -> u64 {
+    let of = |pid: i32| {
+        let text = text(pid, "smaps_rollup");
+        let line = text.lines().find_map(|l| l.strip_prefix("Pss:")?.trim().strip_suffix(" kB"));
+        line.and_then(|kib| kib.trim().parse::<u64>().ok()).unwrap_or(0)
+    };
+    tree(root).into_iter().map(of).sum()
+}
+
 /// The fields of `/proc/PID/stat` behind the command name: index 0 is the state.
 #[must_use]
 pub fn stat(pid: i32) -> Option<Vec<String>> {

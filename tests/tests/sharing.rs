@@ -2,17 +2,10 @@
 
 use std::{fs, path::Path};
 
-use ckpt_tests::{Pipeline, Target, process};
-
-/// Proportional share of memory of a tree, KiB: what it takes by itself.
-fn pss(root: i32) -> u64 {
-    let of = |pid: i32| {
-        let text = process::text(pid, "smaps_rollup");
-        let line = text.lines().find_map(|l| l.strip_prefix("Pss:")?.trim().strip_suffix(" kB"));
-        line.and_then(|kib| kib.trim().parse::<u64>().ok()).unwrap_or(0)
-    };
-    process::tree(root).into_iter().map(of).sum()
-}
+use ckpt_tests::{
+    Pipeline, Target,
+    process::{self, pss},
+};
 
 fn size(dir: &Path) -> u64 {
     fs::read_dir(dir).expect("list images").flatten().map(|f| f.metadata().map_or(0, |m| m.len())).sum()
