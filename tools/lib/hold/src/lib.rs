@@ -237,13 +237,18 @@ impl Holder {
         let shared = Arc::clone(&self.shared);
         // Without a thread, the pipe is closed and the wait has its timeout.
         let _ = thread::Builder::new().name("output".to_owned()).spawn(move || {
-            while !shared.lock().stop
-                && ckpt_sys::file::readable_bytes(output.as_fd()).is_ok_and(|bytes| bytes > 0)
-            {
+            let left = || ckpt_sys::file::readable_bytes(output.as_fd()).is_ok_and(|bytes| bytes > 0);
+            while !shared.lock().stop && left() {
                 let mut fds = [PollFd::new(output.as_fd(), PollFlags::empty())];
                 match poll(&mut fds, PollTimeout::from(1_u8)) {
                     // POLLERR: no reader (pipe(7), poll(2)).
-                    Ok(n) if n > 0 => return shared.change(|state| state.unread = true),
+                    Ok(n) if n > 0 => {
+                        // It may have read the rest and ended since the last look.
+                        if left() {
+                            shared.change(|state| state.unread = true);
+                        }
+                        return;
+                    }
                     Ok(_) | Err(Errno::EINTR) => {}
                     Err(_) => return,
                 }
