@@ -156,3 +156,59 @@ fn a_segment_that_outlives_its_processes_gets_its_contents_back() {
     }
     assert_eq!(sysv::state(id).expect("its state"), None);
 }
+
+/// Pages of hugetlbfs in the kernel's pool, for as long as this lives.
+struct HugePages(u64);
+
+impl HugePages {
+    const POOL: &str = "/proc/sys/vm/nr_hugepages";
+
+    /// `None` if there can't be so many more.
+    fn more(count: u64) -> Option<Self> {
+        let now = || std::fs::read_to_string(Self::POOL).ok()?.trim().parse::<u64>().ok();
+        let before = now()?;
+        std::fs::write(Self::POOL, (before + count).to_string()).ok()?;
+        let pool = Self(before);
+        (now()? >= before + count).then_some(pool)
+    }
+}
+
+impl Drop for HugePages {
+    fn drop(&mut self) {
+        let _ = std::fs::write(Self::POOL, self.0.to_string());
+    }
+}
+
+#[test]
+fn private_huge_pages_come_back_as_such() {
+    let Some(_pool) = HugePages::more(16) else {
+        ckpt_tests::skip("huge pages", "the kernel's pool can't be enlarged");
+        return;
+    };
+    let target = Target::start("memory_huge");
+    let pids = process::tree(target.pid);
+    let before = target.at_rest();
+    assert!(process::text(target.pid, "smaps").contains(" ht "), "no huge pages");
+    let _ = Pipeline::new(target.dir.path())
+        .stage(["ckpt-scan", "--snapshot", "-t", &target.pid.to_string()])
+        .stage(["ckpt-sk"])
+        .stage(["ckpt-write".into(), target.path("snapshot")])
+        .run()
+        .ok("dump --snapshot");
+    target.unchanged(&before);
+    let tracker = Tracker::start(&target);
+    dump_ok(&target, &tracker.address, "1", None);
+    dump_ok(&target, &tracker.address, "2", Some("1"));
+    drop(tracker);
+    target.dump_ok("img");
+    target.unchanged(&before);
+    target.end();
+    process::wait_free(&pids);
+    for name in ["snapshot", "2", "img"] {
+        target.restore_ok(name);
+        target.looks_like(&before);
+        target.passes(name);
+        target.end();
+        process::wait_free(&pids);
+    }
+}

@@ -31,6 +31,8 @@ pub struct Mapping {
     pub name: Vec<u8>,
     /// Two-letter VmFlags; empty when parsed from `maps`.
     pub flags: Vec<[u8; 2]>,
+    /// Size of its pages, KiB; 0 when parsed from `maps`.
+    pub page_kib: u64,
 }
 
 impl Mapping {
@@ -87,6 +89,11 @@ pub fn parse(text: &[u8]) -> Result<Vec<Mapping>, ParseError> {
         if line[0].is_ascii_uppercase() {
             if let (Some(flags), Some(last)) = (line.strip_prefix(b"VmFlags:"), mappings.last_mut()) {
                 last.flags = flags.split(|&b| b == b' ').filter_map(|f| f.try_into().ok()).collect();
+            } else if let (Some(size), Some(last)) =
+                (line.strip_prefix(b"KernelPageSize:"), mappings.last_mut())
+            {
+                let kib = std::str::from_utf8(size).ok().and_then(|s| s.trim().strip_suffix(" kB"));
+                last.page_kib = kib.and_then(|kib| kib.parse().ok()).unwrap_or(0);
             }
             continue;
         }
@@ -123,6 +130,7 @@ fn mapping(line: &[u8]) -> Option<Mapping> {
         inode: std::str::from_utf8(inode).ok().and_then(|s| s.parse().ok()).unwrap_or(0),
         name: name.to_vec(),
         flags: Vec::new(),
+        page_kib: 0,
     })
 }
 
@@ -142,13 +150,14 @@ mod tests {
     #[test]
     fn smaps_sample() {
         let text = b"55d0c0a00000-55d0c0a21000 rw-p 00000000 00:00 0                          [heap]\n\
-            Size:                132 kB\nRss:                   4 kB\nTHPeligible:           0\n\
+            Size:                132 kB\nKernelPageSize:        4 kB\nRss:                   4 kB\nTHPeligible:           0\n\
             VmFlags: rd wr mr mw me ac sd \n\
             7f1200000000-7f1200001000 r--s 00002000 fe:01 99 /tmp/a b\\012c (deleted)\nVmFlags: rd sh dd \n\
             ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                  [vsyscall]\nVmFlags: ex \n";
         let maps = parse(text).expect("the sample parses");
         assert_eq!(maps.len(), 3);
         assert_eq!(maps[0].name, b"[heap]");
+        assert_eq!(maps[0].page_kib, 4);
         assert!(maps[0].has(b"wr") && !maps[0].shared && !maps[0].file());
         assert_eq!(maps[1].name, b"/tmp/a b\\012c (deleted)");
         assert_eq!((maps[1].offset, maps[1].dev, maps[1].inode), (0x2000, (0xfe, 1), 99));

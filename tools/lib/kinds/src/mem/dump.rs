@@ -76,7 +76,7 @@ const ADVICE: &[(&[u8; 2], i32)] = &[
 
 /// Mappings that can't be restored yet, by VmFlags, and how to say so.
 const REFUSED: &[(&[u8; 2], &str)] = &[
-    (b"ht", "huge pages of hugetlbfs"),
+    (b"ht", "shared memory or a file of huge pages (hugetlbfs)"),
     (b"um", "memory watched by userfaultfd (missing pages)"),
     (b"uw", "memory watched by userfaultfd (write protection)"),
     (b"ui", "memory watched by userfaultfd (minor faults)"),
@@ -153,7 +153,10 @@ fn dump_vma(
         madv: None,
         fdflags: None,
     };
-    if let Some((flag, what)) = REFUSED.iter().find(|(flag, _)| m.has(flag) && !(tracked && *flag == b"uw")) {
+    if let Some((flag, what)) = REFUSED
+        .iter()
+        .find(|(flag, _)| m.has(flag) && !(tracked && *flag == b"uw") && !(*flag == b"ht" && private_huge(m)))
+    {
         let refused = refuse(&format!("{what} can't be checkpointed"));
         return Err(match *flag {
             b"uw" => refused.advise("if a ckpt-track is at work, say ckpt-scan --track ADDRESS"),
@@ -199,6 +202,13 @@ fn dump_vma(
         }
         _ if m.has(b"dp") => {
             return Err(refuse("droppable memory (MAP_DROPPABLE) can't be checkpointed yet").into());
+        }
+        _ if private_huge(m) => {
+            entry.status |= status::ANON_PRIVATE;
+            // The size is in the flags as its logarithm (mmap(2)).
+            let size = (m.page_kib.max(1) * 1024).ilog2() << libc::MAP_HUGE_SHIFT;
+            entry.flags |= anonymous | libc::MAP_HUGETLB.unsigned_abs() | size;
+            entry.madv = (advice != 0).then_some(advice);
         }
         _ if !m.file() => {
             entry.status |= status::ANON_PRIVATE;
@@ -270,6 +280,11 @@ fn not_told(error: anyhow::Error, refuse: &dyn Fn(&str) -> Refused) -> anyhow::E
     refuse("to look at the mapped file itself needs CAP_CHECKPOINT_RESTORE")
         .advise("run ckpt-scan as root or with that capability")
         .into()
+}
+
+/// Whether a mapping is of MAP_PRIVATE, MAP_ANONYMOUS and MAP_HUGETLB, which the kernel makes with a file of its own.
+fn private_huge(m: &Mapping) -> bool {
+    m.has(b"ht") && !m.shared && m.name == b"/anon_hugepage (deleted)"
 }
 
 /// Whether a mapped file's name is that of a memfd or of shared anonymous memory.

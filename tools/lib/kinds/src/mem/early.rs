@@ -55,7 +55,8 @@ impl Early {
     pub fn mappings(&mut self, pid: Pid) -> anyhow::Result<Vec<Mapping>> {
         if let Some(known) = self.0.get(&pid) {
             let now = read(pid, "maps")?;
-            let same = |a: &Mapping, b: &Mapping| *b == Mapping { flags: Vec::new(), ..a.clone() };
+            let same =
+                |a: &Mapping, b: &Mapping| *b == Mapping { flags: Vec::new(), page_kib: 0, ..a.clone() };
             let unchanged = known.len() == now.len() && known.iter().zip(&now).all(|(a, b)| same(a, b));
             let locked: u64 = known.iter().filter(|m| m.has(b"lo")).map(Mapping::len).sum();
             if unchanged && locked == locked_bytes(pid)? {

@@ -40,6 +40,9 @@ use inherit::Inherited;
 const UNSUPPORTED: [(u32, &str); 1] = [(1 << 13, "an aio ring")];
 
 const PAGE: u64 = 4096;
+/// MAP_HUGETLB and the size of the pages (mmap(2)).
+const HUGE: u32 =
+    libc::MAP_HUGETLB.unsigned_abs() | libc::MAP_HUGE_MASK.unsigned_abs() << libc::MAP_HUGE_SHIFT;
 /// First address after user space (four-level page tables; the kernel maps above only on request).
 pub const USER_END: u64 = 0x7fff_ffff_f000;
 /// At most so many bytes by one call: little enough that pages made by populating are still in the
@@ -198,8 +201,8 @@ impl AddressSpace {
                     return Err(refuse(&format!("{what} can't be restored")).into());
                 }
             }
-            if vma.flags & libc::MAP_HUGETLB.unsigned_abs() != 0 {
-                return Err(refuse("huge page mappings (MAP_HUGETLB) can't be restored").into());
+            if vma.flags & HUGE != 0 && vma.status & status::ANON_PRIVATE == 0 {
+                return Err(refuse("shared memory or files of huge pages can't be restored").into());
             }
             if vma.status & (status::VDSO | status::VVAR) != 0 {
                 block.add(vma)?;
@@ -325,7 +328,8 @@ impl AddressSpace {
                 continue;
             }
             let len = vma.end - vma.start;
-            let mut flags = (vma.flags & KEPT.unsigned_abs()) | libc::MAP_FIXED_NOREPLACE.unsigned_abs();
+            let mut flags =
+                (vma.flags & (KEPT.unsigned_abs() | HUGE)) | libc::MAP_FIXED_NOREPLACE.unsigned_abs();
             let prot = self.first_prot(vma);
             if prot != vma.prot && len > RESERVE_MAX {
                 flags |= libc::MAP_NORESERVE.unsigned_abs();
@@ -339,10 +343,12 @@ impl AddressSpace {
                 (number, vma.pgoff)
             } else {
                 flags |= libc::MAP_ANONYMOUS.unsigned_abs();
-                (-1, 0)
+                // Huge pages are of a file of the kernel's, whose offset they show.
+                (-1, if vma.flags & HUGE != 0 { vma.pgoff } else { 0 })
             };
             for part in inherited.anew(vma.start..vma.end) {
-                let pgoff = if fd < 0 { 0 } else { pgoff + (part.start - vma.start) };
+                let pgoff =
+                    if fd < 0 && vma.flags & HUGE == 0 { 0 } else { pgoff + (part.start - vma.start) };
                 let args = [
                     Arg::Val(part.start),
                     Arg::Val(part.end - part.start),
