@@ -61,7 +61,7 @@ pub fn felt(gap: &Path) -> (Duration, Duration) {
 /// Has it note anew.
 pub fn forget(gap: &Path) {
     let file = fs::OpenOptions::new().write(true).open(gap);
-    file.and_then(|mut f| f.write_all(&[0; 16])).expect("reset what the target notes");
+    file.and_then(|mut f| f.write_all(&[0; 24])).expect("reset what the target notes");
 }
 
 /// Peak memory (VmHWM, KiB) of tools by name.

@@ -10,6 +10,7 @@
 
 mod harness;
 mod increment;
+mod lazy;
 mod pages;
 mod redis;
 mod rewrite;
@@ -30,6 +31,7 @@ struct Bench {
 
 const BENCHES: &[Bench] = &[
     Bench { name: "pages", size: ("MiB", 1024), run: pages::run },
+    Bench { name: "lazy", size: ("MiB", 1024), run: lazy::run },
     Bench { name: "increment", size: ("MiB", 1024), run: increment::run },
     Bench { name: "rewrite", size: ("MiB", 1024), run: rewrite::run },
     Bench { name: "sockets", size: ("socketpairs", 10_000), run: sockets::run },

@@ -10,6 +10,7 @@
 //! - `increments`: tracking, and checkpoints that continue others
 //! - `predumps`: memory copied from the running tree, ahead of a checkpoint
 //! - `invariants`: attacks: tools killed, disks full, pipes closed, images damaged
+//! - `lazy`: `ckpt-restore --lazy`: pages that come later, and a server that does not live to bring them
 //! - `images`: compressed pages, chains of increments, checksums
 //! - `denied`: system calls that the kernel denies to a tool, one at a time
 //! - `privileges`: tools with few capabilities and small limits
@@ -35,6 +36,7 @@ mod images;
 mod increments;
 mod inet;
 mod invariants;
+mod lazy;
 mod memory;
 mod outside;
 mod postgres;

@@ -15,6 +15,9 @@ const SPECIAL: &[&str] = &["terminal", "fullscreen"];
 /// Those whose third argument [`start`] knows.
 pub(crate) const WITH_SOCKET: &[&str] = &["answering", "unix_listener"];
 
+/// Those that take more arguments, and do without them.
+const MODEST: &[&str] = &["memory_later"];
+
 /// All that can be started by [`start`]: others want more arguments than a log and what is to break.
 pub(crate) fn ordinary() -> Vec<String> {
     let takes_more = |name: &str| {
@@ -24,7 +27,7 @@ pub(crate) fn ordinary() -> Vec<String> {
     };
     let fits = |name: &String| {
         let name = name.as_str();
-        WITH_SOCKET.contains(&name) || !SPECIAL.contains(&name) && !takes_more(name)
+        WITH_SOCKET.contains(&name) || MODEST.contains(&name) || !SPECIAL.contains(&name) && !takes_more(name)
     };
     names().into_iter().filter(fits).collect()
 }

@@ -1,7 +1,7 @@
 /* A process with argv[3] MiB of incompressible pages of 4 KiB: what the bench checkpoints. Its own checksum on SIGUSR1.
- * With argv[4] a second thread notes in that file (a shared mapping of one u64) the longest time, in microseconds,
+ * With argv[4] a second thread notes in that file (a shared mapping of three u64) the longest time, in microseconds,
  * for which it did not get to run: the freeze as the program itself feels it. On SIGUSR2 it forks and notes in a second
- * u64 there how long that took. */
+ * u64 there how long that took. If the third is 0 it notes there what the clock says. */
 #include "workload.h"
 #include <sys/socket.h>
 
@@ -18,6 +18,7 @@ static void *tick(void *unused)
 		usleep(200);
 		uint64_t now = now_us();
 		if (now - last > *gap) *gap = now - last;
+		if (!gap[2]) gap[2] = now;
 		last = now;
 	}
 	return unused;
@@ -46,8 +47,8 @@ int main(int argc, char **argv)
 	if (argc > 4) {
 		int fd = open(argv[4], O_RDWR | O_CREAT, 0600);
 		pthread_t t;
-		NEED(fd >= 0 && !ftruncate(fd, 16));
-		gap = mmap(0, 16, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+		NEED(fd >= 0 && !ftruncate(fd, 24));
+		gap = mmap(0, 24, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
 		NEED(gap != MAP_FAILED && !pthread_create(&t, 0, tick, 0));
 		signal(SIGUSR2, on_usr2);
 	}

@@ -82,6 +82,7 @@ features! {
     "sock_diag inet", Sometimes, "TCP and UDP sockets", || told(probe::sock_diag(AF_INET));
     "PTRACE_O_SUSPEND_SECCOMP", Sometimes, "tasks under seccomp (CAP_SYS_ADMIN)", || told(probe::ptrace_suspend_seccomp());
     "userfaultfd WP_ASYNC", Sometimes, "tracking which pages change between checkpoints (Linux 6.7)", || told(probe::userfaultfd_wp_async());
+    "userfaultfd events", Sometimes, "restoring with --lazy (Linux 6.6, CAP_SYS_PTRACE)", || told(probe::userfaultfd_missing());
     "PR_TIMER_CREATE_RESTORE_IDS", Sometimes, "POSIX timers whose ids are far apart", || told(probe::timer_restore_ids());
     "CAP_CHECKPOINT_RESTORE", Sometimes, "choosing pids; CAP_SYS_ADMIN does as well", || capability("CAP_CHECKPOINT_RESTORE");
     "CAP_SYS_ADMIN", Sometimes, "tasks under seccomp, choosing pids on old kernels", || capability("CAP_SYS_ADMIN");

@@ -30,6 +30,7 @@ use xxhash_rust::xxh3::Xxh3Default;
 
 use crate::{
     births::Step,
+    lazy::Lazy,
     make::{Family, bodies},
     region::Region,
     shared::Segment,
@@ -46,6 +47,7 @@ pub struct Builder<'a> {
     files: &'a OpenFiles,
     region: &'a Region,
     bulk: Option<stream::Reader<File>>,
+    lazy: Option<Lazy>,
     /// Who is to be built before its children are made.
     early: BTreeSet<i32>,
     /// Whose stored pages are to be compared with those of the task it is forked from.
@@ -70,6 +72,7 @@ impl<'a> Builder<'a> {
         files: &'a OpenFiles,
         region: &'a Region,
         bulk: Option<stream::Reader<File>>,
+        lazy: Option<Lazy>,
         steps: &[Step],
     ) -> anyhow::Result<Self> {
         let owners = bodies(tree).filter_map(|(p, body)| Some((body.space.pages.id?, (p.pid.0, 0))));
@@ -86,6 +89,7 @@ impl<'a> Builder<'a> {
             owners: owners.collect(),
             segments: region.shared.iter().map(|s| (s.pages_id(), (s, 0))).collect(),
             bulk,
+            lazy,
         };
         builder.plan(steps)?;
         Ok(builder)
@@ -94,7 +98,7 @@ impl<'a> Builder<'a> {
     fn plan(&mut self, steps: &[Step]) -> anyhow::Result<()> {
         // The nearest process with memory of its own among those that fork each other.
         let mut sources: BTreeMap<i32, i32> = BTreeMap::new();
-        let set = self.bulk.is_none().then_some(self.set);
+        let set = self.comparable();
         for &step in steps {
             let Step::Fork { parent, child } = step else { continue };
             let source = match self.space(parent) {
@@ -116,6 +120,11 @@ impl<'a> Builder<'a> {
             }
         }
         Ok(())
+    }
+
+    /// Where stored pages can be compared: not on a stream, and not if that would take longer than what is being saved.
+    fn comparable(&self) -> Option<&'a ImageSet> {
+        (self.bulk.is_none() && self.lazy.is_none()).then_some(self.set)
     }
 
     fn process(&self, pid: i32) -> anyhow::Result<&'a Process> {
@@ -146,11 +155,12 @@ impl<'a> Builder<'a> {
         }
     }
 
-    /// Builds the memory of all that have none yet, shared memory too, and brings it to its final state.
+    /// Builds the memory of all that have none yet, shared memory too, and brings it to its final state; gives
+    /// who brings the pages that come later.
     ///
     /// # Errors
     /// Images, stream, kernel.
-    pub fn finish(mut self, family: &mut Family) -> anyhow::Result<()> {
+    pub fn finish(mut self, family: &mut Family) -> anyhow::Result<Option<Lazy>> {
         let tree = self.tree;
         for (process, _) in bodies(tree) {
             self.map(family, process.pid.0)?;
@@ -160,7 +170,10 @@ impl<'a> Builder<'a> {
             self.check_stream()?;
         } else {
             for segment in &self.region.shared {
-                segment.fill_from_set(self.set, self.files)?;
+                match &mut self.lazy {
+                    Some(lazy) => segment.fill_from(lazy, self.files)?,
+                    None => segment.fill_from_set(self.set, self.files)?,
+                }
             }
             for (process, _) in bodies(tree) {
                 self.build(family, process.pid.0)?;
@@ -173,7 +186,10 @@ impl<'a> Builder<'a> {
             let calls = body.space.finish_calls();
             family.task(process.pid.0)?.run(&calls).with_context(|| process.name())?;
         }
-        Ok(())
+        if let Some(lazy) = &mut self.lazy {
+            lazy.arm(family)?;
+        }
+        Ok(self.lazy)
     }
 
     /// Gives a task its private memory, pages included.
@@ -187,6 +203,10 @@ impl<'a> Builder<'a> {
         }
         let process = self.process(pid)?;
         let (Some(space), Some(inherited)) = (self.space(pid), self.mapped.get(&pid)) else { return Ok(()) };
+        if let (Some(lazy), Some(body)) = (&mut self.lazy, &process.body) {
+            let alone = !self.early.contains(&pid);
+            return lazy.build(process, body, inherited, alone).with_context(|| process.name());
+        }
         let bytes = inherited.missing.iter().map(|run| run.len).sum();
         let calls = space.read_calls(inherited, self.set).with_context(|| process.name())?;
         family.read_pages(process.pid, &calls, bytes).with_context(|| process.name())
@@ -200,7 +220,7 @@ impl<'a> Builder<'a> {
         let from = self.holds.get(&pid).and_then(|&whose| self.space(whose));
         let inherited = match from {
             Some(parent) if self.alike.contains(&pid) => {
-                let set = self.bulk.is_none().then_some(self.set);
+                let set = self.comparable();
                 Inherited::of(parent, space, set).with_context(|| process.name())?
             }
             _ => Inherited::nothing(space),

@@ -8,6 +8,7 @@
 //! - [`pids`]: pids in use, `--replace`
 //! - [`births`]: the order of forks, sessions and process groups
 //! - [`region`], [`make`], [`fill`], [`shared`]: building
+//! - [`lazy`]: pages that come later
 //! - [`outcome`]: signals meanwhile and afterwards
 
 use std::{
@@ -18,9 +19,12 @@ use std::{
 use anyhow::Context;
 use ckpt_cli::stats;
 use ckpt_images::{ImageSet, service};
-use ckpt_kinds::fd::{
-    OpenFiles, RestoreOptions,
-    unix::{ExternalSocket, Which},
+use ckpt_kinds::{
+    fd::{
+        OpenFiles, RestoreOptions,
+        unix::{ExternalSocket, Which},
+    },
+    mem,
 };
 use ckpt_proto::types::{RestoreStatsEntry, StatsEntry};
 use ckpt_remote::build::Area;
@@ -36,6 +40,7 @@ use nix::{
 
 pub mod births;
 pub mod fill;
+pub mod lazy;
 pub mod make;
 pub mod moves;
 pub mod outcome;
@@ -45,7 +50,9 @@ pub mod region;
 pub mod shared;
 pub mod tree;
 
-use crate::{births::Node, fill::Builder, make::Family, outcome::Signals, region::Region, tree::Tree};
+use crate::{
+    births::Node, fill::Builder, lazy::Lazy, make::Family, outcome::Signals, region::Region, tree::Tree,
+};
 
 /// Exit status for failures of ckpt-restore itself in the foreground: all others are the restored root's.
 pub const FAILED: u8 = 125;
@@ -147,6 +154,9 @@ pub struct Args {
     /// Connect the external unix socket ID to PATH or @NAME
     #[arg(long, value_name = "unix[ID]:PATH", value_parser = OsStringValueParser::new().try_map(external))]
     pub external: Vec<External>,
+    /// Let the processes run at once; their pages come when they are touched, and in the background
+    #[arg(long)]
+    pub lazy: bool,
     /// Do not compare pages with their checksums
     #[arg(long)]
     pub no_verify: bool,
@@ -198,7 +208,16 @@ pub fn run(args: Args, input: File) -> anyhow::Result<u8> {
     let mut set = match args.dir.as_ref().or(args.images.as_ref()) {
         Some(dir) => {
             let set = ImageSet::from_chain(dir)?;
-            set.unpacked()?
+            if args.lazy {
+                lazy::check()?;
+                set
+            } else {
+                set.unpacked()?
+            }
+        }
+        None if args.lazy => {
+            let text = "--lazy takes an image directory: pages of a stream can't be had out of turn";
+            return Err(ckpt_cli::UsageError(text.to_owned()).into());
         }
         None => {
             ckpt_cli::not_a_terminal(&input, "standard input")?;
@@ -247,14 +266,18 @@ fn restore(
         note: |text| ckpt_cli::note!(1, "{text}"),
     };
     let vdso = make::own_vdso()?;
+    let mut lazy = match args.lazy {
+        true => Some(Lazy::open(set, tree, !args.no_verify)?),
+        false => None,
+    };
     for process in &tree.processes {
-        check_vdso(process, vdso.as_ref(), set)?;
+        check_vdso(process, vdso.as_ref(), set, lazy.as_mut())?;
     }
     let steps = births::plan(&nodes(tree), &mut pids::spare(tree.numbers()))?;
     let mut files = OpenFiles::open_all(set, &options)?;
     // Pages are compared with their checksums while they are placed, and nobody runs before they have been.
-    let verification = if args.no_verify { None } else { Some(set.verification()?) };
-    let built = build(args, tree, set, signals, &steps, vdso, &mut files).and_then(|mut family| {
+    let verification = if args.no_verify || args.lazy { None } else { Some(set.verification()?) };
+    let built = build(args, tree, set, signals, &steps, vdso, &mut files, lazy).and_then(|mut family| {
         if let Some(verification) = verification {
             stats::phase("verify");
             verification.finish()?;
@@ -310,6 +333,7 @@ fn leave_stats(args: &Args, tree: &Tree) -> anyhow::Result<()> {
         .with_context(|| format!("{}: write", path.display()))
 }
 
+#[allow(clippy::too_many_arguments)]
 fn build(
     args: &Args,
     tree: &Tree,
@@ -318,6 +342,7 @@ fn build(
     steps: &[births::Step],
     vdso: Option<ckpt_kinds::mem::restore::vdso::Ours>,
     files: &mut OpenFiles,
+    lazy: Option<Lazy>,
 ) -> anyhow::Result<Family> {
     let shared = shared::segments(set)?;
     let spaces = tree.processes.iter().filter_map(|p| Some(&p.body.as_ref()?.space));
@@ -330,15 +355,18 @@ fn build(
     }
     stats::phase("tasks");
     let mut family = Family::new(area, Box::new(pids::spare(tree.numbers())))?;
-    let mut memory = Builder::new(tree, set, files, &region, bulk, steps)?;
+    let mut memory = Builder::new(tree, set, files, &region, bulk, lazy, steps)?;
     family.fork_all(steps, &mut memory)?;
     family.bury(tree)?;
     signals.check()?;
     stats::phase("pages");
-    memory.finish(&mut family)?;
+    let lazy = memory.finish(&mut family)?;
     stats::phase("finish");
     signals.check()?;
     family.finish(tree, files, &own_root)?;
+    if let Some(lazy) = lazy {
+        family.serve(lazy.start(tree)?);
+    }
     family.seal(tree, &region, args.leave_stopped)?;
     signals.check()?;
     Ok(family)
@@ -348,6 +376,7 @@ fn check_vdso(
     process: &tree::Process,
     ours: Option<&ckpt_kinds::mem::restore::vdso::Ours>,
     set: &ImageSet,
+    lazy: Option<&mut Lazy>,
 ) -> anyhow::Result<()> {
     let Some(space) = process.body.as_ref().map(|body| &body.space) else { return Ok(()) };
     let Some(block) = &space.vdso else { return Ok(()) };
@@ -355,7 +384,14 @@ fn check_vdso(
         return Err(Refused::new(process.name(), "it has a vdso, and this kernel runs without").into());
     };
     let on_stream = space.pages.id.is_some_and(|id| set.pages(id).is_none());
-    let stored = if on_stream { None } else { space.stored_vdso(set)? };
+    let stored = match lazy {
+        Some(lazy) => space.stored_vdso(|run, buffer| lazy.read(run, buffer))?,
+        None if on_stream => None,
+        None => {
+            space.pages.check_files(set)?;
+            space.stored_vdso(|run, buffer| mem::restore::read_run(set, run, buffer))?
+        }
+    };
     ours.check(&process.name(), block, stored.as_deref())
 }
 

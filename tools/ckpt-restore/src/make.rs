@@ -44,6 +44,7 @@ use nix::{
 use crate::{
     births::Step,
     fill::Builder,
+    lazy,
     moves::{self, Move},
     region::Region,
     tree::{Body, Process, Thread, Tree},
@@ -69,6 +70,8 @@ pub struct Family {
     made: Vec<Pid>,
     /// Restartable-sequence pointers to be put back at the end: thread, address, value.
     rseq: Vec<(Tid, RemoteAddr, u64)>,
+    /// Who brings pages later.
+    server: Option<lazy::Handle>,
     done: bool,
 }
 
@@ -79,7 +82,8 @@ impl Family {
     /// The kernel's.
     pub fn new(area: Area, spare: Box<dyn FnMut() -> i32>) -> anyhow::Result<Self> {
         prctl::set_child_subreaper(true).context("prctl(PR_SET_CHILD_SUBREAPER)")?;
-        Ok(Self { spare, area, tasks: BTreeMap::new(), made: Vec::new(), rseq: Vec::new(), done: false })
+        let (tasks, made, rseq) = (BTreeMap::new(), Vec::new(), Vec::new());
+        Ok(Self { spare, area, tasks, made, rseq, server: None, done: false })
     }
 
     pub(crate) fn task(&mut self, pid: i32) -> anyhow::Result<&mut Built> {
@@ -488,7 +492,15 @@ impl Family {
             ptrace::detach(Tid(tid), 0)?;
         }
         self.done = true;
+        if let Some(server) = self.server.take() {
+            server.go();
+        }
         Ok(())
+    }
+
+    /// From now on pages come from `server`.
+    pub fn serve(&mut self, server: Option<lazy::Handle>) {
+        self.server = server;
     }
 }
 
@@ -501,6 +513,8 @@ impl Drop for Family {
                     let _ = nix::sys::ptrace::kill(pid.nix());
                 }
             }
+            // It ends because nobody is left to serve, and is waited for below.
+            self.server = None;
             // Whoever it was, their parents may be gone already, and then they are ours: wait for any.
             while let Ok(Some(_)) = ptrace::wait(Tid(-1), false) {}
             let _ = prctl::set_child_subreaper(false);

@@ -89,7 +89,9 @@ impl Signals {
             Ok(u8::try_from(status).unwrap_or(255))
         };
         loop {
-            match waitpid(root.nix(), Some(WaitPidFlag::WNOHANG | WaitPidFlag::WUNTRACED)) {
+            // Any child: the page server of --lazy is one too.
+            match waitpid(None, Some(WaitPidFlag::WNOHANG | WaitPidFlag::WUNTRACED)) {
+                Ok(status) if status.pid().is_some_and(|pid| pid != root.nix()) => continue,
                 Ok(WaitStatus::Exited(_, code)) => return end(code & 0xff),
                 Ok(WaitStatus::Signaled(_, signal, _)) => return end(128 + signal as i32),
                 Ok(WaitStatus::Stopped(_, Signal::SIGTSTP | Signal::SIGTTIN | Signal::SIGTTOU)) => {

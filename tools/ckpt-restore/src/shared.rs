@@ -18,6 +18,8 @@ use nix::{
 };
 use xxhash_rust::xxh3::Xxh3Default;
 
+use crate::lazy::Lazy;
+
 /// One segment.
 #[derive(Debug)]
 pub struct Segment {
@@ -116,6 +118,20 @@ impl Segment {
                 ensure!(n > 0, "{} ends early", Image::Pages.file_name(self.pages_id()));
                 left = left.saturating_sub(n as u64);
             }
+        }
+        Ok(())
+    }
+
+    /// Fills it with what `lazy` reads: shared memory is complete before anybody runs.
+    ///
+    /// # Errors
+    /// Images, or the kernel.
+    pub fn fill_from(&self, lazy: &mut Lazy, files: &OpenFiles) -> anyhow::Result<()> {
+        let memory = self.memory(files)?;
+        for run in &self.pages.runs {
+            lazy.for_each(run, |addr, bytes| {
+                write_all(memory, i64::try_from(addr).context("offset in shared memory")?, bytes)
+            })?;
         }
         Ok(())
     }

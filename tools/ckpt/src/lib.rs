@@ -130,6 +130,9 @@ pub struct Restore {
     /// Restore in a new pid namespace
     #[arg(long, conflicts_with = "replace")]
     pub new_pidns: bool,
+    /// Let the processes run at once; their pages come when they are touched, and in the background
+    #[arg(long, conflicts_with_all = ["accept", "connect", "close", "drop_queues"])]
+    pub lazy: bool,
     /// Use descriptor N for an external RESOURCE
     #[arg(long, value_name = "fd[N]:RESOURCE")]
     pub inherit_fd: Vec<OsString>,
@@ -343,6 +346,7 @@ impl Restore {
             words.flag("--leave-stopped", self.leave_stopped);
             words.flag("--replace", self.replace);
             words.flag("--new-pidns", self.new_pidns);
+            words.flag("--lazy", self.lazy);
             words.option("--pidfile", &self.pidfile);
             words.option("--inherit-fd", &self.inherit_fd);
             words.option("--external", &self.external);

@@ -12,6 +12,7 @@ pub mod chain;
 mod error;
 pub mod pack;
 pub mod produce;
+pub mod pull;
 pub mod recode;
 pub mod service;
 mod set;

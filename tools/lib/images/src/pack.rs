@@ -300,6 +300,17 @@ impl PackedFile {
         self.plain
     }
 
+    /// Which plain bytes the block with byte `offset` has.
+    pub(crate) fn block_at(&self, offset: u64) -> Option<std::ops::Range<u64>> {
+        let index = self.blocks.partition_point(|&(_, _, start)| start <= offset).checked_sub(1)?;
+        let &(header, _, start) = self.blocks.get(index)?;
+        Some(start..start + header.plain as u64).filter(|block| block.contains(&offset))
+    }
+
+    pub(crate) fn file(&self) -> &File {
+        &self.file
+    }
+
     /// Reads pages from plain byte `offset` on, unpacking the blocks that they are in.
     ///
     /// # Errors
@@ -329,7 +340,7 @@ impl PackedFile {
         Ok(())
     }
 
-    fn ends(&self) -> ImageError {
+    pub(crate) fn ends(&self) -> ImageError {
         ImageError::Stream {
             file: self.name.clone(),
             what: "it holds fewer pages than the pagemap lists".to_owned(),

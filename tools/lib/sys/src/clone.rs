@@ -255,6 +255,29 @@ pub fn fork() -> Result<Option<Pid>, SysError> {
     }
 }
 
+/// The same, but both have one table of descriptors: what one opens the other has open, and it stays open until both
+/// have closed it or ended. `None` in the child. The caller has one thread.
+///
+/// # Errors
+/// EAGAIN, ENOMEM.
+pub fn fork_with_shared_files() -> Result<Option<Pid>, SysError> {
+    let flags = i64::from(libc::CLONE_FILES | libc::SIGCHLD);
+    let none: libc::c_long = 0;
+    // SAFETY: without CLONE_VM this is fork(2): the child has its own copy of all memory, on the same stack. The
+    // process has one thread, so the child finds every lock as it was left.
+    match unsafe { libc::syscall(libc::SYS_clone, flags, none, none, none, none) } {
+        -1 => Err(SysError::last("clone(CLONE_FILES)", "this process")),
+        0 => Ok(None),
+        pid => Ok(i32::try_from(pid).ok().map(Pid)),
+    }
+}
+
+/// Ends a forked child at once: nothing that is the parent's too is dropped, flushed or undone.
+pub fn end(code: i32) -> ! {
+    // SAFETY: no pointers.
+    unsafe { libc::_exit(code) }
+}
+
 /// Runs `commit` here, and then `work` in a child, which comes to its end even if this process is killed meanwhile.
 ///
 /// The child is made first. If this process dies before it could tell whether it has committed, the child finds that

@@ -5,7 +5,7 @@
 use std::{
     ffi::CString,
     os::{
-        fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+        fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
         unix::ffi::OsStrExt,
     },
     path::Path,
@@ -119,6 +119,29 @@ pub fn raise_limit(wanted: u64) -> u64 {
         return wanted;
     }
     if setrlimit(RLIMIT_NOFILE, hard, hard).is_ok() { hard } else { soft }
+}
+
+/// Closes all descriptors of this process but those in `keep`. For a child that is to hold on to nothing of its parent's,
+/// and that never drops what owns them.
+///
+/// # Errors
+/// ENOSYS before Linux 5.9.
+pub fn close_all_but(keep: &[RawFd]) -> Result<(), SysError> {
+    let mut keep: Vec<u32> = keep.iter().filter_map(|&fd| u32::try_from(fd).ok()).collect();
+    keep.sort_unstable();
+    keep.dedup();
+    let mut from = 0;
+    for next in keep.into_iter().chain([u32::MAX]) {
+        if next > from {
+            // SAFETY: takes integers only; that nobody uses what is closed is the caller's promise.
+            let ret = unsafe { libc::syscall(libc::SYS_close_range, from, next - 1, 0) };
+            if ret != 0 {
+                return Err(SysError::last("close_range", format!("fd {from}")));
+            }
+        }
+        from = next.saturating_add(1);
+    }
+    Ok(())
 }
 
 /// A duplicate of `fd` numbered `least` or higher, close-on-exec.

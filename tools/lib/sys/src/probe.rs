@@ -4,7 +4,7 @@
 
 use std::{
     mem::size_of,
-    os::fd::{AsRawFd, FromRawFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
 };
 
 use nix::errno::Errno;
@@ -78,6 +78,21 @@ pub fn userfaultfd_wp_async() -> Result<(), SysError> {
         0 => Ok(()),
         _ => Err(SysError::last("ioctl(UFFDIO_API)", "UFFD_FEATURE_WP_ASYNC")),
     }
+}
+
+/// userfaultfd(2) for missing pages, with those that the kernel touches, and events.
+///
+/// # Errors
+/// ENOSYS, EPERM without CAP_SYS_PTRACE, EINVAL before Linux 6.6.
+pub fn userfaultfd_missing() -> Result<(), SysError> {
+    // SAFETY: userfaultfd takes one integer.
+    let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) };
+    let fd = match i32::try_from(fd) {
+        // SAFETY: the kernel has just made this descriptor for us.
+        Ok(fd) if fd >= 0 => unsafe { OwnedFd::from_raw_fd(fd) },
+        _ => return Err(SysError::last("userfaultfd", "faults of the kernel")),
+    };
+    crate::uffd::enable_missing(fd.as_fd())
 }
 
 /// sock_diag(7) for sockets of `family`: dumps the closed ones, which are few, and looks at the first answer.

@@ -159,6 +159,7 @@ fn dump_vma(
     {
         let refused = refuse(&format!("{what} can't be checkpointed"));
         return Err(match *flag {
+            b"um" => refused.advise("after ckpt-restore --lazy, wait until all pages have come"),
             b"uw" => refused.advise("if a ckpt-track is at work, say ckpt-scan --track ADDRESS"),
             _ => refused,
         }

@@ -32,6 +32,7 @@ use std::{
 use super::{guard, page, status, sysv};
 
 pub mod inherit;
+pub mod later;
 pub mod vdso;
 
 use inherit::Inherited;
@@ -266,21 +267,20 @@ impl AddressSpace {
         })
     }
 
-    /// The bytes of the vdso as stored, read from the pages file. `None` if they were not stored, or
-    /// are still to come on the stream.
+    /// The bytes of the vdso as stored, if all of them were; `read` gives those of a run.
     ///
     /// # Errors
-    /// The file's.
-    pub fn stored_vdso(&self, set: &ImageSet) -> anyhow::Result<Option<Vec<u8>>> {
-        self.pages.check_files(set)?;
+    /// What `read` meets.
+    pub fn stored_vdso(
+        &self,
+        mut read: impl FnMut(&Run, &mut [u8]) -> anyhow::Result<()>,
+    ) -> anyhow::Result<Option<Vec<u8>>> {
         let Some(block) = &self.vdso else { return Ok(None) };
         let mut bytes = Vec::new();
         for run in self.pages.runs.iter().filter(|run| run.vdso) {
-            let Some(place) = set.pages_in(run.file) else { return Ok(None) };
             let at = bytes.len();
-            let len = usize::try_from(run.len).unwrap_or(0);
-            bytes.resize(at + len, 0);
-            read_at(&place, place.offset + run.offset, &mut bytes[at..])?;
+            bytes.resize(at + usize::try_from(run.len).unwrap_or(0), 0);
+            read(run, &mut bytes[at..])?;
         }
         Ok((bytes.len() as u64 == block.end - block.code).then_some(bytes))
     }
@@ -508,6 +508,15 @@ fn populate(addr: u64, len: u64) -> Call {
     const MADV_POPULATE_WRITE: i32 = 23;
     let args = [Arg::Val(addr), Arg::Val(len), MADV_POPULATE_WRITE.into()];
     Call::new("madvise(MADV_POPULATE_WRITE)", libc::SYS_madvise, args).may_fail()
+}
+
+/// Reads pages of a plain file.
+///
+/// # Errors
+/// It is missing, or ends early.
+pub fn read_run(set: &ImageSet, run: &Run, buffer: &mut [u8]) -> anyhow::Result<()> {
+    let place = set.pages_in(run.file).context("a pages file is missing")?;
+    read_at(&place, place.offset + run.offset, buffer)
 }
 
 fn read_at(place: &Place<'_>, mut offset: u64, mut buffer: &mut [u8]) -> anyhow::Result<()> {
