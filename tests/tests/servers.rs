@@ -220,8 +220,8 @@ fn counts_over_unix(n: usize, socket: &Path, progress: &Progress, stop: &AtomicB
     )
 }
 
-/// A hundred clients: unix and TCP, inside the tree and outside, 25 of each; the TCP clients outside are in
-/// another network namespace.
+/// A hundred clients: unix and TCP, inside the tree and outside, 25 of each; the TCP clients outside and half of the unix
+/// clients outside are in another network namespace.
 #[test]
 fn a_hundred_clients_of_redis_inside_and_outside() {
     const NAME: &str = "a_hundred_clients_of_redis_inside_and_outside";
@@ -242,13 +242,13 @@ fn a_hundred_clients_of_redis_inside_and_outside() {
             _ => over_unix(n, stop),
         };
         let (target, ()) = net::beside(
-            |stop| crowd(0..25, stop, client),
+            |stop| crowd(0..38, stop, client),
             || {
                 let mut command = workload("redis_users.py");
                 command.arg(dir.path().join("log")).arg(dir.path().join("redis.sock")).args(["7000", "25"]);
                 let target = Target::spawn(dir, command);
                 target.wait_log("ready");
-                while_they_work(25..50, client, || {
+                while_they_work(38..50, client, || {
                     let me = std::process::id().to_string();
                     let sk = ["--tcp-established", "--external", "all", "--queued=drop"];
                     progress.all_go_on(&target);

@@ -162,6 +162,21 @@ pub fn net_namespace(fd: BorrowedFd<'_>) -> Result<u64, SysError> {
     if ret < 0 { Err(SysError::last("getsockopt(SO_NETNS_COOKIE)", on(fd))) } else { Ok(value) }
 }
 
+/// The network namespace of a socket, as a descriptor of `/proc/PID/ns/net` (`SIOCGSKNS`, include/uapi/linux/sockios.h).
+///
+/// # Errors
+/// EPERM without CAP_NET_ADMIN over the namespace.
+pub fn network(fd: BorrowedFd<'_>) -> Result<OwnedFd, SysError> {
+    const SIOCGSKNS: libc::c_ulong = 0x894c;
+    // SAFETY: SIOCGSKNS takes no argument.
+    let ret = unsafe { libc::ioctl(fd.as_raw_fd(), SIOCGSKNS) };
+    if ret < 0 {
+        return Err(SysError::last("ioctl(SIOCGSKNS)", on(fd)));
+    }
+    // SAFETY: the kernel has just made this descriptor for us and nobody else knows its number.
+    Ok(unsafe { OwnedFd::from_raw_fd(ret) })
+}
+
 /// `SO_RCVTIMEO` or `SO_SNDTIMEO`: seconds and microseconds.
 ///
 /// # Errors

@@ -75,6 +75,8 @@ pub struct Socket<'a> {
     pub copy: OwnedFd,
     /// How messages call it: pid, command, descriptor.
     pub subject: String,
+    /// Cookie of its network namespace, if that is not this process's.
+    pub foreign: Option<u64>,
 }
 
 impl Socket<'_> {
@@ -87,6 +89,12 @@ impl Socket<'_> {
     /// A refusal of it; `what` is its kind and inode.
     pub fn refuse(&self, what: &str, reason: impl std::fmt::Display) -> Refused {
         Refused::new(self.subject.clone(), format!("{what}: {reason}"))
+    }
+
+    /// A refusal because of its network namespace.
+    pub fn elsewhere(&self, what: &str) -> Refused {
+        let advice = format!("run the tools in that of the process: nsenter -n -t {} ...", self.pid());
+        self.refuse(what, "it is in another network namespace than the tools").advise(advice)
     }
 
     /// Something that it has received, and that can't be given to a restored one: refused, unless the user
@@ -213,17 +221,18 @@ fn open(stubs: &[FileEntry]) -> anyhow::Result<Vec<Socket<'_>>> {
         if inode != stub.ino {
             bail!("{subject}: is socket {inode} now, the stream says {}: the tree is not frozen", stub.ino);
         }
-        let socket = Socket { file_id: entry.id, stub, copy, subject };
+        let mut socket = Socket { file_id: entry.id, stub, copy, subject, foreign: None };
         let own = match here {
             Some(cookie) => cookie,
             None => *here.insert(own_namespace()?),
         };
-        if sock::net_namespace(socket.copy.as_fd())? != own {
-            let what = format!("socket {inode}");
-            let reason = "it is in another network namespace than the tools";
-            let advice = format!("run the tools in that of the process: nsenter -n -t {pid} ...");
-            return Err(socket.refuse(&what, reason).advise(advice).into());
+        let network = sock::net_namespace(socket.copy.as_fd())?;
+        // Whose client is in another network namespace has a connection that is there, too (unix_stream_connect in
+        // net/unix/af_unix.c): that of unix sockets is theirs to judge.
+        if network != own && !is(socket.stub, libc::AF_UNIX) {
+            return Err(socket.elsewhere(&format!("socket {inode}")).into());
         }
+        socket.foreign = (network != own).then_some(network);
         sockets.push(socket);
     }
     Ok(sockets)

@@ -496,7 +496,7 @@ mod tests {
             stub.r#type.cast_signed() | libc::SOCK_CLOEXEC,
             stub.protocol.cast_signed(),
         );
-        Socket { file_id: 1, stub, copy: copy.unwrap(), subject: "a test".into() }
+        Socket { file_id: 1, stub, copy: copy.unwrap(), subject: "a test".into(), foreign: None }
     }
 
     #[test]

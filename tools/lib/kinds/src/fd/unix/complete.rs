@@ -26,7 +26,7 @@ use ckpt_sys::{
 };
 
 use super::{
-    CLOSE, EXTERNAL, ExternalSocket, LISTEN, Which, kind_name,
+    CLOSE, ESTABLISHED, EXTERNAL, ExternalSocket, LISTEN, Which, kind_name,
     queue::{self, Message},
     shown,
 };
@@ -55,8 +55,19 @@ pub(super) struct World {
 }
 
 impl World {
-    pub(super) fn read() -> anyhow::Result<Self> {
-        let sockets = SockDiag::here().and_then(|diag| diag.unix()).context("enumerate unix sockets")?;
+    /// Those of this network namespace, and of the others that `open` are in.
+    pub(super) fn read(open: &[socket::Socket<'_>]) -> anyhow::Result<Self> {
+        let mut sockets = SockDiag::here().and_then(|diag| diag.unix()).context("enumerate unix sockets")?;
+        let mut known = BTreeSet::new();
+        for socket in open.iter().filter(|s| s.foreign.is_some_and(|network| known.insert(network))) {
+            let theirs = sock::network(socket.copy.as_fd())
+                .and_then(|network| SockDiag::within(network.as_fd()))
+                .and_then(|diag| diag.unix())
+                .with_context(|| {
+                    format!("{}: enumerate unix sockets of its network namespace", socket.subject)
+                })?;
+            sockets.extend(theirs);
+        }
         let listeners = || sockets.iter().filter(|s| s.state == LISTEN);
         let waiting = listeners().flat_map(|l| l.pending.iter().map(|&client| (client, l.id))).collect();
         let listening = listeners().map(|l| trim_path(&l.name).to_vec()).collect();
@@ -127,14 +138,22 @@ pub fn complete(
     if open.is_empty() && options.external.is_empty() {
         return Ok(());
     }
-    let mut world = World::read()?;
+    let mut world = World::read(&open)?;
     let mut sockets = BTreeMap::new();
     for open in open {
         let ino = open.stub.ino;
         let diag = world.sockets.get(&ino).cloned();
         let diag =
             diag.with_context(|| format!("{}: the kernel does not list socket {ino}", open.subject))?;
-        sockets.insert(ino, Socket { open, diag });
+        let socket = Socket { open, diag };
+        // All that is lost of a connection at a path is where the kernel lists it.
+        let movable = socket.diag.state == ESTABLISHED
+            && socket.diag.kind != libc::SOCK_DGRAM
+            && socket.diag.name.first().is_none_or(|&b| b != 0);
+        if socket.foreign.is_some() && !movable {
+            return Err(socket.elsewhere(&socket.what()).into());
+        }
+        sockets.insert(ino, socket);
     }
     check_ids(options, &sockets)?;
     let mut used = BTreeSet::new();
