@@ -14,7 +14,7 @@ crate::survives! {
 }
 
 /// A Python program that makes sockets, says ready and stays.
-fn python(name: &str, code: &str) -> Target {
+pub(crate) fn python(name: &str, code: &str) -> Target {
     let dir = TestDir::new(name);
     let log = dir.path().join("log");
     let mut command = Command::new("python3");
@@ -27,7 +27,7 @@ fn python(name: &str, code: &str) -> Target {
     target
 }
 
-fn refused(target: &Target, words: &[&str]) {
+pub(crate) fn refused(target: &Target, words: &[&str]) {
     let before = target.at_rest();
     let _ = target.dump("img").fails("ckpt-sk", 3, words);
     assert!(!target.path("img").exists());
@@ -158,6 +158,17 @@ fn a_mapped_transmit_ring_is_refused() {
     let _ = target.dump("img").fails("ckpt-scan", 3, &["mapping of socket", "PACKET_TX_RING"]);
     assert!(!target.path("img").exists());
     target.unchanged(&before);
+}
+
+#[test]
+fn a_tunnel_of_the_kernel_is_refused() {
+    let target = python(
+        "encap",
+        "s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n\
+         s.bind(('127.0.0.1', 0))\n\
+         s.setsockopt(17, 100, 3)",
+    );
+    refused(&target, &["UDP socket", "UDP_ENCAP 3"]);
 }
 
 /// Without privileges what needs one is named, and nothing is left behind.

@@ -83,6 +83,60 @@ pub(crate) fn waiting(path: &Path) -> UnixListener {
     UnixListener::bind(path).expect("listen")
 }
 
+/// A path that is taken: nothing is restored, and what was made before is gone.
+#[test]
+fn an_occupied_path_stops_a_restore_that_leaves_nothing() {
+    let target = crate::inet::python(
+        "occupied",
+        "for name in 'abc':\n\
+         \x20   s = socket.socket(socket.AF_UNIX)\n\
+         \x20   s.bind(name)\n\
+         \x20   s.listen()\n\
+         \x20   globals()[name] = s",
+    );
+    target.dump_ok("img");
+    target.end();
+    let remove = || ["a", "b", "c"].map(|name| std::fs::remove_file(target.path(name)));
+    let nothing = |but: &str| {
+        for name in ["a", "b", "c"].iter().filter(|name| **name != but) {
+            assert!(!target.path(name).exists(), "{name} was left");
+        }
+        assert!(ckpt_tests::soon(|| process::is_free(target.pid)));
+    };
+    let _ = remove();
+    for taken in ["a", "b", "c"] {
+        let other = UnixListener::bind(target.path(taken)).expect("listen");
+        let _ =
+            target.restore("img").fails("ckpt-restore", 3, &[taken, "another process has a socket there"]);
+        nothing(taken);
+        assert!(UnixStream::connect(target.path(taken)).is_ok(), "the other one is still there");
+        drop(other);
+        let _ = remove();
+        std::fs::write(target.path(taken), "no socket").expect("write");
+        let _ = target.restore("img").fails("ckpt-restore", 1, &[taken, "no socket"]);
+        nothing(taken);
+        let _ = remove();
+    }
+    target.restore_ok("img");
+    for name in ["a", "b", "c"] {
+        let _ = UnixStream::connect(target.path(name)).expect("connect to the restored one");
+    }
+}
+
+#[test]
+fn data_that_nobody_can_read_yet_is_refused() {
+    let target = crate::inet::python(
+        "unaccepted",
+        "s = socket.socket(socket.AF_UNIX)\n\
+         s.bind('server')\n\
+         s.listen()\n\
+         c = socket.socket(socket.AF_UNIX)\n\
+         c.connect('server')\n\
+         c.send(b'early')",
+    );
+    crate::inet::refused(&target, &["not accepted yet", "nobody can read"]);
+}
+
 #[test]
 fn half_a_connection_is_refused_naming_the_peer() {
     let (target, mut talk, id) = conversation();

@@ -249,6 +249,146 @@ fn ends_of_connections_come_through() {
     });
 }
 
+/// Every state of an end that the peer, in another process, can bring about: data and ends arrive as if nothing had been.
+#[test]
+fn all_sorts_of_ends_with_a_peer_outside() {
+    net::alone("all_sorts_of_ends_with_a_peer_outside", || {
+        let listener = std::net::TcpListener::bind("127.0.0.1:7001").expect("listen");
+        let dir = TestDir::new("ends");
+        let counts_file = dir.path().join("counts");
+        let accept = std::thread::spawn(move || {
+            let peers: Vec<TcpStream> = (0..5).map(|_| listener.accept().expect("accept").0).collect();
+            assert!(soon(|| counts_file.exists()));
+            for peer in &peers[2..] {
+                peer.shutdown(std::net::Shutdown::Write).expect("shut down");
+            }
+            peers
+        });
+        let mut command = std::process::Command::new("python3");
+        command.arg("-c").arg(
+            "import socket, signal, time, os\n\
+             def stuff(s):\n\
+             \x20   s.setblocking(False)\n\
+             \x20   n = idle = 0\n\
+             \x20   while idle < 20:\n\
+             \x20       try: n += s.send(b'z' * 65536); idle = 0\n\
+             \x20       except BlockingIOError: idle += 1; time.sleep(0.002)\n\
+             \x20   return n\n\
+             def state(s): return s.getsockopt(6, 11, 1)[0]\n\
+             signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])\n\
+             wait1, wait2, closing, last, wait = [socket.create_connection(('127.0.0.1', 7001)) for _ in range(5)]\n\
+             counts = [stuff(wait1), 0, stuff(closing), stuff(last), 0]\n\
+             for s in wait1, wait2, closing: s.shutdown(1)\n\
+             open('new', 'w').write(' '.join(map(str, counts)))\n\
+             os.rename('new', 'counts')\n\
+             while [state(s) for s in (wait1, wait2, closing, last, wait)] != [4, 5, 11, 8, 8]: time.sleep(0.01)\n\
+             last.shutdown(1)\n\
+             assert state(last) == 9\n\
+             open('log', 'a').write('ready\\n')\n\
+             signal.sigwait([signal.SIGUSR1])\n\
+             wait.send(b'later')\n\
+             wait.close()\n\
+             signal.pause()",
+        );
+        let target = Target::spawn(dir, command);
+        target.wait_log("ready");
+        let mut peers = accept.join().expect("accept");
+        let counts = std::fs::read_to_string(target.path("counts")).expect("read");
+        let counts: Vec<usize> = counts.split(' ').map(|n| n.parse().expect("a number")).collect();
+        let _ = dump(&target, "img", &["--kill"], &["--tcp-established"]).ok("dump --kill");
+        process::wait_free(&[target.pid]);
+        target.restore_ok("img");
+        target.signal(nix::sys::signal::Signal::SIGUSR1);
+        for (peer, count) in peers.iter_mut().zip(&counts[..4]) {
+            peer.set_read_timeout(Some(Duration::from_secs(20))).expect("set a timeout");
+            let mut all = Vec::new();
+            peer.read_to_end(&mut all).expect("read up to the end");
+            assert!(all.len() == *count && all.iter().all(|&b| b == b'z'), "{} of {count}", all.len());
+        }
+        let mut words = String::new();
+        peers[4].read_to_string(&mut words).expect("read up to the end");
+        assert_eq!(words, "later");
+        // What the peer still may say is heard.
+        peers[1].write_all(b"more").expect("write");
+        assert_eq!(net::rules(), "");
+    });
+}
+
+/// SYN_SENT: a connection that is asked for and not there yet is asked for again, from the same port.
+#[test]
+fn a_connect_under_way_goes_on() {
+    net::alone("a_connect_under_way_goes_on", || {
+        use nix::sys::socket::{
+            AddressFamily, Backlog, SockFlag, SockType, SockaddrIn, bind, listen, socket,
+        };
+        let server =
+            socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).expect("socket");
+        bind(server.as_raw_fd(), &SockaddrIn::new(127, 0, 0, 1, 7001)).expect("bind");
+        listen(&server, Backlog::new(1).expect("a backlog")).expect("listen");
+        let server = std::net::TcpListener::from(server);
+        let address = server.local_addr().expect("an address");
+        let mut fillers = Vec::new();
+        while let Ok(filler) = TcpStream::connect_timeout(&address, Duration::from_millis(100)) {
+            fillers.push(filler);
+        }
+        let target = crate::inet::python(
+            "syn_sent",
+            "import threading, select\n\
+             s = socket.socket()\n\
+             s.setblocking(False)\n\
+             s.connect_ex(('127.0.0.1', 7001))\n\
+             def later():\n\
+             \x20   select.select([], [s], [])\n\
+             \x20   s.send(b'%d' % s.getsockname()[1])\n\
+             \x20   s.shutdown(1)\n\
+             threading.Thread(target=later).start()\n\
+             assert s.getsockopt(6, 11, 1)[0] == 2",
+        );
+        target.dump_ok("img");
+        target.end();
+        target.restore_ok("img");
+        for _ in fillers {
+            let _ = server.accept().expect("accept a filler");
+        }
+        let (mut stream, from) = server.accept().expect("accept the restored one");
+        let mut words = String::new();
+        stream.read_to_string(&mut words).expect("read");
+        assert_eq!(words, from.port().to_string());
+        assert_eq!(net::rules(), "");
+    });
+}
+
+/// Connections within the tree that nobody has accepted, and what the kernel remembers of those that were closed.
+#[test]
+fn connections_of_nobody() {
+    net::alone("connections_of_nobody", || {
+        let waiting = crate::inet::python(
+            "waiting",
+            "l = socket.create_server(('127.0.0.1', 0))\n\
+             c = socket.create_connection(l.getsockname())\n\
+             c.send(b'early')",
+        );
+        crate::inet::refused(&waiting, &["has not accepted", "nobody can read", "--skip-in-flight"]);
+        let _ = dump(&waiting, "img", &[], &["--skip-in-flight"]).ok("dump --skip-in-flight");
+        waiting.end();
+        let remembered = crate::inet::python(
+            "remembered",
+            "l = socket.socket()\n\
+             l.bind(('127.0.0.1', 7002))\n\
+             l.listen()\n\
+             c = socket.create_connection(('127.0.0.1', 7002))\n\
+             l.accept()[0].close()\n\
+             assert c.recv(1) == b''\n\
+             c.close()",
+        );
+        remembered.dump_ok("img");
+        remembered.end();
+        let words = ["127.0.0.1:7002", "TIME_WAIT", "SO_REUSEADDR", "--port"];
+        let _ = remembered.restore("img").fails("ckpt-restore", 3, &words);
+        assert_eq!(net::rules(), "");
+    });
+}
+
 /// Kills `stage` at random instants, with traffic on the connection all the time.
 fn killed_at_random(stage: &'static str) {
     net::alone(stage, || {

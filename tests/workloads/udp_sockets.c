@@ -171,6 +171,9 @@ int main(int argc, char **argv)
 		nlite = name(lite);
 		NEED(post(lite_sender, "lite", nlite));
 	} else say("SKIP UDP-Lite: %s", strerror(errno));
+	/* The end of an ESP tunnel, if the kernel knows such. */
+	int esp = bound("127.0.0.1"), encap = 0;
+	if (setsockopt(esp, IPPROTO_UDP, UDP_ENCAP, &(int){ UDP_ENCAP_ESPINUDP }, 4)) say("SKIP UDP_ENCAP: %s", strerror(errno)), esp = -1;
 	/* Neither named nor connected. */
 	int plain = socket(AF_INET6, SOCK_DGRAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
 	NEED(plain >= 0);
@@ -227,6 +230,7 @@ int main(int argc, char **argv)
 	CHECK(post(sender, "all", at(name(deaf), "239.7.7.7")) && nothing(deaf), "not heard by who blocks the sender");
 	CHECK(is_member(member6, "ff02::777") && !is_member(both, "ff02::777"), "member of the IPv6 group");
 	if (lite >= 0) CHECK(gets(lite, "lite", from_lite) && post(lite_sender, "again", nlite) && gets(lite, "again", from_lite), "UDP-Lite");
+	CHECK(esp < 0 || (!getsockopt(esp, IPPROTO_UDP, UDP_ENCAP, &encap, &(socklen_t){ 4 }) && encap == UDP_ENCAP_ESPINUDP), "UDP_ENCAP %d", encap);
 	CHECK(fcntl(plain, F_GETFL) & O_NONBLOCK && fcntl(plain, F_GETFD) == FD_CLOEXEC && name(plain).v6.sin6_port == 0 && name(plain).any.sa_family == AF_INET6, "neither named nor connected");
 	CHECK(post(sender, "done", to_a) && gets(a, "done", from) && nothing(a), "still works");
 	pass();

@@ -124,7 +124,7 @@ int main(int argc, char **argv)
 	NEED(!bind(nl, (void *)&(struct sockaddr_nl){ .nl_family = AF_NETLINK }, sizeof(struct sockaddr_nl)));
 	int dg[2];
 	NEED(!socketpair(AF_UNIX, SOCK_DGRAM, 0, dg));
-	int raw = socket(AF_INET, SOCK_RAW, 253), raw_sender = socket(AF_INET, SOCK_RAW, 253);
+	int raw = socket(AF_INET, SOCK_RAW, 251), raw_sender = socket(AF_INET, SOCK_RAW, 251);
 	in.sin_addr.s_addr = htonl(0x7f000000 | (getpid() & 0xffffff));
 	NEED(!bind(raw, (void *)&in, sizeof in));
 	int table[FAMILIES][3] = { { pair[1], pair[0], 0 }, { sq[1], sq[0], 0 }, { dg[1], dg[0], 0 }, { tcp[1], tcp[0], 0 }, { udp, udp_sender, 1 }, { nl, nl_sender, 1 }, { raw, raw_sender, 1 } };

@@ -398,75 +398,6 @@ pub fn accept(fd: BorrowedFd<'_>) -> Result<OwnedFd, SysError> {
     Ok(unsafe { OwnedFd::from_raw_fd(ret) })
 }
 
-/// What one peek into a receive queue found.
-#[derive(Debug, Default)]
-pub struct Peeked {
-    /// Bytes put into the buffer.
-    pub len: usize,
-    /// Length of the message, which is more than `len` if the buffer was too short.
-    pub full_len: usize,
-    /// Descriptors were with it (copies of them came and have been closed).
-    pub rights: usize,
-    /// Control data did not fit.
-    pub control_truncated: bool,
-}
-
-/// Peeks at the queue of `fd` without waiting (`MSG_PEEK | MSG_DONTWAIT`), at the socket's
-/// `SO_PEEK_OFF` if it has one. `None` when there is nothing.
-///
-/// # Errors
-/// Those of recvmsg(2) other than EAGAIN.
-pub fn peek(fd: BorrowedFd<'_>, buffer: &mut [u8]) -> Result<Option<Peeked>, SysError> {
-    // Aligned as struct cmsghdr wants it.
-    let mut control = [0u64; 512];
-    let mut iov = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
-    // SAFETY: all-zero is a valid msghdr.
-    let mut msg: libc::msghdr = unsafe { std::mem::zeroed() };
-    msg.msg_iov = &raw mut iov;
-    msg.msg_iovlen = 1;
-    msg.msg_control = control.as_mut_ptr().cast();
-    msg.msg_controllen = size_of_val(&control);
-    let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT | libc::MSG_TRUNC | libc::MSG_CMSG_CLOEXEC;
-    // SAFETY: `msg` points to one iovec over `buffer` and to `control`, both with their true lengths.
-    let ret = unsafe { libc::recvmsg(fd.as_raw_fd(), &raw mut msg, flags) };
-    let Ok(full_len) = usize::try_from(ret) else {
-        return match Errno::last() {
-            Errno::EAGAIN => Ok(None),
-            errno => Err(SysError::new("recvmsg(MSG_PEEK)", on(fd), errno)),
-        };
-    };
-    let len = full_len.min(buffer.len());
-    let mut peeked =
-        Peeked { len, full_len, rights: 0, control_truncated: msg.msg_flags & libc::MSG_CTRUNC != 0 };
-    let words = control.map(u64::to_ne_bytes);
-    let bytes = words.as_flattened();
-    for raw in rights(&bytes[..msg.msg_controllen.min(bytes.len())]) {
-        // SAFETY: the kernel has just made this descriptor for us by SCM_RIGHTS, and it is told once.
-        drop(unsafe { OwnedFd::from_raw_fd(raw) });
-        peeked.rights += 1;
-    }
-    Ok(Some(peeked))
-}
-
-/// The descriptors in SCM_RIGHTS records of a control buffer.
-fn rights(control: &[u8]) -> Vec<i32> {
-    let word = |at: usize| control.get(at..at + 4).map(|b| i32::from_ne_bytes([b[0], b[1], b[2], b[3]]));
-    let mut found = Vec::new();
-    let mut at = 0;
-    // struct cmsghdr: size_t len, int level, int type; then data, all aligned to 8.
-    while let (Some(len), Some(level), Some(kind)) = (control.get(at..at + 8), word(at + 8), word(at + 12)) {
-        let len = usize::from_ne_bytes([len[0], len[1], len[2], len[3], len[4], len[5], len[6], len[7]]);
-        if len < 16 {
-            break;
-        }
-        if (level, kind) == (libc::SOL_SOCKET, libc::SCM_RIGHTS) {
-            found.extend((at + 16..at + len).step_by(4).filter_map(word));
-        }
-        at += len.next_multiple_of(8);
-    }
-    found
-}
-
 /// Memory taken by what was sent through a unix socket and not read yet, bytes (`SIOCOUTQ`).
 ///
 /// # Errors
@@ -542,33 +473,6 @@ pub fn parse_id(text: &str) -> Option<SocketId> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use nix::sys::socket::{
-        AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, sendmsg, socketpair,
-    };
-    use std::{io::IoSlice, os::fd::AsFd};
-
-    fn pair(kind: SockType) -> (OwnedFd, OwnedFd) {
-        socketpair(AddressFamily::Unix, kind, None, SockFlag::SOCK_CLOEXEC).unwrap()
-    }
-
-    #[test]
-    fn peek_takes_nothing_and_sees_descriptors() {
-        let (a, b) = pair(SockType::Stream);
-        nix::unistd::write(&a, b"one").unwrap();
-        nix::unistd::write(&a, b"two").unwrap();
-        let mut buffer = [0; 16];
-        for _ in 0..2 {
-            let peeked = peek(b.as_fd(), &mut buffer).unwrap().unwrap();
-            assert_eq!(&buffer[..peeked.len], b"onetwo");
-            assert_eq!(peeked.rights, 0);
-        }
-        let (c, d) = pair(SockType::Datagram);
-        assert!(peek(d.as_fd(), &mut buffer).unwrap().is_none());
-        let fds = [a.as_raw_fd(), b.as_raw_fd()];
-        let with = [ControlMessage::ScmRights(&fds)];
-        sendmsg::<()>(c.as_raw_fd(), &[IoSlice::new(b"x")], &with, MsgFlags::empty(), None).unwrap();
-        assert_eq!(peek(d.as_fd(), &mut buffer).unwrap().unwrap().rights, 2);
-    }
 
     #[test]
     fn ids_are_read_in_three_spellings() {
