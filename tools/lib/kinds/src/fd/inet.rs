@@ -256,6 +256,37 @@ pub(super) fn finish(fd: BorrowedFd<'_>, isk: &InetSkEntry, what: &str) -> anyho
     Ok(())
 }
 
+/// The 4 or 16 bytes of an address.
+pub(super) fn octets(ip: IpAddr) -> Vec<u8> {
+    match ip {
+        IpAddr::V4(v4) => v4.octets().to_vec(),
+        IpAddr::V6(v6) => v6.octets().to_vec(),
+    }
+}
+
+/// The address of 4 or 16 bytes.
+pub(super) fn address_of(bytes: &[u8]) -> anyhow::Result<IpAddr> {
+    if let Some(v4) = bytes.first_chunk::<4>().filter(|_| bytes.len() == 4) {
+        return Ok(IpAddr::from(*v4));
+    }
+    let v6: [u8; 16] = bytes.try_into().with_context(|| format!("an address of {} bytes", bytes.len()))?;
+    Ok(IpAddr::from(v6))
+}
+
+/// The internet checksum (RFC 1071) over all parts, of which each but the last has an even length.
+pub(super) fn checksum(parts: &[&[u8]]) -> u16 {
+    let mut sum = 0u64;
+    for part in parts {
+        let (pairs, odd) = part.as_chunks::<2>();
+        sum += pairs.iter().map(|pair| u64::from(u16::from_be_bytes(*pair))).sum::<u64>();
+        sum += odd.iter().map(|&byte| u64::from(byte) << 8).sum::<u64>();
+    }
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    !u16::try_from(sum).unwrap_or(0)
+}
+
 /// An address as bind(2) and connect(2) take it.
 pub(super) fn sockaddr(address: SocketAddr) -> Box<dyn SockaddrLike> {
     match address {
@@ -308,10 +339,7 @@ pub(super) fn connect(fd: BorrowedFd<'_>, address: SocketAddr) -> anyhow::Result
 pub(super) fn restore(opening: &mut Opening<'_>, files: &[FileEntry]) -> anyhow::Result<()> {
     let (mut tcp, mut udp, mut raw) = (Vec::new(), Vec::new(), Vec::new());
     for file in files {
-        let isk = file.isk.as_ref().with_context(|| {
-            let stub = if file.ckpt_stub.is_some() { " (it did not pass ckpt-sk)" } else { "" };
-            format!("inet socket {} without its entry{stub}", file.id)
-        })?;
+        let isk = socket::of(file, file.isk.as_ref(), "inet socket")?;
         match (i32::try_from(isk.r#type), i32::try_from(isk.proto)) {
             (Ok(libc::SOCK_STREAM), Ok(libc::IPPROTO_TCP)) => tcp.push(isk),
             (Ok(libc::SOCK_DGRAM), Ok(libc::IPPROTO_UDP | libc::IPPROTO_UDPLITE)) => udp.push(isk),

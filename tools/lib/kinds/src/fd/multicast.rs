@@ -19,6 +19,8 @@ use nix::{
     net::if_::{if_indextoname, if_nametoindex},
 };
 
+use super::inet;
+
 const MCAST_JOIN_GROUP: i32 = 42;
 const MCAST_MSFILTER: i32 = 48;
 const MCAST_INCLUDE: u32 = 1;
@@ -96,21 +98,6 @@ fn request(index: u32, group: IpAddr) -> Vec<u8> {
     bytes
 }
 
-fn octets(ip: IpAddr) -> Vec<u8> {
-    match ip {
-        IpAddr::V4(v4) => v4.octets().to_vec(),
-        IpAddr::V6(v6) => v6.octets().to_vec(),
-    }
-}
-
-fn address(bytes: &[u8]) -> anyhow::Result<IpAddr> {
-    if let Some(v4) = bytes.first_chunk::<4>().filter(|_| bytes.len() == 4) {
-        return Ok(IpAddr::from(*v4));
-    }
-    let v6: [u8; 16] = bytes.try_into().with_context(|| format!("an address of {} bytes", bytes.len()))?;
-    Ok(IpAddr::from(v6))
-}
-
 /// Which of `groups` a socket is a member of.
 ///
 /// # Errors
@@ -145,7 +132,7 @@ pub(super) fn dump(fd: BorrowedFd<'_>, v6: bool, groups: &[Joined]) -> anyhow::R
         let interface = if_indextoname(index).context("if_indextoname")?;
         found.push(MulticastGroup {
             interface: interface.to_bytes().to_vec(),
-            group: octets(group),
+            group: inet::octets(group),
             include: Some(word(HEADER - 8) == MCAST_INCLUDE).filter(|&include| include),
             sources: each.map(|source| source[place.clone()].to_vec()).collect(),
         });
@@ -159,7 +146,7 @@ pub(super) fn dump(fd: BorrowedFd<'_>, v6: bool, groups: &[Joined]) -> anyhow::R
 /// An interface that is not there; malformed entries; those of setsockopt(2).
 pub(super) fn restore(fd: BorrowedFd<'_>, isk: &InetSkEntry) -> anyhow::Result<()> {
     for entry in &isk.ckpt_groups {
-        let group = address(&entry.group)?;
+        let group = inet::address_of(&entry.group)?;
         let interface = entry.interface.escape_ascii();
         let index = if_nametoindex(&entry.interface[..])
             .with_context(|| format!("join {group} on interface {interface}"))?;
@@ -172,7 +159,7 @@ pub(super) fn restore(fd: BorrowedFd<'_>, isk: &InetSkEntry) -> anyhow::Result<(
             buffer.extend_from_slice(&mode.to_ne_bytes());
             buffer.extend_from_slice(&u32::try_from(entry.sources.len())?.to_ne_bytes());
             for source in &entry.sources {
-                buffer.extend_from_slice(&storage(address(source)?));
+                buffer.extend_from_slice(&storage(inet::address_of(source)?));
             }
             sock::set_option_bytes(fd, level(group), MCAST_MSFILTER, &buffer)
                 .with_context(|| format!("senders to {group} on interface {interface}"))?;
@@ -208,9 +195,9 @@ mod tests {
         let blocked = ["10.0.0.7".parse::<IpAddr>().unwrap(), "10.0.0.8".parse().unwrap()];
         let entry = MulticastGroup {
             interface: b"lo".to_vec(),
-            group: octets(group),
+            group: inet::octets(group),
             include: None,
-            sources: blocked.map(octets).to_vec(),
+            sources: blocked.map(inet::octets).to_vec(),
         };
         let isk = InetSkEntry { ckpt_groups: vec![entry], ..InetSkEntry::default() };
         restore(member.as_fd(), &isk).unwrap();

@@ -130,10 +130,7 @@ fn netfilter_sends_to(port: u32) -> Option<&'static str> {
 /// ckpt-restore's part.
 pub(super) fn restore(opening: &mut Opening<'_>, files: &[FileEntry]) -> anyhow::Result<()> {
     for file in files {
-        let nlsk = file.nlsk.as_ref().with_context(|| {
-            let stub = if file.ckpt_stub.is_some() { " (it did not pass ckpt-sk)" } else { "" };
-            format!("netlink socket {} without its entry{stub}", file.id)
-        })?;
+        let nlsk = socket::of(file, file.nlsk.as_ref(), "netlink socket")?;
         let what = format!("netlink socket {}", nlsk.ino);
         restore_one(opening, nlsk, &what).with_context(|| what.clone())?;
     }

@@ -274,10 +274,7 @@ pub(super) fn restore(opening: &mut Opening<'_>, files: &[FileEntry]) -> anyhow:
     let rings: HashSet<u32> =
         packets.iter().filter(|p| p.ckpt_ring_slot.is_some()).map(|p| p.id_for).collect();
     for file in files {
-        let psk = file.psk.as_ref().with_context(|| {
-            let stub = if file.ckpt_stub.is_some() { " (it did not pass ckpt-sk)" } else { "" };
-            format!("packet socket {} without its entry{stub}", file.id)
-        })?;
+        let psk = socket::of(file, file.psk.as_ref(), "packet socket")?;
         let what = format!("packet socket of file {}", psk.id);
         let mut contents = ring::Contents { head: psk.ckpt_rx_head.unwrap_or(0), unread: Vec::new() };
         if rings.contains(&psk.id) {

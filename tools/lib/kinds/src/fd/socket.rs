@@ -182,6 +182,14 @@ pub(super) fn dump(d: &Descriptor, id: FileId, kind: FdTypes) -> anyhow::Result<
     Ok(Some(FileEntry { r#type: kind.into(), id: id.0, ckpt_stub: Some(stub), ..FileEntry::default() }))
 }
 
+/// What an entry of FILES has to hold of a socket of this kind.
+pub(super) fn of<'f, T>(file: &'f FileEntry, held: Option<&'f T>, kind: &str) -> anyhow::Result<&'f T> {
+    held.with_context(|| {
+        let stub = if file.ckpt_stub.is_some() { " (it did not pass ckpt-sk)" } else { "" };
+        format!("{kind} {} without its entry{stub}", file.id)
+    })
+}
+
 /// Replaces `stubs` by full entries, and adds what is queued.
 ///
 /// # Errors

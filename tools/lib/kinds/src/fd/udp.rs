@@ -180,7 +180,7 @@ fn peek_all(socket: &socket::Socket<'_>, isk: &InetSkEntry) -> anyhow::Result<Re
             return Ok(Err(format!("from {from}: {why}")));
         }
         let mut headers = DatagramHeaders {
-            from: octets(from.ip()),
+            from: inet::octets(from.ip()),
             from_port: from.port().into(),
             ..DatagramHeaders::default()
         };
@@ -227,7 +227,7 @@ fn peek_all(socket: &socket::Socket<'_>, isk: &InetSkEntry) -> anyhow::Result<Re
                 let why = "which came in by another interface than lo, as the program can see (IP_PKTINFO)";
                 return Ok(Err(why.to_owned()));
             }
-            headers.to = Some(octets(to));
+            headers.to = Some(inet::octets(to));
         }
         let len = peeked.bytes;
         if len > LONGEST {
@@ -246,21 +246,6 @@ fn unreachable(ip: IpAddr) -> Option<&'static str> {
     }
     matches!(ip, IpAddr::V6(v6) if v6.segments()[0] & 0xffc0 == 0xfe80)
         .then_some("a link-local address can't be imitated")
-}
-
-fn octets(ip: IpAddr) -> Vec<u8> {
-    match ip {
-        IpAddr::V4(v4) => v4.octets().to_vec(),
-        IpAddr::V6(v6) => v6.octets().to_vec(),
-    }
-}
-
-fn address(bytes: &[u8]) -> anyhow::Result<IpAddr> {
-    if let Some(v4) = bytes.first_chunk::<4>().filter(|_| bytes.len() == 4) {
-        return Ok(IpAddr::from(*v4));
-    }
-    let v6: [u8; 16] = bytes.try_into().with_context(|| format!("an address of {} bytes", bytes.len()))?;
-    Ok(IpAddr::from(v6))
 }
 
 /// ckpt-restore's part.
@@ -324,7 +309,7 @@ impl Injector {
         }
         for (headers, bytes) in queue {
             let from = SocketAddr::new(
-                address(&headers.from)?,
+                inet::address_of(&headers.from)?,
                 u16::try_from(headers.from_port).context("a sender's port")?,
             );
             let lost = || format!("{what}: give back {} bytes from {from}", bytes.len());
@@ -349,7 +334,7 @@ impl Injector {
     ) -> anyhow::Result<()> {
         let v4 = from.ip().to_canonical().is_ipv4();
         let to = match &headers.to {
-            Some(to) => address(to)?,
+            Some(to) => inet::address_of(to)?,
             None if !local.ip().to_canonical().is_unspecified() => local.ip(),
             None if v4 => Ipv4Addr::LOCALHOST.into(),
             None => Ipv6Addr::LOCALHOST.into(),
@@ -434,29 +419,15 @@ fn packet(
     datagram.extend_from_slice(&if lite { [0; 2] } else { length.to_be_bytes() });
     datagram.extend_from_slice(&[0; 2]);
     datagram.extend_from_slice(payload);
-    let mut pseudo = [octets(from), octets(to)].concat();
+    let mut pseudo = [inet::octets(from), inet::octets(to)].concat();
     pseudo.extend_from_slice(&[0, protocol]);
     pseudo.extend_from_slice(&length.to_be_bytes());
-    let sum = checksum(&[&pseudo, &datagram]);
+    // 0 would stand for none.
+    let sum = match inet::checksum(&[&pseudo, &datagram]) {
+        0 => 0xffff,
+        sum => sum,
+    };
     datagram[6..8].copy_from_slice(&sum.to_be_bytes());
     packet.extend_from_slice(&datagram);
     Ok(packet)
-}
-
-/// The internet checksum (RFC 1071) over all parts, of which each but the last has an even length; never 0, which
-/// stands for none.
-fn checksum(parts: &[&[u8]]) -> u16 {
-    let mut sum = 0u64;
-    for part in parts {
-        let (pairs, odd) = part.as_chunks::<2>();
-        sum += pairs.iter().map(|pair| u64::from(u16::from_be_bytes(*pair))).sum::<u64>();
-        sum += odd.iter().map(|&byte| u64::from(byte) << 8).sum::<u64>();
-    }
-    while sum > 0xffff {
-        sum = (sum & 0xffff) + (sum >> 16);
-    }
-    match !u16::try_from(sum).unwrap_or(0) {
-        0 => 0xffff,
-        sum => sum,
-    }
 }

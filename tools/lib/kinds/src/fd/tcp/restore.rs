@@ -381,13 +381,9 @@ impl Peer {
         segment.extend(self.expects.to_be_bytes());
         // Length in words, flags, window; then checksum and urgent pointer.
         segment.extend([5 << 4, FIN_ACK, 0xff, 0xff, 0, 0, 0, 0]);
-        let octets = |ip: IpAddr| match ip {
-            IpAddr::V4(v4) => v4.octets().to_vec(),
-            IpAddr::V6(v6) => v6.octets().to_vec(),
-        };
-        let addresses = [octets(local), octets(remote)].concat();
+        let addresses = [inet::octets(local), inet::octets(remote)].concat();
         // The pseudo header; the fields of the one for IPv6 are longer, but add up to the same.
-        let sum = checksum(&[&addresses, &[0, TCP, 0, 20], &segment]);
+        let sum = inet::checksum(&[&addresses, &[0, TCP, 0, 20], &segment]);
         segment[16..18].copy_from_slice(&sum.to_be_bytes());
         let mut packet = if local.is_ipv6() {
             // Version; length of the payload, next header, hop limit.
@@ -400,16 +396,6 @@ impl Peer {
         packet.extend(segment);
         packet
     }
-}
-
-/// The internet checksum (RFC 1071) of parts of even length.
-fn checksum(parts: &[&[u8]]) -> u16 {
-    let words = parts.iter().flat_map(|part| part.as_chunks::<2>().0);
-    let mut sum: u32 = words.map(|word| u32::from(u16::from_be_bytes(*word))).sum();
-    while sum > 0xffff {
-        sum = (sum & 0xffff) + (sum >> 16);
-    }
-    !u16::try_from(sum).unwrap_or(0)
 }
 
 /// Waits for a packet that is on its way within this host to have its effect.

@@ -47,6 +47,7 @@ use super::{ESTABLISHED, EXTERNAL, LISTEN, kind_name, others::Others, outside, s
 use crate::fd::{
     Opening,
     dump::path,
+    socket::of,
     sockopt::{self, Class, When},
 };
 
@@ -113,10 +114,7 @@ pub(in crate::fd) fn restore(opening: &mut Opening<'_>, files: &[FileEntry]) -> 
         others: Others::new(opening.options.warn),
     };
     for file in files {
-        let usk = file.usk.as_ref().with_context(|| {
-            let stub = if file.ckpt_stub.is_some() { " (it did not pass ckpt-sk)" } else { "" };
-            format!("unix socket {} without its entry{stub}", file.id)
-        })?;
+        let usk = of(file, file.usk.as_ref(), "unix socket")?;
         if sockets.entries.insert(usk.ino.into(), Rc::new(usk.clone())).is_some() {
             bail!("two unix sockets have inode {}", usk.ino);
         }
