@@ -8,6 +8,8 @@ use std::{
     process::Command,
 };
 
+use ckpt_images::ImageSet;
+use ckpt_proto::{Image, types::PstreeEntry};
 use ckpt_tests::{Pipeline, Target, TestDir, process, skip, soon};
 
 /// Where Debian keeps the programs of its newest release.
@@ -78,7 +80,6 @@ fn postgres_goes_on_with_its_clients_and_their_transactions() {
     grows(&target, "bench.log");
     let until = read("server.log").len();
     // Its files are not in the images: they have to stay as they are.
-    let pids = process::tree(target.pid);
     let _ = Pipeline::new(target.dir.path())
         .stage(["ckpt-scan", "--kill", "-t", &target.pid.to_string()])
         .stage(["ckpt-sk"])
@@ -86,6 +87,10 @@ fn postgres_goes_on_with_its_clients_and_their_transactions() {
         .run()
         .ok("dump --kill");
     target.end();
+    // Workers come and go: who was there is in the images.
+    let set = ImageSet::from_chain(&target.path("img")).expect("read the images");
+    let tasks = set.all::<PstreeEntry>(Image::Pstree, 0).expect("a tree");
+    let pids: Vec<i32> = tasks.iter().map(|task| task.pid.cast_signed()).collect();
     process::wait_free(&pids);
     target.restore_ok("img");
     grows(&target, "bench.log");
