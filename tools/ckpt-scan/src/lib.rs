@@ -19,7 +19,7 @@ use std::{
 
 use anyhow::{Context, bail};
 use ckpt_cli::stats;
-use ckpt_hold::{Clock, Holder, Outcome};
+use ckpt_hold::{Clock, Holder, Outcome, PipeId};
 use ckpt_images::recode::{self, Behind, Codec, Recode};
 use ckpt_kinds::{
     fd::{DumpOptions, External, FileTable, tcp::lock::TreeLock},
@@ -153,7 +153,7 @@ pub fn run(args: &Args, output: File) -> anyhow::Result<()> {
         Some(codec) => recode::behind(output, Recode::Pack(codec))?,
         None => (output, Behind::default()),
     };
-    let mut writer = Writer::open(Output::new(output), hello).context("write the stream")?;
+    let mut writer = Writer::open(lending(output, &holder), hello).context("write the stream")?;
     let holder = (!plain_file).then_some(&holder);
     let memory = match dump(args, &mut held, &mut early, &mut tracking, &mut writer) {
         Ok(memory) => memory,
@@ -286,6 +286,16 @@ impl snapshot::Tree for Forked<'_> {
             succeeded(self.root, holder.passed(self.needs, self.patience))?;
         }
         self.held.take().map_or(Ok(()), |held| held.free(Release::Run))
+    }
+}
+
+/// The output; where the stages behind tell, memory given to it is used again.
+fn lending(output: File, holder: &Holder) -> Output {
+    let pipe = PipeId::of(output.as_fd());
+    let output = Output::new(output);
+    match pipe {
+        Some(pipe) => output.lending(holder.taken_from(pipe)),
+        None => output,
     }
 }
 

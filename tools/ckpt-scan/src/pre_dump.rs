@@ -36,7 +36,7 @@ use ckpt_remote::{Frozen, Release};
 use ckpt_sys::transfer::Output;
 use ckpt_tracking::arm;
 
-use crate::{Args, as_refusal, blame, give_up, hello, inventory, settle};
+use crate::{Args, as_refusal, blame, give_up, hello, inventory, lending, settle};
 
 /// Writes the stream of a pre-dump.
 ///
@@ -57,7 +57,7 @@ pub fn run(args: &Args, output: File, plain_file: bool) -> anyhow::Result<()> {
         None => (output, Behind::default()),
     };
     let hello = hello(args, &holder, plain_file, &[]);
-    let mut writer = Writer::open(Output::new(output), hello).context("write the stream")?;
+    let mut writer = Writer::open(lending(output, &holder), hello).context("write the stream")?;
     let holder = (!plain_file).then_some(&holder);
     stats::phase("pages");
     if let Err(error) = write(&plans, &tracking, &mut writer) {

@@ -18,7 +18,7 @@ use std::{
 };
 
 use anyhow::{Context, bail};
-use ckpt_hold::{Hold, HoldError};
+use ckpt_hold::{Hold, HoldError, PipeId};
 use ckpt_images::stage;
 use ckpt_kinds::fd::{
     socket::{self, Completion, Queued, Say, SkOptions},
@@ -145,7 +145,11 @@ pub fn run(args: &Args, input: File, output: File) -> anyhow::Result<()> {
     ckpt_cli::not_a_terminal(&output, "standard output")?;
     stage::grow_pipe(input.as_fd());
     stage::grow_pipe(output.as_fd());
+    let pipes = PipeId::of(input.as_fd()).zip(PipeId::of(output.as_fd()));
     let (mut reader, mut hello) = Reader::open(input)?;
+    if let (Some(control), Some((from, to))) = (&hello.control, pipes) {
+        ckpt_hold::passes(control, from, to);
+    }
     let wanted = hello.lacks.iter().any(|l| l == LACKS);
     let hold = match &hello.control {
         Some(control) if wanted => match Hold::take(control, LACKS) {

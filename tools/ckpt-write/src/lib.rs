@@ -23,7 +23,7 @@ use std::{
 
 use anyhow::Context;
 use ckpt_cli::stats;
-use ckpt_hold::{Hold, HoldError};
+use ckpt_hold::{Hold, HoldError, PipeId};
 use ckpt_images::{
     Cleanup, DirWriter, ImageError, ImageSet, chain,
     pack::{self, Codec},
@@ -94,11 +94,16 @@ pub fn store(
 ) -> anyhow::Result<()> {
     stats::phase("entries");
     stage::grow_pipe(input.as_fd());
+    let pipe = PipeId::of(input.as_fd());
     let (mut reader, mut hello) = Reader::open(input)?;
     if let Some(codec) = args.compress {
         (reader, hello) = recode::before(reader, hello, Recode::Pack(codec))?;
     }
     let mut hold = take_hold(&hello);
+    // What is compressed goes through a pipe of our own.
+    if let (Some(hold), Some(pipe), None) = (&mut hold, pipe, args.compress) {
+        hold.takes(pipe);
+    }
     match write(args, &mut reader, &hello, hold.as_mut(), begun) {
         Ok(()) => {
             if let Some(Err(error)) = hold.map(Hold::commit) {
@@ -139,7 +144,7 @@ fn write(
     args: &Args,
     reader: &mut Reader<File>,
     hello: &Hello,
-    hold: Option<&mut Hold>,
+    mut hold: Option<&mut Hold>,
     begun: impl FnOnce(Cleanup) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
     complete(hello)?;
@@ -152,6 +157,7 @@ fn write(
     let mut progress = ckpt_cli::Progress::new("writing", None);
     let mut zero = 0;
     let mut pages_since = None;
+    let (mut taken, mut told) = (0, 0);
     while let Some(frame) = reader.next_frame()? {
         match frame {
             Frame::Hello(_) => {}
@@ -185,6 +191,11 @@ fn write(
                     reader.moved(moved);
                     if moved < len {
                         return Err(reader.ended_in_bulk().into());
+                    }
+                    taken += moved;
+                    if let (Some(hold), true) = (&mut hold, taken - told >= TELL) {
+                        hold.took(taken);
+                        told = taken;
                     }
                     progress.inc(moved);
                 } else {
@@ -260,6 +271,9 @@ fn complete(hello: &Hello) -> Result<(), Refused> {
     };
     Err(Refused::new("stream", format!("it still lacks {what} ({lack:?})")).advise(advice))
 }
+
+/// After how many bytes of pages the holder is told that they have been read: few enough that it need not wait.
+const TELL: u64 = 1 << 20;
 
 fn known(name: &str) -> Result<Image, ImageError> {
     Image::by_name(name).ok_or_else(|| ImageError::Stream {

@@ -16,7 +16,17 @@
 //! or FAIL reason  ->          the checkpoint will not come to be
 //! TIMES           ->          (after HOLD) how long has the tree been stopped?
 //!                 <-   OK 1200 84000      to stop it took 1.2 ms, and it was or is stopped for 84
+//!
+//! PASSES in out   ->          the stage hands on what it reads from pipe `in` into pipe `out`, and keeps none of it
+//!                 <-   OK
+//! TAKES in        ->          (ckpt-write) the stage reads pipe `in` and says how far it has come:
+//!                 <-   OK
+//! TOOK bytes      ->          of pages so far, which are in no pipe any more (no answer)
 //! ```
+//!
+//! The last three let ckpt-scan use the memory again that it has lent to a pipe ([`Taken`]): a pipe itself does
+//! not tell when its reader is done. They count only if they join up from ckpt-scan's output to the writer, by the
+//! device and inode numbers of the pipes (fstat(2)): then no program that we don't know can have kept a page.
 //!
 //! A connection that breaks after HOLD without one of the three last words is a failure: a stage
 //! killed with SIGKILL is told from one that is done, and needs no clean-up code for that.
@@ -28,21 +38,27 @@
 
 use std::{
     collections::BTreeMap,
+    fmt,
     io::{self, Read, Write},
     os::{
-        fd::AsFd,
+        fd::{AsFd, BorrowedFd},
         linux::net::SocketAddrExt,
         unix::net::{SocketAddr, UnixListener, UnixStream},
     },
+    str::FromStr,
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     thread,
     time::{Duration, Instant},
 };
 
+use ckpt_sys::gift::Lending;
 use nix::{
     errno::Errno,
     poll::{PollFd, PollFlags, PollTimeout, poll},
-    sys::socket::{getsockopt, sockopt::PeerCredentials},
+    sys::{
+        socket::{getsockopt, sockopt::PeerCredentials},
+        stat::{SFlag, fstat},
+    },
     unistd::geteuid,
 };
 
@@ -83,6 +99,38 @@ pub enum HoldError {
         #[source]
         source: io::Error,
     },
+}
+
+/// Which pipe a descriptor is an end of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PipeId {
+    dev: u64,
+    ino: u64,
+}
+
+impl PipeId {
+    /// That of `fd`, if it is a pipe.
+    #[must_use]
+    pub fn of(fd: BorrowedFd<'_>) -> Option<Self> {
+        let stat = fstat(fd).ok()?;
+        let pipe = SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT == SFlag::S_IFIFO;
+        pipe.then_some(Self { dev: stat.st_dev, ino: stat.st_ino })
+    }
+}
+
+impl fmt::Display for PipeId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.dev, self.ino)
+    }
+}
+
+impl FromStr for PipeId {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        let (dev, ino) = text.split_once(':').ok_or(())?;
+        Ok(Self { dev: dev.parse().map_err(drop)?, ino: ino.parse().map_err(drop)? })
+    }
 }
 
 /// How a wait ended.
@@ -151,9 +199,28 @@ struct State {
     failed: Option<(String, String)>,
     unread: bool,
     stop: bool,
+    /// Pipes that stages read and the ones that they hand on into.
+    passes: Vec<(PipeId, PipeId)>,
+    /// The pipe that the writer reads.
+    takes: Option<PipeId>,
+    /// Bytes of pages that it has read.
+    taken: u64,
 }
 
 impl State {
+    /// Whether what goes into `pipe` arrives at the writer through stages that we know.
+    fn leads_to_writer(&self, mut pipe: PipeId) -> bool {
+        // Each stage at most once.
+        for _ in 0..=self.passes.len() {
+            if self.takes == Some(pipe) {
+                return true;
+            }
+            let Some((_, out)) = self.passes.iter().find(|(input, _)| *input == pipe) else { return false };
+            pipe = *out;
+        }
+        false
+    }
+
     /// Why nothing can come of the checkpoint any more, if so.
     fn failure(&self) -> Option<Outcome> {
         match &self.failed {
@@ -161,6 +228,33 @@ impl State {
             None if self.unread => Some(Outcome::Unread),
             None => None,
         }
+    }
+}
+
+/// What tells `ckpt-scan` that pages which it gave to its output are referred to by nothing any more.
+#[derive(Debug)]
+pub struct Taken {
+    shared: Arc<Shared>,
+    output: PipeId,
+}
+
+impl Lending for Taken {
+    /// Whether a writer tells how far it has come with what goes into the pipe, and no other program can have kept any
+    /// of it.
+    fn known(&self) -> bool {
+        self.shared.lock().leads_to_writer(self.output)
+    }
+
+    /// EPIPE if a stage fails before.
+    fn wait(&self, bytes: u64) -> io::Result<()> {
+        let mut state = self.shared.lock();
+        while state.taken < bytes {
+            if state.stop || state.failure().is_some() {
+                return Err(io::ErrorKind::BrokenPipe.into());
+            }
+            state = self.shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        Ok(())
     }
 }
 
@@ -263,6 +357,12 @@ impl Holder {
         Clock(Arc::clone(&self.shared))
     }
 
+    /// What tells how far the writer has come with what goes into `output`.
+    #[must_use]
+    pub fn taken_from(&self, output: PipeId) -> Taken {
+        Taken { shared: Arc::clone(&self.shared), output }
+    }
+
     /// Blocks until every stage in `needs` has come and gone, whoever else still holds, or until a stage
     /// fails. For a tree of which a snapshot has been taken: the writer need not be done before it may run.
     #[must_use]
@@ -340,6 +440,13 @@ impl Drop for Holder {
             let _ = thread.join();
         }
     }
+}
+
+/// To a line of the protocol.
+enum Answer {
+    /// OK, and what to add.
+    Ok(String),
+    Silence,
 }
 
 struct Peer {
@@ -428,7 +535,10 @@ impl Peer {
                 let Some(answer) = self.line(&line, shared) else {
                     return self.broken(shared, &format!("it said {line:?}, which is not in the protocol"));
                 };
-                if self.socket.write_all(format!("OK{answer}\n").as_bytes()).is_err() && !self.over {
+                if let Answer::Ok(more) = answer
+                    && self.socket.write_all(format!("OK{more}\n").as_bytes()).is_err()
+                    && !self.over
+                {
                     return self.broken(shared, "it ended without a word");
                 }
             }
@@ -438,8 +548,8 @@ impl Peer {
         }
     }
 
-    /// What to add to the OK; `None` for what is not in the protocol.
-    fn line(&mut self, line: &str, shared: &Shared) -> Option<String> {
+    /// What to answer; `None` for what is not in the protocol.
+    fn line(&mut self, line: &str, shared: &Shared) -> Option<Answer> {
         let (word, rest) = line.split_once(' ').unwrap_or((line, ""));
         match (word, self.over, &self.stage) {
             ("HOLD", false, None) if !rest.is_empty() => {
@@ -470,11 +580,25 @@ impl Peer {
                     let frozen = freeze.over.unwrap_or_else(|| freeze.since.elapsed());
                     format!(" {} {}", freeze.freezing.as_micros(), frozen.as_micros())
                 });
-                return Some(times.unwrap_or_default());
+                return Some(Answer::Ok(times.unwrap_or_default()));
+            }
+            ("PASSES", false, _) => {
+                let (from, to) = rest.split_once(' ')?;
+                let pipes = (from.parse().ok()?, to.parse().ok()?);
+                shared.change(|state| state.passes.push(pipes));
+            }
+            ("TAKES", false, Some(_)) => {
+                let pipe = rest.parse().ok()?;
+                shared.change(|state| state.takes = Some(pipe));
+            }
+            ("TOOK", false, Some(_)) => {
+                let bytes = rest.parse().ok()?;
+                shared.change(|state| state.taken = bytes);
+                return Some(Answer::Silence);
             }
             _ => return None,
         }
-        Some(String::new())
+        Some(Answer::Ok(String::new()))
     }
 
     /// The connection is over; a failure unless the stage had nothing or no more to say.
@@ -496,11 +620,7 @@ pub struct Hold {
 }
 
 impl Hold {
-    /// Takes a hold at the control socket `control` (from `hello.control`) in the name of `stage`.
-    ///
-    /// # Errors
-    /// [`HoldError::Gone`] if nobody listens any more, and the others.
-    pub fn take(control: &[u8], stage: &str) -> Result<Self, HoldError> {
+    fn connect(control: &[u8]) -> Result<Self, HoldError> {
         let failed = |source| HoldError::Broken { what: "connect", source };
         let address = SocketAddr::from_abstract_name(control).map_err(failed)?;
         let socket = UnixStream::connect_addr(&address).map_err(|source| match source.kind() {
@@ -508,7 +628,15 @@ impl Hold {
             _ => failed(source),
         })?;
         socket.set_read_timeout(Some(ANSWER_TIMEOUT)).map_err(failed)?;
-        let mut hold = Self { socket };
+        Ok(Self { socket })
+    }
+
+    /// Takes a hold at the control socket `control` (from `hello.control`) in the name of `stage`.
+    ///
+    /// # Errors
+    /// [`HoldError::Gone`] if nobody listens any more, and the others.
+    pub fn take(control: &[u8], stage: &str) -> Result<Self, HoldError> {
+        let mut hold = Self::connect(control)?;
         hold.say("take the hold", &format!("HOLD {}", one_line(stage))).map_err(|error| match error {
             // The holder closes connections of strangers without a word.
             HoldError::Broken { source, .. }
@@ -560,6 +688,18 @@ impl Hold {
         Ok(freezing.zip(frozen).map(|(freezing, frozen)| Times { freezing, frozen }))
     }
 
+    /// Says that the stage reads the pages of the stream from the pipe `input` and will tell by [`Self::took`] how far
+    /// it has come. If that can't be said nobody waits for it.
+    pub fn takes(&mut self, input: PipeId) {
+        let _ = self.say("say which pipe is read", &format!("TAKES {input}"));
+    }
+
+    /// `bytes` of pages, all told, have left the pipe and are referred to by nothing any more.
+    pub fn took(&mut self, bytes: u64) {
+        // A holder that is gone does not wait for it.
+        let _ = self.socket.write_all(format!("TOOK {bytes}\n").as_bytes());
+    }
+
     /// The directory is durable under its final name: with `--kill` the tree may be killed now.
     ///
     /// # Errors
@@ -580,6 +720,14 @@ impl Hold {
             reason.pop();
         }
         let _ = self.say("fail", &format!("FAIL {reason}"));
+    }
+}
+
+/// Says to the holder at `control` that the caller hands the pages of the stream on from `input` to `output` and keeps
+/// none of them. If that can't be said nobody counts on it.
+pub fn passes(control: &[u8], input: PipeId, output: PipeId) {
+    if let Ok(mut holder) = Hold::connect(control) {
+        let _ = holder.say("say which pipes are joined", &format!("PASSES {input} {output}"));
     }
 }
 
@@ -721,6 +869,37 @@ mod tests {
         assert_eq!(rude.read(&mut [0; 3]).unwrap(), 0, "no OK for a COMMIT without a hold");
         assert_eq!(holder.wait(&[], false, SOON), Outcome::Released);
         drop(silent);
+    }
+
+    #[test]
+    fn memory_is_free_again_only_behind_known_stages() {
+        let holder = Holder::bind().unwrap();
+        let (first_in, first_out) = nix::unistd::pipe().unwrap();
+        let (second_in, second_out) = nix::unistd::pipe().unwrap();
+        let output = PipeId::of(first_out.as_fd()).unwrap();
+        let mut writer = Hold::take(holder.address(), "write").unwrap();
+        writer.takes(PipeId::of(second_in.as_fd()).unwrap());
+        let taken = holder.taken_from(output);
+        assert!(!taken.known(), "who reads the first pipe has not been said");
+        let ends = [first_in.as_fd(), second_out.as_fd()].map(|fd| PipeId::of(fd).unwrap());
+        passes(holder.address(), ends[0], ends[1]);
+        assert!(taken.known());
+        writer.took(10);
+        taken.wait(10).unwrap();
+        thread::scope(|scope| {
+            let wait = scope.spawn(|| taken.wait(11));
+            drop(writer);
+            assert!(wait.join().unwrap().is_err(), "the writer has ended");
+        });
+    }
+
+    #[test]
+    fn pipes_in_a_circle_lead_nowhere() {
+        let holder = Holder::bind().unwrap();
+        let (_, output) = nix::unistd::pipe().unwrap();
+        let pipe = PipeId::of(output.as_fd()).unwrap();
+        passes(holder.address(), pipe, pipe);
+        assert!(!holder.taken_from(pipe).known());
     }
 
     #[test]

@@ -13,7 +13,7 @@ use nix::{
     unistd::{read, write},
 };
 
-use crate::SysError;
+use crate::{SysError, gift::Lending};
 
 /// Moves up to `len` bytes from `from` to `to` (both at their file positions); returns how many
 /// bytes came, which is less than `len` only if `from` ended.
@@ -89,6 +89,7 @@ pub fn grow_pipe(fd: BorrowedFd<'_>) {
 pub struct Output {
     file: File,
     buffer: Vec<u8>,
+    lending: Option<Box<dyn Lending>>,
 }
 
 impl Output {
@@ -96,7 +97,20 @@ impl Output {
     #[must_use]
     pub fn new(file: File) -> Self {
         grow_pipe(file.as_fd());
-        Self { file, buffer: Vec::with_capacity(1 << 16) }
+        Self { file, buffer: Vec::with_capacity(1 << 16), lending: None }
+    }
+
+    /// Where `lending` tells, memory that is given to the output is used again.
+    #[must_use]
+    pub fn lending(mut self, lending: impl Lending + 'static) -> Self {
+        self.lending = Some(Box::new(lending));
+        self
+    }
+
+    /// What tells when memory that was given to the output may be used again, if anything does.
+    #[must_use]
+    pub fn lent(&self) -> Option<&dyn Lending> {
+        self.lending.as_deref().filter(|lending| lending.known())
     }
 
     /// The descriptor behind it; bytes that were not flushed are lost.

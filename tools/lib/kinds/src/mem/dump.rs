@@ -9,8 +9,9 @@
 //! workers would give each of them a heap of its own. Reading /proc/PID/mem is as fast, leaves
 //! sharing alone and asks for no permission of the mapping.
 //!
-//! Into a pipe the chunks are given away (vmsplice(2)), which saves a copy. A chunk's memory is never
-//! used again: a stage that splices the pages on refers to it for an unknown time.
+//! Into a pipe the chunks are given away (vmsplice(2)), which saves a copy. A chunk's memory is
+//! used again only if the writer at the far end tells what it has taken (`Lending`): a stage that splices the pages on
+//! refers to it for an unknown time.
 
 use std::{
     fs::File,
@@ -38,6 +39,7 @@ use ckpt_sys::{
     },
     gift::{self, Gift},
     memory::{self, Page, PageRange},
+    transfer::Output,
     uffd,
 };
 use nix::{
@@ -541,11 +543,7 @@ impl Plan {
     ///
     /// # Errors
     /// The output's, or the process died.
-    pub fn copy<W: Write + AsFd>(
-        &self,
-        out: &mut Writer<W>,
-        mut progress: impl FnMut(u64),
-    ) -> anyhow::Result<()> {
+    pub fn copy(&self, out: &mut Writer<Output>, mut progress: impl FnMut(u64)) -> anyhow::Result<()> {
         let mut chunk = Chunk::for_output(out.output().as_fd(), self.bytes())?;
         let mut filled = 0;
         let path = format!("/proc/{}/mem", self.source);
@@ -557,6 +555,9 @@ impl Plan {
         for run in self.stored() {
             let mut at = run.start;
             while at < run.end {
+                if filled == 0 {
+                    chunk.prepare(out)?;
+                }
                 let buffer = chunk.bytes();
                 let full = buffer.len().min(RECORD);
                 let n = usize::try_from(run.end - at).unwrap_or(full).min(full - filled);
@@ -596,6 +597,20 @@ impl Chunk {
         Ok(Self::Plain(vec![0; usize::try_from(total).unwrap_or(CHUNK).min(CHUNK)]))
     }
 
+    /// Before it is filled anew.
+    fn prepare(&mut self, out: &mut Writer<Output>) -> anyhow::Result<()> {
+        let Self::Gift(gift) = self else { return Ok(()) };
+        let sent = out.counts().page_bytes;
+        if let Some(lending) = out.output().lent()
+            && gift.lend()
+        {
+            lending
+                .wait((sent + RECORD as u64).saturating_sub(gift::SIZE as u64))
+                .context("write the stream")?;
+        }
+        Ok(())
+    }
+
     fn bytes(&mut self) -> &mut [u8] {
         match self {
             Self::Gift(gift) => gift.bytes(),
@@ -604,12 +619,7 @@ impl Chunk {
     }
 
     /// Sends the first `len` bytes.
-    fn write<W: Write + AsFd>(
-        &mut self,
-        out: &mut Writer<W>,
-        pages_id: u32,
-        len: usize,
-    ) -> anyhow::Result<()> {
+    fn write(&mut self, out: &mut Writer<Output>, pages_id: u32, len: usize) -> anyhow::Result<()> {
         let what = "write the stream";
         match self {
             Self::Gift(gift) => {
