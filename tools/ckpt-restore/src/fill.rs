@@ -3,7 +3,7 @@
 //! A task whose children share pages with it is built before the first of them is forked, and they
 //! inherit what is the same ([`Inherited`]). All others are built when every task has been made:
 //! copying page tables only to drop them would cost more than it saves. Pages come from the files of the image
-//! directory, read by the tasks themselves, or from a stream, whose order is the order of work: there
+//! directory, read by the tasks themselves, several at a time, or from a stream, whose order is the order of work: there
 //! pages of a parent that is built early have to come before those of its children, as
 //! `ckpt-scan --share` and `ckpt-read` write them.
 
@@ -31,7 +31,7 @@ use xxhash_rust::xxh3::Xxh3Default;
 use crate::{
     births::Step,
     lazy::Lazy,
-    make::{Family, bodies},
+    make::{Family, HELP_FROM, bodies},
     region::Region,
     shared::Segment,
     tree::{Process, Tree},
@@ -175,9 +175,19 @@ impl<'a> Builder<'a> {
                     None => segment.fill_from_set(self.set, self.files)?,
                 }
             }
-            for (process, _) in bodies(tree) {
-                self.build(family, process.pid.0)?;
+            let mut jobs = Vec::new();
+            for (process, body) in bodies(tree) {
+                match self.mapped.get(&process.pid.0) {
+                    Some(inherited) if self.lazy.is_none() && bytes(inherited) < HELP_FROM => {
+                        if self.filled.insert(process.pid.0) {
+                            let calls = body.space.read_calls(inherited, self.set);
+                            jobs.push((process, calls.with_context(|| process.name())?));
+                        }
+                    }
+                    _ => self.build(family, process.pid.0)?,
+                }
             }
+            family.read_side_by_side(&jobs)?;
         }
         for segment in &self.region.shared {
             segment.trim(self.files)?;
@@ -207,9 +217,8 @@ impl<'a> Builder<'a> {
             let alone = !self.early.contains(&pid);
             return lazy.build(process, body, inherited, alone).with_context(|| process.name());
         }
-        let bytes = inherited.missing.iter().map(|run| run.len).sum();
         let calls = space.read_calls(inherited, self.set).with_context(|| process.name())?;
-        family.read_pages(process.pid, &calls, bytes).with_context(|| process.name())
+        family.read_pages(process.pid, &calls, bytes(inherited)).with_context(|| process.name())
     }
 
     /// Gives a task its mappings and what it inherits.
@@ -350,6 +359,11 @@ impl<'a> Builder<'a> {
         }
         Ok(())
     }
+}
+
+/// What a task has to read.
+fn bytes(inherited: &Inherited) -> u64 {
+    inherited.missing.iter().map(|run| run.len).sum()
 }
 
 /// Copies memory from one task to another, to the same addresses. Not by process_vm_readv(2), which

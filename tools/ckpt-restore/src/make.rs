@@ -14,7 +14,11 @@
 //! R: registers, signal masks; then everything runs at once
 //! ```
 
-use std::{collections::BTreeMap, fs::File, os::fd::AsRawFd};
+use std::{
+    collections::{BTreeMap, VecDeque},
+    fs::File,
+    os::fd::AsRawFd,
+};
 
 use anyhow::{Context, ensure};
 use ckpt_kinds::{
@@ -57,7 +61,7 @@ const OPTIONS: i32 = libc::PTRACE_O_EXITKILL
     | libc::PTRACE_O_TRACEVFORK;
 
 /// Bytes of pages from which on a second thread pays.
-const HELP_FROM: u64 = 16 << 20;
+pub(crate) const HELP_FROM: u64 = 16 << 20;
 
 /// The processes made so far. Dropping it removes them.
 pub struct Family {
@@ -222,6 +226,31 @@ impl Family {
             worker.end_thread()?;
         }
         Ok(())
+    }
+
+    /// Runs the calls of each process, which read its pages: as many processes at a time as there are processors. For
+    /// those that have too few pages for helpers.
+    pub(crate) fn read_side_by_side(&mut self, jobs: &[(&Process, Vec<Call>)]) -> anyhow::Result<()> {
+        let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        let mut todo = jobs.iter().map(|(process, calls)| (*process, &calls[..]));
+        let mut busy = VecDeque::new();
+        loop {
+            while busy.len() < cores
+                && let Some((process, calls)) = todo.next()
+            {
+                let started = self.task(process.pid.0)?.start_run(calls).with_context(|| process.name())?;
+                busy.push_back((process, calls, started));
+            }
+            let Some((process, calls, started)) = busy.pop_front() else { return Ok(()) };
+            let (now, later) = calls.split_at(started.count());
+            let task = self.task(process.pid.0)?;
+            let done = task.finish_run(now, started).with_context(|| process.name())?;
+            mem::check_reads(now, &done).with_context(|| process.name())?;
+            if !later.is_empty() {
+                let started = task.start_run(later).with_context(|| process.name())?;
+                busy.push_back((process, later, started));
+            }
+        }
     }
 
     /// Everything else, up to the point where only registers are missing.
