@@ -102,6 +102,9 @@ impl Target {
         command.arg(dir.path().join("log")).args(args);
         let target = Self::spawn(dir, command);
         target.wait_log("ready");
+        for line in target.log().lines().filter_map(|line| line.strip_prefix("SKIP ")) {
+            crate::skip(name, line);
+        }
         target
     }
 

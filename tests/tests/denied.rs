@@ -119,3 +119,30 @@ fn restore_without_a_call_works_or_leaves_no_process() {
     target.restore_ok("img");
     target.passes("the restored one");
 }
+
+/// What a file system or a pipe answers where it can't do such a thing: then bytes go another way.
+#[test]
+fn pages_go_another_way_where_a_call_is_not_supported() {
+    let target = Target::start("attacked");
+    let pid = target.pid.to_string();
+    let calls = [("splice", libc::SYS_splice), ("copy_file_range", libc::SYS_copy_file_range)];
+    for (name, call) in calls {
+        for errno in [Errno::EINVAL, Errno::EXDEV, Errno::EOPNOTSUPP] {
+            for stage in ["ckpt-sk", "ckpt-write"] {
+                let img = target.path("img");
+                let _ = std::fs::remove_dir_all(&img);
+                let stages = vec![
+                    ("ckpt-scan", vec!["-t".into(), pid.clone().into()]),
+                    ("ckpt-sk", vec![]),
+                    ("ckpt-write", vec![img.into_os_string()]),
+                ];
+                let outcome = pipeline(target.dir.path(), stages, (stage, call, errno));
+                let _ = outcome.ok(&format!("{stage} where {name} is {errno}"));
+            }
+        }
+    }
+    target.passes("the target");
+    target.end();
+    target.restore_ok("img");
+    target.passes("the restored one");
+}

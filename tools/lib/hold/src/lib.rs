@@ -914,8 +914,7 @@ mod tests {
     #[test]
     fn other_users_are_not_heard() {
         if !geteuid().is_root() {
-            eprintln!("SKIP other_users_are_not_heard: needs root");
-            return;
+            return ckpt_tests::skip("other_users_are_not_heard", "needs root");
         }
         let holder = Holder::bind().unwrap();
         let name = String::from_utf8(holder.address().to_vec()).unwrap();
@@ -925,8 +924,7 @@ mod tests {
         );
         let python = std::process::Command::new("python3").arg("-c").arg(script).status();
         let Ok(status) = python else {
-            eprintln!("SKIP other_users_are_not_heard: needs python3");
-            return;
+            return ckpt_tests::skip("other_users_are_not_heard", "needs python3");
         };
         assert!(status.success());
         assert_eq!(holder.wait(&[], false, SOON), Outcome::Released);

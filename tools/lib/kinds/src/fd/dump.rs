@@ -280,6 +280,7 @@ impl FileTable {
     /// # Errors
     /// A descriptor table that can't be read.
     pub fn survey(tree: &[Pid]) -> anyhow::Result<Survey> {
+        memfd::check()?;
         for &pid in tree {
             for fd in descriptors(pid)? {
                 if read_link(&PathBuf::from(format!("/proc/{pid}/fd/{fd}")))?.starts_with(b"socket:[") {

@@ -27,6 +27,7 @@ use ckpt_proto::{
 };
 use ckpt_sys::{FileId, Pid, Refused, file};
 use nix::{
+    errno::Errno,
     fcntl::{FcntlArg, SealFlag, fcntl},
     sys::{
         memfd::{MFdFlags, memfd_create},
@@ -77,16 +78,21 @@ impl Memory {
 }
 
 /// The device number of the kernel's own shared memory file system.
-fn shared_memory_device() -> Option<u64> {
-    static DEVICE: OnceLock<Option<u64>> = OnceLock::new();
+fn shared_memory_device() -> Result<u64, Errno> {
+    static DEVICE: OnceLock<Result<u64, Errno>> = OnceLock::new();
     *DEVICE.get_or_init(|| {
-        let fd = memfd_create(c"ckpt", MFdFlags::MFD_CLOEXEC).ok()?;
-        nix::sys::stat::fstat(&fd).ok().map(|s| s.st_dev)
+        let fd = memfd_create(c"ckpt", MFdFlags::MFD_CLOEXEC)?;
+        nix::sys::stat::fstat(&fd).map(|s| s.st_dev)
     })
 }
 
+/// Whether shared memory can be told from files here; if not, what looks like it would be taken for a deleted file.
+pub(super) fn check() -> anyhow::Result<()> {
+    shared_memory_device().map(drop).context("find the device of shared memory: memfd_create")
+}
+
 fn name_of(link: &[u8], stat: &FileStat) -> Option<Vec<u8>> {
-    if Some(stat.st_dev) != shared_memory_device() {
+    if Ok(stat.st_dev) != shared_memory_device() {
         return None;
     }
     let name = link.strip_suffix(b" (deleted)")?;

@@ -247,7 +247,8 @@ mod tests {
         let held = own_status().caps.effective;
         let can = [SETUID, SETGID, SETPCAP].iter().all(|&c| has(held, c));
         if !can {
-            eprintln!("skipped: needs {}", names(1 << SETUID | 1 << SETGID | 1 << SETPCAP));
+            let needs = format!("needs {}", names(1 << SETUID | 1 << SETGID | 1 << SETPCAP));
+            ckpt_tests::skip("credentials of others", &needs);
         }
         can
     }
