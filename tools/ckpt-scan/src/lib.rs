@@ -22,7 +22,7 @@ use ckpt_cli::stats;
 use ckpt_hold::{Clock, Holder, Outcome, PipeId};
 use ckpt_images::recode::{self, Behind, Codec, Recode};
 use ckpt_kinds::{
-    fd::{DumpOptions, External, FileTable, tcp::lock::TreeLock},
+    fd::{DumpOptions, External, FileTable, Survey, tcp::lock::TreeLock},
     mem::{dump::ShmemPlan, early::Early},
     sink::emit,
     task::{self, seccomp::Filters},
@@ -130,10 +130,20 @@ pub fn run(args: &Args, output: File) -> anyhow::Result<()> {
     }
     stats::phase("freeze");
     let holder = Holder::bind()?;
-    // Which mappings are tracked is not to be asked before the freeze.
-    let ahead = args.snapshot && args.track.is_none();
-    let mut early = if ahead { Early::read(args.tree) } else { Early::default() };
     let mut tracking = Tracking::begin(args.track.as_deref(), args.parent.as_ref())?;
+    // Whatever can be done before is not done in the freeze.
+    let (output, behind) = match args.compress {
+        Some(codec) => recode::behind(output, Recode::Pack(codec))?,
+        None => (output, Behind::default()),
+    };
+    let output = Output::new(output);
+    let processors = task::processors();
+    let mut early = match (args.snapshot, tracking.on()) {
+        // Twins do not tell which mappings are tracked.
+        (_, true) => Early::at_rest(args.tree),
+        (true, false) => Early::for_twins(args.tree),
+        (false, false) => Early::default(),
+    };
     let asked = Instant::now();
     let frozen = Frozen::freeze(args.tree, Duration::from_secs(args.freeze_timeout)).map_err(as_refusal)?;
     let clock = holder.clock(asked.elapsed(), frozen.since());
@@ -141,24 +151,21 @@ pub fn run(args: &Args, output: File) -> anyhow::Result<()> {
     let mut held = Held { frozen, clock, lock: None, leaves: None, in_flight: Vec::new() };
     stats::phase("entries");
     stats::count("tree", "processes", held.frozen.processes.len() as u64);
-    let needs = match what_lacks(args, &held.frozen, plain_file).and_then(|needs| {
+    let (needs, survey) = match what_lacks(args, &held.frozen, plain_file).and_then(|(needs, survey)| {
         held.lock_network(args, &needs)?;
-        Ok(needs)
+        Ok((needs, survey))
     }) {
-        Ok(needs) => needs,
+        Ok(found) => found,
         Err(error) => return give_up(held, None::<Writer<Output>>, error),
     };
     let hello = hello(args, &holder, plain_file, &needs);
-    let (output, behind) = match args.compress {
-        Some(codec) => recode::behind(output, Recode::Pack(codec))?,
-        None => (output, Behind::default()),
-    };
-    let mut writer = Writer::open(lending(output, &holder), hello).context("write the stream")?;
+    let mut writer = Writer::open(output, hello).context("write the stream")?;
     let holder = (!plain_file).then_some(&holder);
-    let memory = match dump(args, &mut held, &mut early, &mut tracking, &mut writer) {
-        Ok(memory) => memory,
-        Err(error) => return give_up(held, Some(writer), error).map_err(|e| blame(e, holder)),
-    };
+    let memory =
+        match dump(args, &mut held, survey, processors.as_deref(), &mut early, &mut tracking, &mut writer) {
+            Ok(memory) => memory,
+            Err(error) => return give_up(held, Some(writer), error).map_err(|e| blame(e, holder)),
+        };
     stats::phase("pages");
     let mut held = Some(held);
     let copied = if args.snapshot {
@@ -168,7 +175,9 @@ pub fn run(args: &Args, output: File) -> anyhow::Result<()> {
     } else if args.no_mem {
         memory.copy_shared(&mut writer)
     } else {
-        memory.copy(&tracking, &mut writer)
+        let patience = if needs.is_empty() { Duration::ZERO } else { STAGES_COME };
+        let run_on = || let_run(args, &mut held, holder, &needs, patience);
+        memory.copy(&tracking, !needs.is_empty(), &mut writer, run_on)
     };
     if let Err(error) = copied {
         return give_up(held, Some(writer), error).map_err(|e| blame(e, holder));
@@ -231,7 +240,7 @@ impl Held {
     fn free(self, how: Release) -> anyhow::Result<()> {
         let Self { frozen, clock, mut lock, leaves, in_flight } = self;
         drop(in_flight);
-        let held = frozen.since().elapsed();
+        let (held, worked) = (frozen.since().elapsed(), frozen.worked());
         let copies = match &lock {
             Some(lock) if matches!(how, Release::Kill) => lock.sockets(),
             _ => {
@@ -243,7 +252,13 @@ impl Held {
         drop(clock);
         let copies = copies.context("not killed: its TCP connections could not be kept silent")?;
         stats::seconds("frozen", held);
+        stats::seconds("frozen_processor", worked);
         ckpt_cli::note!(1, "the tree was frozen for {:.2} ms", held.as_secs_f64() * 1000.0);
+        ckpt_cli::note!(
+            2,
+            "of which {:.2} ms were processor time of ckpt-scan",
+            worked.as_secs_f64() * 1000.0
+        );
         if let (Some(lock), Some(name)) = (lock, leaves) {
             lock.leave(&name, copies)?;
             ckpt_cli::note!(
@@ -254,6 +269,10 @@ impl Held {
         Ok(())
     }
 }
+
+/// How long the stages behind may take to get what was written before the pages. Some get it only with the rest, if a
+/// program in between gathers it.
+const STAGES_COME: Duration = Duration::from_millis(100);
 
 /// A frozen tree whose memory is forked, so that it runs on while that is read.
 struct Forked<'a> {
@@ -341,13 +360,14 @@ fn failed_behind(stage: &str, reason: &str) -> anyhow::Error {
 }
 
 /// What stages have to follow.
-fn what_lacks(args: &Args, frozen: &Frozen, plain_file: bool) -> anyhow::Result<Vec<&'static str>> {
+fn what_lacks(args: &Args, frozen: &Frozen, plain_file: bool) -> anyhow::Result<(Vec<&'static str>, Survey)> {
     let live: Vec<Pid> = frozen.processes.iter().filter(|p| !p.zombie).map(|p| p.pid).collect();
     let mut needs = Vec::new();
     if args.no_mem {
         needs.push("mem");
     }
-    if FileTable::survey(&live)?.sockets {
+    let survey = FileTable::survey(&live)?;
+    if survey.sockets {
         needs.push("sk");
     }
     if plain_file && !needs.is_empty() {
@@ -360,7 +380,7 @@ fn what_lacks(args: &Args, frozen: &Frozen, plain_file: bool) -> anyhow::Result<
         );
         return Err(refused.advise(format!("pipe: ckpt-scan ... | ckpt-{} > FILE", needs[0])).into());
     }
-    Ok(needs)
+    Ok((needs, survey))
 }
 
 /// Ends the hold: waits for the stages behind, then does with the tree what was asked for. Behind a
@@ -374,14 +394,7 @@ fn settle(
 ) -> anyhow::Result<()> {
     let patience = Duration::from_secs(args.attach_timeout);
     let mut held = held;
-    if let (Some(holder), false) = (holder, args.kill || args.leave_stopped) {
-        // Everything has been read from the tree: it need not wait for the disk.
-        if holder.passed(needs, patience) == Outcome::Released
-            && let Some(held) = held.take()
-        {
-            held.free(Release::Run)?;
-        }
-    }
+    let_run(args, &mut held, holder, needs, patience)?;
     let outcome =
         holder.map_or(Outcome::Released, |holder| holder.wait(needs, args.kill || tracking.on(), patience));
     let release = match (&outcome, args.kill, args.leave_stopped) {
@@ -411,6 +424,27 @@ fn settle(
     }
 }
 
+/// Everything has been read from the tree: it need not wait for the disk, unless something else than to run is
+/// to become of it. Whether the stages that work on it are done is awaited for as long as they do, and `patience`
+/// if they have not come.
+fn let_run(
+    args: &Args,
+    held: &mut Option<Held>,
+    holder: Option<&Holder>,
+    needs: &[&str],
+    patience: Duration,
+) -> anyhow::Result<()> {
+    if args.kill || args.leave_stopped || held.is_none() {
+        return Ok(());
+    }
+    if holder.is_none_or(|holder| holder.passed(needs, patience) == Outcome::Released)
+        && let Some(held) = held.take()
+    {
+        held.free(Release::Run)?;
+    }
+    Ok(())
+}
+
 /// Did the stages behind do their part?
 fn succeeded(tree: Pid, outcome: Outcome) -> anyhow::Result<()> {
     match outcome {
@@ -432,6 +466,8 @@ fn succeeded(tree: Pid, outcome: Outcome) -> anyhow::Result<()> {
 fn dump(
     args: &Args,
     held: &mut Held,
+    survey: Survey,
+    processors: Option<&[u8]>,
     early: &mut Early,
     tracking: &mut Tracking,
     writer: &mut Writer<Output>,
@@ -440,7 +476,7 @@ fn dump(
     let processes = frozen.processes.clone();
     let live: Vec<Pid> = processes.iter().filter(|p| !p.zombie).map(|p| p.pid).collect();
     for process in processes.iter().filter(|p| !p.zombie) {
-        task::check(process.pid).with_context(|| format!("pid {} ({})", process.pid, process.comm()))?;
+        task::check(process).with_context(|| format!("pid {} ({})", process.pid, process.comm()))?;
     }
     let ids = ids::assign(&processes)?;
     let inventory = InventoryEntry {
@@ -450,8 +486,7 @@ fn dump(
     };
     emit(writer, Image::Inventory, 0, &inventory)?;
     emit(writer, Image::Timens, 0, &clocks()?)?;
-    let threads =
-        processes.iter().filter(|p| !p.zombie).flat_map(|p| p.threads.iter().map(|t| (p.pid, t.tid)));
+    let threads = processes.iter().filter(|p| !p.zombie).flat_map(|p| p.threads.iter().map(|t| (p.pid, t)));
     let filters = Filters::read(threads)?;
     emit(writer, Image::Seccomp, 0, &filters.entry())?;
     for process in &processes {
@@ -459,21 +494,29 @@ fn dump(
     }
 
     let options = DumpOptions { external: args.external.clone(), ghost_limit: args.ghost_limit };
-    let mut files = FileTable::new(live, options);
+    let mut files = FileTable::new(live, options, survey);
     let mut memory = Vec::new();
     for process in &processes {
         let what = || format!("pid {} ({})", process.pid, process.comm());
         if process.zombie {
-            let core = task::dump_zombie(process.pid).with_context(what)?;
-            emit(writer, Image::Core, number(process.pid.0), &core)?;
+            emit(writer, Image::Core, number(process.pid.0), &task::dump_zombie(&process.stat))?;
             continue;
         }
         tracking.watch(process.pid, || Ok(arm(frozen, process)?));
         let mut watched = Vec::new();
         let ours = tracking.of(process.pid, &[]).is_some().then_some(&mut watched);
-        let vmas =
-            process::dump(frozen, process, ids.of(process.pid), early, &mut files, &filters, ours, writer)
-                .with_context(what)?;
+        let vmas = process::dump(
+            frozen,
+            process,
+            ids.of(process.pid),
+            early,
+            &mut files,
+            &filters,
+            processors,
+            ours,
+            writer,
+        )
+        .with_context(what)?;
         memory.push((process, vmas, watched));
     }
     files.add_in_flight(writer)?;

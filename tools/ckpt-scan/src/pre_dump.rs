@@ -26,7 +26,7 @@ use ckpt_images::recode::{self, Behind, Recode};
 use ckpt_kinds::{
     mem::{
         dump::{Plan, private_vmas},
-        early::Early,
+        early,
     },
     sink::emit,
 };
@@ -80,7 +80,7 @@ fn look(mut frozen: Frozen, tracking: &mut Tracking) -> anyhow::Result<Vec<Plan>
         let pid = process.pid;
         tracking.watch(pid, || Ok(arm(&mut frozen, process)?));
         let look = |pages_id| -> anyhow::Result<Option<Plan>> {
-            let (vmas, watched) = private_vmas(&Early::default().mappings(pid)?);
+            let (vmas, watched) = private_vmas(&early::smaps(pid)?);
             let Some(tracked) = tracking.of(pid, &watched) else { return Ok(None) };
             Ok(Some(Plan::new(pid, &vmas, pages_id, Some(tracked))?.while_running(tracked)?))
         };

@@ -1,6 +1,6 @@
 //! One process of the tree.
 
-use std::{fs, ops::Range, path::PathBuf};
+use std::{ops::Range, path::PathBuf};
 
 use anyhow::Context;
 use ckpt_kinds::{
@@ -10,7 +10,6 @@ use ckpt_kinds::{
     sink::emit,
     task::{self, ThreadInput, seccomp::Filters},
 };
-use ckpt_proc::status;
 use ckpt_proto::{
     Image,
     types::{FsEntry, TaskKobjIdsEntry, VmaEntry},
@@ -33,6 +32,7 @@ pub fn dump(
     early: &mut Early,
     files: &mut FileTable,
     filters: &Filters,
+    processors: Option<&[u8]>,
     watched: Option<&mut Vec<Range<u64>>>,
     sink: &mut dyn Sink,
 ) -> anyhow::Result<Vec<VmaEntry>> {
@@ -41,7 +41,8 @@ pub fn dump(
     emit(sink, Image::Ids, arg, &ids)?;
 
     let exe_file_id = files.add_path(pid, &link(pid, "exe"), libc_rdonly(), sink)?;
-    let vmas = mem::dump::dump_vmas(pid, &process.comm(), &early.mappings(pid)?, files, sink, watched)?;
+    let mappings = early.mappings(process, frozen.maps(pid))?;
+    let vmas = mem::dump::dump_vmas(pid, &process.comm(), &mappings, files, sink, watched)?;
     let mut mm = None;
     for thread in &process.threads {
         let what = || format!("tid {}", thread.tid);
@@ -54,12 +55,17 @@ pub fn dump(
             regs: interrupted_call(pid, &thread.regs),
             sigmask: thread.sigmask,
             stopped_by: process.stopped_by,
+            stat: &process.stat,
+            status: &thread.status,
+            processors,
         };
-        let mut core =
-            if leader { task::dump_leader(input) } else { task::dump_thread(input) }.with_context(what)?;
-        if leader {
-            mm = Some(task::dump_mm_fields(pid, &mut borrowed).with_context(what)?);
-        }
+        let mut core = if leader {
+            let (core, fields) = task::dump_leader(input).with_context(what)?;
+            mm = Some(fields);
+            core
+        } else {
+            task::dump_thread(input).with_context(what)?
+        };
         borrowed.finish().with_context(what)?;
         filters.note(thread.tid, &mut core);
         emit(sink, Image::Core, number(thread.tid.0), &core)?;
@@ -72,7 +78,9 @@ pub fn dump(
 
     let cwd_id = files.add_path(pid, &link(pid, "cwd"), libc_rdonly(), sink)?;
     let root_id = files.add_path(pid, &link(pid, "root"), libc_rdonly(), sink)?;
-    emit(sink, Image::Fs, arg, &FsEntry { cwd_id, root_id, umask: Some(umask(pid)?) })?;
+    let leader = process.threads.first().context("its main thread is gone")?;
+    let umask = leader.status.umask.with_context(|| format!("/proc/{pid}/status: no Umask"))?;
+    emit(sink, Image::Fs, arg, &FsEntry { cwd_id, root_id, umask: Some(umask) })?;
     files.add_task(pid, &process.comm(), ids.files_id, sink)?;
     Ok(vmas)
 }
@@ -92,12 +100,4 @@ fn link(pid: Pid, name: &str) -> PathBuf {
 /// O_RDONLY.
 fn libc_rdonly() -> u32 {
     nix::fcntl::OFlag::O_RDONLY.bits().unsigned_abs()
-}
-
-/// The umask, octal in /proc/PID/status (Linux 4.7).
-fn umask(pid: Pid) -> anyhow::Result<u32> {
-    let path = format!("/proc/{pid}/status");
-    let text = fs::read(&path).with_context(|| path.clone())?;
-    let status = status::parse(&text).with_context(|| path.clone())?;
-    status.umask.with_context(|| format!("{path}: no Umask"))
 }

@@ -10,7 +10,7 @@
 pub mod snapshot;
 mod tracking;
 
-use std::{fs::File, ops::Range, os::fd::AsFd};
+use std::{fs::File, io::Write, ops::Range, os::fd::AsFd};
 
 use anyhow::Context;
 use ckpt_cli::stats;
@@ -22,6 +22,9 @@ use ckpt_proto::{stream::Writer, types::VmaEntry};
 use ckpt_sys::{Pid, transfer::Output};
 
 pub use tracking::Tracking;
+
+/// Pages that are read before any is written, so that the tree can run on: bytes.
+const AT_ONCE: u64 = 32 << 20;
 
 /// Memory whose contents are to be stored.
 #[derive(Debug, Default)]
@@ -66,11 +69,18 @@ impl Memory {
         self.shared.iter().try_for_each(|(plan, own)| plan.copy(own.as_fd(), writer))
     }
 
-    /// Finds and writes all pages of a frozen tree.
+    /// Finds and writes all pages of a frozen tree. If they are few, `run_on` is called when they have been read, before
+    /// they are written. `awaited`: a stage works on the tree when it has got what comes before them.
     ///
     /// # Errors
     /// The kernel's, the output's; [`Refused`](ckpt_sys::Refused) if somebody else tracks the memory.
-    pub fn copy(&self, tracking: &Tracking, writer: &mut Writer<Output>) -> anyhow::Result<()> {
+    pub fn copy(
+        &self,
+        tracking: &Tracking,
+        awaited: bool,
+        writer: &mut Writer<Output>,
+        run_on: impl FnOnce() -> anyhow::Result<()>,
+    ) -> anyhow::Result<()> {
         let mut plans = self.private.iter().map(|p| p.plan(tracking)).collect::<anyhow::Result<Vec<_>>>()?;
         self.share(&mut plans)?;
         for plan in &plans {
@@ -78,7 +88,16 @@ impl Memory {
         }
         writer.bulk().context("write the stream")?;
         self.copy_shared(writer)?;
-        let mut progress = ckpt_cli::Progress::new("pages", Some(plans.iter().map(Plan::bytes).sum()));
+        let total = plans.iter().map(Plan::bytes).sum();
+        let mut progress = ckpt_cli::Progress::new("pages", Some(total));
+        if total <= AT_ONCE {
+            if awaited {
+                writer.output().flush().context("write the stream")?;
+            }
+            let read = plans.iter().map(Plan::stash).collect::<anyhow::Result<Vec<_>>>()?;
+            run_on()?;
+            return read.into_iter().try_for_each(|stash| stash.write(writer, |n| progress.inc(n)));
+        }
         plans.iter().try_for_each(|plan| plan.copy(writer, |n| progress.inc(n)))
     }
 }

@@ -39,6 +39,8 @@ pub struct Caps {
 /// The fields that matter here. Those that older kernels or other configurations lack are optional.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Status {
+    /// Command name, raw, as [`crate::stat::Stat::comm`].
+    pub name: Vec<u8>,
     /// State letter.
     pub state: u8,
     /// Process.
@@ -111,6 +113,7 @@ pub fn parse(text: &[u8]) -> Result<Status, Malformed> {
         list(key).map(|v| v.parse().map_err(|_| Malformed(name))).collect()
     };
     Ok(Status {
+        name: name(text),
         state: value(b"State").and_then(|v| v.bytes().next()).ok_or(Malformed("status: State"))?,
         tgid: decimal(value(b"Tgid"), "status: Tgid")?,
         ppid: decimal(value(b"PPid"), "status: PPid")?,
@@ -142,6 +145,20 @@ pub fn parse(text: &[u8]) -> Result<Status, Malformed> {
     })
 }
 
+/// The command name, from which newlines and backslashes were escaped.
+fn name(text: &[u8]) -> Vec<u8> {
+    let line = text.split(|&b| b == b'\n').find_map(|l| l.strip_prefix(b"Name:\t")).unwrap_or_default();
+    let mut name = Vec::with_capacity(line.len());
+    let mut bytes = line.iter();
+    while let Some(&byte) = bytes.next() {
+        name.push(match byte {
+            b'\\' if bytes.next() == Some(&b'n') => b'\n',
+            byte => byte,
+        });
+    }
+    name
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -159,6 +176,7 @@ Cpus_allowed:\t3\nx86_Thread_features:\tshstk wrss \nx86_Thread_features_locked:
     #[test]
     fn sample_with_an_odd_name() {
         let s = parse(SAMPLE).unwrap();
+        assert_eq!(s.name, b"redis \n\\ser\xff)");
         assert_eq!((s.state, s.tgid, s.ppid, s.tracer_pid, s.umask), (b'S', 4711, 1, 99, Some(0o22)));
         assert_eq!(s.uid, Ids { real: 1000, effective: 1001, saved: 1002, fs: 1003 });
         assert_eq!((s.gid.fs, s.groups), (4_294_967_294, vec![4, 24, 1000]));

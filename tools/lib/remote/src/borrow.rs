@@ -36,7 +36,8 @@
 //! 3. ... calls ...
 //! 4. PTRACE_INTERRUPT, so that the task passes through signal delivery once more, where the kernel
 //!    sees to an interrupted system call. Then the mask, then the registers: killed in between, the
-//!    frame at HOME still has both.
+//!    frame at HOME still has both. If the runner's page is to be unmapped, the interrupt comes while the
+//!    task is entering that call, and one stop ends both.
 //! 5. The stack bytes are put back.
 //!
 //! Some calls leave the task in a state that must not outlive us: a descriptor that is only to be
@@ -56,14 +57,11 @@
 //! home it is re-executed, so that a sleep may take longer after our violent death, but no call
 //! fails with an EINTR that nobody sent.
 
-use std::{collections::HashMap, fs};
+use std::collections::HashMap;
 
-use ckpt_proc::{
-    maps::{self, Mapping},
-    status,
-};
+use ckpt_proc::maps::{self, Mapping};
 use ckpt_sys::{
-    Pid, RemoteAddr, SysError, Tid, memory,
+    Pid, RemoteAddr, SysError, Tid, memory, procfs,
     ptrace::{self, NT_X86_XSTATE, Regs, Stop},
 };
 use memchr::memmem;
@@ -94,6 +92,7 @@ pub(crate) struct Landing {
 #[derive(Debug, Default)]
 pub(crate) struct Landings {
     by_pid: HashMap<Pid, Landing>,
+    maps: HashMap<Pid, Vec<Mapping>>,
     gadgets: HashMap<((u32, u32), u64, u64), Gadgets>,
 }
 
@@ -112,7 +111,6 @@ const TABLE: u64 = 256;
 const ROW: u64 = 72;
 /// How many calls a batch holds; the rest of the arena is for their data.
 const ROWS: usize = 256;
-const DATA: u64 = TABLE + ROW * ROWS as u64;
 /// Fewer calls than this are made one by one: mapping and unmapping costs four stops.
 const WORTH_A_BATCH: usize = 6;
 /// Bytes below the stack pointer that belong to the running function (System V AMD64 ABI).
@@ -176,18 +174,19 @@ impl Landings {
         Ok(landing)
     }
 
+    pub(crate) fn maps(&self, pid: Pid) -> Option<&[Mapping]> {
+        self.maps.get(&pid).map(Vec::as_slice)
+    }
+
     fn find(&mut self, threads: &[Thread], pid: Pid) -> Result<Landing, RemoteError> {
         let unusable = |what: &str| RemoteError::Unusable { tid: pid.leader(), what: what.to_owned() };
-        let read = |file: &str| {
-            let path = format!("/proc/{pid}/{file}");
-            fs::read(&path).map_err(|e| {
-                let errno = nix::errno::Errno::from_raw(e.raw_os_error().unwrap_or(libc::EIO));
-                RemoteError::Sys(SysError::new("read", path, errno))
-            })
-        };
-        let maps = maps::parse(&read("maps")?).map_err(|e| unusable(&format!("/proc/{pid}/maps: {e}")))?;
-        let status =
-            status::parse(&read("status")?).map_err(|e| unusable(&format!("/proc/{pid}/status: {e}")))?;
+        let status = &threads.first().ok_or(RemoteError::Died(pid.leader()))?.status;
+        let path = format!("/proc/{pid}/maps");
+        let text = procfs::read(&path).map_err(|e| {
+            let errno = nix::errno::Errno::from_raw(e.raw_os_error().unwrap_or(libc::EIO));
+            RemoteError::Sys(SysError::new("read", path.clone(), errno))
+        })?;
+        let maps = maps::parse(&text).map_err(|e| unusable(&format!("{path}: {e}")))?;
 
         let mut found = Gadgets::default();
         let mut code: Vec<&Mapping> = maps.iter().filter(|m| m.exec && m.read).collect();
@@ -213,17 +212,20 @@ impl Landings {
                 pointers.join(" ")
             ))
         })?;
+        let hole = hole(&maps);
         let busy = status.caught | status.pending | status.shared_pending;
         let quiet =
             [libc::SIGURG, libc::SIGWINCH, libc::SIGCHLD].into_iter().find(|s| busy & (1 << (s - 1)) == 0);
-        Ok(Landing {
+        let landing = Landing {
             syscall: RemoteAddr(syscall),
             sigreturn: RemoteAddr(sigreturn),
             dead,
-            hole: hole(&maps),
+            hole,
             quiet,
             seccomp: status.seccomp != 0,
-        })
+        };
+        self.maps.insert(pid, maps);
+        Ok(landing)
     }
 
     /// Looks for the two sequences in one mapping; gives offsets.
@@ -232,7 +234,8 @@ impl Landings {
         if let Some(&known) = self.gadgets.get(&key).filter(|_| mapping.file()) {
             return Ok(known);
         }
-        const CHUNK: usize = 1 << 20;
+        // Both are found early in a C library's text.
+        const CHUNK: usize = 64 << 10;
         const OVERLAP: usize = 64;
         let mut gadgets = Gadgets::default();
         let mut buffer = vec![0; CHUNK];
@@ -704,7 +707,8 @@ impl Borrowed<'_> {
 
     /// As many of `calls` as fit, in one stop.
     fn batch(&mut self, page: RemoteAddr, quiet: i32, calls: &[Call]) -> Result<Vec<Done>, RemoteError> {
-        let (mut at, end) = (page.0 + DATA, page.0 + ARENA);
+        let table = page.0 + TABLE;
+        let (mut at, end) = (table + ROW * calls.len().min(ROWS) as u64, page.0 + ARENA);
         let mut writes = Vec::new();
         let mut rows = Vec::new();
         let mut layouts = Vec::new();
@@ -720,14 +724,18 @@ impl Borrowed<'_> {
         if layouts.is_empty() {
             return calls.first().map(|call| self.one_by_one(call)).into_iter().collect();
         }
-        writes.push((page.0 + TABLE, rows));
+        // Table and data in one piece, which costs one call each way.
+        let offset = |addr: u64| usize::try_from(addr - table).unwrap_or(0);
+        let mut image = vec![0; offset(at)];
+        writes.push((table, rows));
         for (addr, bytes) in &writes {
-            memory::write_all(self.pid, RemoteAddr(*addr), bytes)?;
+            image[offset(*addr)..][..bytes.len()].copy_from_slice(bytes);
         }
+        memory::write_all(self.pid, RemoteAddr(table), &image)?;
         let regs = Regs {
             rip: page.0,
             rsp: self.home.0,
-            rbx: page.0 + TABLE,
+            rbx: table,
             r12: layouts.len() as u64,
             r13: u64::from(self.pid.0.unsigned_abs()),
             r14: u64::from(self.tid.0.unsigned_abs()),
@@ -743,14 +751,14 @@ impl Borrowed<'_> {
                 break;
             }
         }
-        let mut table = vec![0; layouts.len() * usize::try_from(ROW).unwrap_or(0)];
-        memory::read_exact(self.pid, RemoteAddr(page.0 + TABLE), &mut table)?;
+        memory::read_exact(self.pid, RemoteAddr(table), &mut image)?;
         let mut answers = Vec::new();
         for ((call, layout), row) in
-            calls.iter().zip(&layouts).zip(table.chunks_exact(usize::try_from(ROW).unwrap_or(1)))
+            calls.iter().zip(&layouts).zip(image.chunks_exact(usize::try_from(ROW).unwrap_or(1)))
         {
             let ret = i64::from_le_bytes(row[56..64].try_into().unwrap_or_default());
-            let done = self.collect(ret, &layout.outs)?;
+            let out = layout.outs.iter().map(|&(addr, len)| image[offset(addr.0)..][..len].to_vec());
+            let done = Done { ret, out: out.collect() };
             let failed = !call.may_fail && done.result().is_err();
             answers.push(done);
             if failed {
@@ -899,12 +907,25 @@ impl Borrowed<'_> {
             }
         }
         if self.away {
-            self.unmap_arena()?;
+            let stopped = |s| matches!(s, Stop::Interrupted | Stop::Group(_));
+            let unmapping = self.landing.hole.filter(|_| self.mapped);
+            if let Some(page) = unmapping {
+                let args = [page.0, ARENA, 0, 0, 0, 0];
+                self.steer(self.calling(SYS_MUNMAP, args, self.home), !0)?;
+                self.await_stop(true, |s| s == Stop::Syscall)?;
+                self.mapped = false;
+            }
             ptrace::interrupt(self.tid).map_err(|e| self.died(e))?;
+            if unmapping.is_some() {
+                // It comes from the call straight into the stop.
+                self.await_stop(false, stopped)?;
+            }
             ptrace::set_sigmask(self.tid, self.sigmask)?;
             ptrace::set_regs(self.tid, self.original)?;
             self.away = false;
-            self.await_stop(false, |s| matches!(s, Stop::Interrupted | Stop::Group(_)))?;
+            if unmapping.is_none() {
+                self.await_stop(false, stopped)?;
+            }
         }
         let saved = std::mem::take(&mut self.saved);
         memory::write_all(self.pid, self.landing.dead.0, &saved)?;

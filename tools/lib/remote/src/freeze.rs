@@ -15,16 +15,20 @@
 //! detached either (ptrace(2) wants it stopped): it is freed when this process ends.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashMap},
     fs, thread,
     time::{Duration, Instant},
 };
 
-use ckpt_proc::{stat, status};
+use ckpt_proc::{
+    maps::Mapping,
+    stat::{self, Stat},
+    status::{self, Status},
+};
 use ckpt_sys::{
     Pid, Refused, SysError, Tid,
     capability::{self, number::KILL},
-    kcmp,
+    kcmp, procfs,
     ptrace::{self, Regs, Stop},
     rseq,
 };
@@ -55,6 +59,8 @@ pub struct Thread {
     pub regs: Regs,
     /// Signals that it blocks.
     pub sigmask: u64,
+    /// What `/proc/PID/task/TID/status` says of it.
+    pub status: Status,
 }
 
 /// A process of the tree.
@@ -70,6 +76,8 @@ pub struct Process {
     pub sid: i32,
     /// Command name.
     pub comm: Vec<u8>,
+    /// What `/proc/PID/stat` says of it.
+    pub stat: Stat,
     /// Dead, but not waited for; it has no threads.
     pub zombie: bool,
     /// Stopped by this signal (job control) when it was frozen.
@@ -96,6 +104,8 @@ pub struct Frozen {
     pub(crate) held: Vec<(Pid, i32)>,
     stopped: Vec<Tid>,
     since: Instant,
+    /// Processor time of the thread that froze it, at that moment.
+    worked: Duration,
 }
 
 /// What becomes of a frozen tree.
@@ -120,6 +130,8 @@ struct Attempt {
     /// In the order in which they were met: parents first.
     processes: Vec<Pid>,
     zombies: Vec<Pid>,
+    /// As the last pass found them: when that found nothing new, all were stopped.
+    stats: HashMap<Pid, Stat>,
 }
 
 impl Frozen {
@@ -132,10 +144,10 @@ impl Frozen {
         let deadline = Instant::now() + patience;
         let mut attempt = Attempt::default();
         loop {
-            let since = Instant::now();
+            let (since, worked) = (Instant::now(), processor_time());
             match attempt.stop_all(root) {
                 Ok(None) => {
-                    let mut frozen = attempt.done(root, since)?;
+                    let mut frozen = attempt.done(root, since, worked)?;
                     match frozen.prepare() {
                         Err(error) if Instant::now() < deadline => {
                             // Deep in its stack at this instant, or between exec and its first
@@ -199,6 +211,18 @@ impl Frozen {
         self.since
     }
 
+    /// How much of that time the calling thread worked, which is the one that froze it.
+    #[must_use]
+    pub fn worked(&self) -> Duration {
+        processor_time().saturating_sub(self.worked)
+    }
+
+    /// The mappings of a process as they were when it was frozen, without flags. `None` for zombies.
+    #[must_use]
+    pub fn maps(&self, pid: Pid) -> Option<&[Mapping]> {
+        self.landings.maps(pid)
+    }
+
     /// Ends the freeze. With [`Release::Kill`] every task is dead when this returns.
     pub fn release(mut self, how: Release) {
         self.let_go(how);
@@ -253,9 +277,14 @@ impl Drop for Frozen {
     }
 }
 
+fn processor_time() -> Duration {
+    nix::time::clock_gettime(nix::time::ClockId::CLOCK_THREAD_CPUTIME_ID)
+        .map_or(Duration::ZERO, Duration::from)
+}
+
 fn check_root(root: Pid) -> Result<(), FreezeError> {
     let subject = format!("pid {root}");
-    let Ok(text) = fs::read(format!("/proc/{root}/status")) else {
+    let Ok(text) = procfs::read(format!("/proc/{root}/status")) else {
         return Err(FreezeError::NoSuchProcess(root));
     };
     let status = status::parse(&text).map_err(|e| Refused::new(subject.clone(), e.to_string()))?;
@@ -275,9 +304,12 @@ fn check_root(root: Pid) -> Result<(), FreezeError> {
     Ok(())
 }
 
+fn stat_of(tid: Tid) -> Option<Stat> {
+    stat::parse(&procfs::read(format!("/proc/{tid}/stat")).ok()?).ok()
+}
+
 fn state_of(tid: Tid) -> Option<u8> {
-    let text = fs::read(format!("/proc/{tid}/stat")).ok()?;
-    stat::parse(&text).ok().map(|s| s.state)
+    stat_of(tid).map(|s| s.state)
 }
 
 fn numbers_in(directory: &str) -> Vec<i32> {
@@ -285,10 +317,10 @@ fn numbers_in(directory: &str) -> Vec<i32> {
     entries.flatten().filter_map(|e| e.file_name().to_str()?.parse().ok()).collect()
 }
 
-fn children_of(pid: Pid) -> Vec<Pid> {
+fn children_of(pid: Pid, tids: &[i32]) -> Vec<Pid> {
     let mut children = Vec::new();
-    for tid in numbers_in(&format!("/proc/{pid}/task")) {
-        if let Ok(text) = fs::read_to_string(format!("/proc/{pid}/task/{tid}/children")) {
+    for tid in tids {
+        if let Ok(text) = procfs::read_to_string(format!("/proc/{pid}/task/{tid}/children")) {
             children.extend(text.split_whitespace().filter_map(|n| n.parse().ok()).map(Pid));
         }
     }
@@ -306,7 +338,8 @@ fn stuck_error((tid, pid): (Tid, Pid)) -> Refused {
     let read = |file: &str| fs::read_to_string(format!("/proc/{pid}/task/{tid}/{file}")).unwrap_or_default();
     let (comm, wchan) = (read("comm"), read("wchan"));
     let state = state_of(tid).map_or('?', char::from);
-    let in_vfork = state == 'D' && children_of(pid).iter().any(|child| shares_memory(pid, *child));
+    let tids = numbers_in(&format!("/proc/{pid}/task"));
+    let in_vfork = state == 'D' && children_of(pid, &tids).iter().any(|child| shares_memory(pid, *child));
     if in_vfork {
         return Refused::new(
             format!("pid {pid} ({}) tid {tid}", comm.trim_end()),
@@ -332,8 +365,9 @@ impl Attempt {
             let mut grown = false;
             let mut queue = vec![root];
             while let Some(pid) = queue.pop() {
-                grown |= self.seize_process(pid, root)?;
-                queue.extend(children_of(pid));
+                let (new, tids) = self.seize_process(pid, root)?;
+                grown |= new;
+                queue.extend(children_of(pid, &tids));
             }
             if let Some(stuck) = self.wait_all()? {
                 return Ok(Some(stuck));
@@ -344,18 +378,25 @@ impl Attempt {
         }
     }
 
-    /// Seizes and interrupts those threads of `pid` that are new; whether there were any.
-    fn seize_process(&mut self, pid: Pid, root: Pid) -> Result<bool, FreezeError> {
+    /// Seizes and interrupts those threads of `pid` that are new. Whether there were any, and all threads.
+    fn seize_process(&mut self, pid: Pid, root: Pid) -> Result<(bool, Vec<i32>), FreezeError> {
         if pid.0.unsigned_abs() == std::process::id() {
             let refused =
                 Refused::new(format!("pid {root}"), "this tool is part of the tree that it should freeze");
             return Err(refused.advise("run the pipeline from outside of that tree").into());
         }
         let known = self.processes.contains(&pid);
-        if self.zombies.contains(&pid) {
-            return Ok(false);
+        let stat = stat_of(pid.leader());
+        let state = stat.as_ref().map(|s| s.state);
+        match stat {
+            Some(stat) => drop(self.stats.insert(pid, stat)),
+            None => drop(self.stats.remove(&pid)),
         }
-        if state_of(pid.leader()) == Some(b'Z') && numbers_in(&format!("/proc/{pid}/task")).len() <= 1 {
+        if self.zombies.contains(&pid) {
+            return Ok((false, Vec::new()));
+        }
+        let tids = numbers_in(&format!("/proc/{pid}/task"));
+        if state == Some(b'Z') && tids.len() <= 1 {
             if known {
                 self.processes.retain(|&p| p != pid);
                 self.threads.retain(|_, (owner, _)| *owner != pid);
@@ -364,10 +405,10 @@ impl Attempt {
                 return Err(FreezeError::NoSuchProcess(root));
             }
             self.zombies.push(pid);
-            return Ok(true);
+            return Ok((true, Vec::new()));
         }
         let mut grown = false;
-        for tid in numbers_in(&format!("/proc/{pid}/task")).into_iter().map(Tid) {
+        for tid in tids.iter().copied().map(Tid) {
             if self.threads.contains_key(&tid) {
                 continue;
             }
@@ -406,13 +447,14 @@ impl Attempt {
         } else if !known && pid == root {
             return Err(FreezeError::NoSuchProcess(root));
         }
-        Ok(grown)
+        Ok((grown, tids))
     }
 
     fn wait_all(&mut self) -> Result<Option<(Tid, Pid)>, FreezeError> {
         // A running task takes the interrupt within a scheduling tick; what does not stop in this
         // time is waiting uninterruptibly, perhaps for a task that we hold.
-        let deadline = Instant::now() + Duration::from_millis(200);
+        let begun = Instant::now();
+        let deadline = begun + Duration::from_millis(200);
         let mut pause = Duration::from_micros(20);
         loop {
             let mut waiting = None;
@@ -446,6 +488,8 @@ impl Attempt {
             match waiting {
                 None => return Ok(None),
                 Some(stuck) if Instant::now() >= deadline => return Ok(Some(stuck)),
+                // Most stop at once; the shortest sleep would last longer than that.
+                Some(_) if begun.elapsed() < Duration::from_micros(100) => thread::yield_now(),
                 Some(_) => {
                     thread::sleep(pause);
                     pause = (pause * 2).min(Duration::from_millis(1));
@@ -466,6 +510,7 @@ impl Attempt {
         }
         self.processes.clear();
         self.zombies.clear();
+        self.stats.clear();
     }
 
     /// Waits a while for a task that did not stop to do so after all.
@@ -502,13 +547,14 @@ impl Attempt {
         }
     }
 
-    fn done(&mut self, root: Pid, since: Instant) -> Result<Frozen, FreezeError> {
+    fn done(&mut self, root: Pid, since: Instant, worked: Duration) -> Result<Frozen, FreezeError> {
         let mut frozen = Frozen {
             processes: Vec::new(),
             landings: Landings::default(),
             held: Vec::new(),
             stopped: self.threads.keys().copied().collect(),
             since,
+            worked,
         };
         let threads = std::mem::take(&mut self.threads);
         let zombies = std::mem::take(&mut self.zombies);
@@ -516,21 +562,19 @@ impl Attempt {
         pids.extend(&zombies);
         for pid in pids {
             // Ended and waited for while the tree was being stopped: not part of it any more.
-            let Ok(text) = fs::read(format!("/proc/{pid}/stat")) else {
+            let Some(stat) = self.stats.remove(&pid) else {
                 if pid == root {
                     return Err(FreezeError::NoSuchProcess(root));
                 }
                 continue;
             };
-            let stat = stat::parse(&text).map_err(|e| {
-                Refused::new(format!("/proc/{pid}/stat"), format!("can't be understood: {e}"))
-            })?;
             let mut process = Process {
                 pid,
                 ppid: Pid(stat.ppid),
                 pgid: stat.pgrp,
                 sid: stat.session,
                 comm: stat.comm.clone(),
+                stat,
                 zombie: zombies.contains(&pid),
                 stopped_by: None,
                 threads: Vec::new(),
@@ -541,10 +585,11 @@ impl Attempt {
                         process.stopped_by = Some(*signal);
                     }
                     let sigmask = ptrace::sigmask(tid)?;
+                    let status = status_of(pid, tid)?;
                     let mut regs = ptrace::regs(tid)?;
                     if interrupted_by_us(&regs)
                         && stop.is_some_and(|s| s == Stop::Interrupted)
-                        && !has_signal(pid, tid)
+                        && !has_signal(&status)
                     {
                         regs.rax = regs.orig_rax;
                         regs.rip -= 2;
@@ -555,7 +600,7 @@ impl Attempt {
                     if let Some(abort) = rseq::abort_address(pid, tid, regs.rip)? {
                         regs.rip = abort;
                     }
-                    let thread = Thread { tid, regs, sigmask };
+                    let thread = Thread { tid, regs, sigmask, status };
                     process.threads.push(thread);
                 }
             }
@@ -583,9 +628,16 @@ fn interrupted_by_us(regs: &Regs) -> bool {
 }
 
 /// Whether a signal waits that the thread does not block: then EINTR may be that signal's.
-fn has_signal(pid: Pid, tid: Tid) -> bool {
-    let text = fs::read(format!("/proc/{pid}/task/{tid}/status")).unwrap_or_default();
-    !status::parse(&text).is_ok_and(|s| (s.pending | s.shared_pending) & !s.blocked == 0)
+fn has_signal(status: &Status) -> bool {
+    (status.pending | status.shared_pending) & !status.blocked != 0
+}
+
+fn status_of(pid: Pid, tid: Tid) -> Result<Status, FreezeError> {
+    let path = format!("/proc/{pid}/task/{tid}/status");
+    let text = procfs::read(&path).map_err(|e| {
+        SysError::new("read", path.clone(), Errno::from_raw(e.raw_os_error().unwrap_or(libc::EIO)))
+    })?;
+    status::parse(&text).map_err(|e| Refused::new(path, format!("can't be understood: {e}")).into())
 }
 
 fn sort_parents_first(processes: &mut Vec<Process>, root: Pid) {

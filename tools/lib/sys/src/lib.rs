@@ -23,6 +23,7 @@ pub mod nft;
 pub mod pidfd;
 pub mod prctl;
 pub mod probe;
+pub mod procfs;
 pub mod ptrace;
 pub mod ring;
 pub mod rseq;

@@ -1,4 +1,4 @@
-//! Scheduling of other tasks: sched_getscheduler(2), sched_getaffinity(2). `nix` offers the second
+//! Scheduling of other tasks: sched_getscheduler(2), getpriority(2), sched_getaffinity(2). `nix` offers the second
 //! only for masks of up to 1024 processors.
 
 use nix::errno::Errno;
@@ -13,6 +13,35 @@ pub fn policy(tid: Tid) -> Result<u32, SysError> {
     // SAFETY: sched_getscheduler takes an integer and touches no memory.
     let ret = unsafe { libc::syscall(libc::SYS_sched_getscheduler, tid.0) };
     u32::try_from(ret).map_err(|_| SysError::last("sched_getscheduler", format!("tid {tid}")))
+}
+
+/// Nice value.
+///
+/// # Errors
+/// ESRCH if the task is gone.
+pub fn nice(tid: Tid) -> Result<i32, SysError> {
+    // SAFETY: getpriority takes two integers and touches no memory.
+    let ret = unsafe { libc::syscall(libc::SYS_getpriority, libc::PRIO_PROCESS, tid.0) };
+    // The kernel gives 20 - nice, so that no value looks like an error.
+    match i32::try_from(ret) {
+        Ok(value) if value > 0 => Ok(20 - value),
+        _ => Err(SysError::last("getpriority", format!("tid {tid}"))),
+    }
+}
+
+/// Real-time priority, 0 outside the real-time classes.
+///
+/// # Errors
+/// ESRCH if the task is gone.
+pub fn rt_priority(tid: Tid) -> Result<u32, SysError> {
+    let mut priority = 0_i32;
+    // SAFETY: sched_getparam writes one struct sched_param, an int.
+    let ret = unsafe { libc::syscall(libc::SYS_sched_getparam, tid.0, &raw mut priority) };
+    if ret == 0 {
+        Ok(priority.unsigned_abs())
+    } else {
+        Err(SysError::last("sched_getparam", format!("tid {tid}")))
+    }
 }
 
 /// Processors that the task may run on: bit n % 8 of byte n / 8 for processor n, trailing zero bytes cut.

@@ -21,7 +21,7 @@ use ckpt_proto::{
 use ckpt_sys::{
     FileId, Pid, Refused, TargetFd, file,
     kcmp::{self, Object},
-    pidfd, sock,
+    pidfd, procfs, sock,
 };
 use nix::sys::stat::{FileStat, SFlag};
 
@@ -67,10 +67,12 @@ impl std::str::FromStr for External {
 }
 
 /// What a first look at the tree tells.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Survey {
     /// Some task has a socket: ckpt-sk has to follow.
     pub sockets: bool,
+    /// Descriptors of each task, ascending, and where they lead.
+    links: HashMap<Pid, Vec<(TargetFd, Vec<u8>)>>,
 }
 
 /// Shared memory that a mapping refers to.
@@ -250,12 +252,13 @@ pub struct FileTable {
     /// Files that are in flight and nowhere else.
     pub(super) flying: Vec<OwnedFd>,
     locks: lock::Locks,
+    survey: Survey,
 }
 
 impl FileTable {
-    /// A table for the frozen processes `tree`.
+    /// A table for the frozen processes `tree`, which were surveyed in the same freeze.
     #[must_use]
-    pub fn new(tree: Vec<Pid>, options: DumpOptions) -> Self {
+    pub fn new(tree: Vec<Pid>, options: DumpOptions, survey: Survey) -> Self {
         Self {
             tree: tree.into_iter().collect(),
             options,
@@ -272,6 +275,7 @@ impl FileTable {
             in_flight: Vec::new(),
             flying: Vec::new(),
             locks: lock::Locks::default(),
+            survey,
         }
     }
 
@@ -281,14 +285,17 @@ impl FileTable {
     /// A descriptor table that can't be read.
     pub fn survey(tree: &[Pid]) -> anyhow::Result<Survey> {
         memfd::check()?;
+        let mut survey = Survey::default();
         for &pid in tree {
+            let mut links = Vec::new();
             for fd in descriptors(pid)? {
-                if read_link(&PathBuf::from(format!("/proc/{pid}/fd/{fd}")))?.starts_with(b"socket:[") {
-                    return Ok(Survey { sockets: true });
-                }
+                let link = read_link(&PathBuf::from(format!("/proc/{pid}/fd/{fd}")))?;
+                survey.sockets |= link.starts_with(b"socket:[");
+                links.push((fd, link));
             }
+            survey.links.insert(pid, links);
         }
-        Ok(Survey { sockets: false })
+        Ok(survey)
     }
 
     /// A number for a new FILES entry.
@@ -310,7 +317,9 @@ impl FileTable {
         files_id: u32,
         sink: &mut dyn Sink,
     ) -> anyhow::Result<()> {
-        self.add_descriptors(pid, comm, files_id, &descriptors(pid)?, sink)
+        let known = self.survey.links.get(&pid).map(|links| links.iter().map(|(fd, _)| *fd).collect());
+        let fds = known.map_or_else(|| descriptors(pid), Ok)?;
+        self.add_descriptors(pid, comm, files_id, &fds, sink)
     }
 
     /// The same for some of a task's descriptors.
@@ -351,7 +360,7 @@ impl FileTable {
         sink: &mut dyn Sink,
     ) -> anyhow::Result<(FileId, FdTypes, FdInfo)> {
         let info_path = format!("/proc/{pid}/fdinfo/{fd}");
-        let text = fs::read(&info_path).with_context(|| format!("read {info_path}"))?;
+        let text = procfs::read(&info_path).with_context(|| format!("read {info_path}"))?;
         let info = fdinfo::parse(&text).with_context(|| info_path.clone())?;
         let link_path = PathBuf::from(format!("/proc/{pid}/fd/{fd}"));
         let stat =
@@ -361,7 +370,11 @@ impl FileTable {
             Ok(known) => return Ok((known.id, known.kind, info)),
             Err(place) => place,
         };
-        let link = read_link(&link_path)?;
+        let surveyed = self.survey.links.get(&pid).and_then(|links| {
+            let at = links.binary_search_by_key(&fd, |(fd, _)| *fd).ok()?;
+            links.get(at).map(|(_, link)| link.clone())
+        });
+        let link = surveyed.map_or_else(|| read_link(&link_path), Ok)?;
         let copy = pidfd::getfd(task, fd)?;
         let descriptor = Descriptor { pid, comm: comm.to_owned(), fd, link, stat, info, copy };
         let kind = KINDS

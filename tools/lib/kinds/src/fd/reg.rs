@@ -232,24 +232,33 @@ fn build_id(file: &fs::File) -> Option<Vec<u32>> {
     let word = |b: &[u8], at: usize| b.get(at..at + 4).map(|b| u32::from_ne_bytes([b[0], b[1], b[2], b[3]]));
     let long = |b: &[u8], at: usize| Some(u64::from(word(b, at)?) | u64::from(word(b, at + 4)?) << 32);
     let half = |b: &[u8], at: usize| b.get(at..at + 2).map(|b| u16::from_ne_bytes([b[0], b[1]]));
-    let mut header = [0; 64];
-    file.read_exact_at(&mut header, 0).ok()?;
+    // Headers and notes lie at the front of nearly all files.
+    let mut front = vec![0; 4096];
+    let n = file.read_at(&mut front, 0).ok()?;
+    front.truncate(n);
+    let read = |at: u64, len: usize| {
+        let start = usize::try_from(at).ok()?;
+        match front.get(start..start.checked_add(len)?) {
+            Some(bytes) => Some(bytes.to_vec()),
+            None => {
+                let mut bytes = vec![0; len];
+                file.read_exact_at(&mut bytes, at).ok().map(|()| bytes)
+            }
+        }
+    };
+    let header = read(0, 64)?;
     // ELF, 64 bits, little endian.
     if !header.starts_with(b"\x7fELF\x02\x01") {
         return None;
     }
     let (table, size, count) = (long(&header, 32)?, half(&header, 54)?, half(&header, 56)?);
     for i in 0..u64::from(count) {
-        let mut program = [0; 56];
-        file.read_exact_at(&mut program, table.checked_add(i * u64::from(size))?).ok()?;
+        let program = read(table.checked_add(i * u64::from(size))?, 56)?;
         if word(&program, 0)? != PT_NOTE {
             continue;
         }
         let (offset, len) = (long(&program, 8)?, long(&program, 32)?.min(NOTE_LIMIT));
-        let mut notes = vec![0; usize::try_from(len).ok()?];
-        if file.read_exact_at(&mut notes, offset).is_err() {
-            continue;
-        }
+        let Some(notes) = read(offset, usize::try_from(len).ok()?) else { continue };
         let mut rest = &notes[..];
         while let (Some(name_len), Some(desc_len), Some(kind)) = (word(rest, 0), word(rest, 4), word(rest, 8))
         {

@@ -85,7 +85,7 @@ impl Dump {
         let stream = tempfile::tempfile()?;
         let hello = Hello { page_size: 4096, arch: 1, ..Hello::default() };
         let mut sink = Capture { writer: Writer::open(stream, hello)?, stubs: Vec::new() };
-        let mut table = FileTable::new(vec![own_pid()], self.options.clone());
+        let mut table = FileTable::new(vec![own_pid()], self.options.clone(), super::Survey::default());
         table.add_descriptors(own_pid(), "test", 2, fds, &mut sink)?;
         let _in_flight = table.finish(&mut sink)?;
         let stubs = std::mem::take(&mut sink.stubs);
@@ -448,7 +448,7 @@ fn sealed_memory_that_is_only_mapped_is_sealed_again() {
     fcntl(&memory, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_WRITE | SealFlag::F_SEAL_SEAL)).unwrap();
     let stream = tempfile::tempfile().unwrap();
     let mut writer = Writer::open(stream, Hello { page_size: 4096, arch: 1, ..Hello::default() }).unwrap();
-    let mut table = FileTable::new(vec![own_pid()], DumpOptions::default());
+    let mut table = FileTable::new(vec![own_pid()], DumpOptions::default(), super::Survey::default());
     let link = format!("/proc/self/fd/{}", memory.as_raw_fd());
     let shmem = table.add_shmem(own_pid(), Path::new(&link), &mut writer).unwrap();
     table.finish(&mut writer).unwrap();

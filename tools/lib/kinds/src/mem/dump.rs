@@ -15,7 +15,7 @@
 
 use std::{
     fs::File,
-    io::{self, Write},
+    io::Write,
     ops::Range,
     os::{
         fd::{AsFd, BorrowedFd, OwnedFd},
@@ -60,7 +60,7 @@ use crate::{
 pub const CHUNK: usize = 1 << 20;
 
 /// Bytes of pages in a record. Half of what a pipe holds, so that the stages behind work while the next ones are read.
-const RECORD: usize = 512 << 10;
+pub(super) const RECORD: usize = 512 << 10;
 
 pub(super) const PAGE: u64 = 4096;
 
@@ -100,6 +100,7 @@ pub fn dump_vmas(
     mut watched: Option<&mut Vec<Range<u64>>>,
 ) -> anyhow::Result<Vec<VmaEntry>> {
     let mut entries: Vec<VmaEntry> = Vec::with_capacity(mappings.len());
+    let mut before: Option<&Mapping> = None;
     for mapping in mappings {
         let ours = match &mut watched {
             Some(list) if mapping.has(b"uw") => {
@@ -108,7 +109,17 @@ pub fn dump_vmas(
             }
             _ => false,
         };
-        let entry = dump_vma(pid, comm, mapping, ours, files, sink)?;
+        // The parts of a program or library lie side by side.
+        let known = before.zip(entries.last()).filter(|(m, entry)| {
+            let alike = |m: &Mapping| (m.dev, m.inode, m.shared);
+            entry.status & status::FILE_PRIVATE != 0
+                && m.end == mapping.start
+                && alike(m) == alike(mapping)
+                && m.name == mapping.name
+        });
+        let known = known.map(|(_, entry)| entry.shmid);
+        before = Some(mapping);
+        let entry = dump_vma(pid, comm, mapping, ours, known, files, sink)?;
         match entries.last_mut() {
             // The kernel shows the vvar area in parts, the images know it as one.
             Some(last)
@@ -133,6 +144,7 @@ fn dump_vma(
     comm: &str,
     m: &Mapping,
     tracked: bool,
+    known: Option<u64>,
     files: &mut FileTable,
     sink: &mut dyn Sink,
 ) -> anyhow::Result<VmaEntry> {
@@ -242,6 +254,8 @@ fn dump_vma(
                     .with_context(|| refuse("mapped memory").subject)?;
                 entry.shmid = u64::from(segment.file_id);
                 entry.status |= status::MEMFD;
+            } else if let Some(file) = known {
+                entry.shmid = file;
             } else {
                 let file = files
                     .add_path(pid, &link, access, sink)
@@ -395,7 +409,7 @@ impl Plan {
                         pagemap.as_fd(),
                         RemoteAddr(vma.start),
                         RemoteAddr(vma.end),
-                        private_pages(Page::empty()),
+                        private_pages(vma, Page::empty()),
                         &mut ranges,
                     )
                     .with_context(|| path.clone())?;
@@ -439,7 +453,7 @@ impl Plan {
     }
 
     /// The runs whose pages are stored.
-    fn stored(&self) -> impl Iterator<Item = &Run> {
+    pub(super) fn stored(&self) -> impl Iterator<Item = &Run> {
         self.runs.iter().filter(|run| !run.in_parent && !run.forked)
     }
 
@@ -521,11 +535,23 @@ impl Plan {
         Ok(())
     }
 
+    /// What pages are read from.
+    pub(super) fn memory(&self) -> anyhow::Result<File> {
+        let path = format!("/proc/{}/mem", self.source);
+        match &self.running {
+            Some(running) => running.memory.try_clone(),
+            None => File::open(&path),
+        }
+        .context(path)
+    }
+
     /// Reads pages. Of a process that runs some may be gone: they are zeros, and count as written from here on, so that
     /// no increment is without them.
-    fn read(&self, memory: &File, place: &mut [u8], at: u64) -> io::Result<()> {
+    pub(super) fn read(&self, memory: &File, place: &mut [u8], at: u64) -> anyhow::Result<()> {
         let read = memory.read_exact_at(place, at);
-        let (Err(_), Some(running)) = (&read, &self.running) else { return read };
+        let (Err(_), Some(running)) = (&read, &self.running) else {
+            return read.with_context(|| format!("/proc/{}/mem: read at {at:#x}", self.source));
+        };
         if !uffd::is_alive(running.uffd.as_fd()) {
             place.fill(0);
             return Ok(());
@@ -546,12 +572,7 @@ impl Plan {
     pub fn copy(&self, out: &mut Writer<Output>, mut progress: impl FnMut(u64)) -> anyhow::Result<()> {
         let mut chunk = Chunk::for_output(out.output().as_fd(), self.bytes())?;
         let mut filled = 0;
-        let path = format!("/proc/{}/mem", self.source);
-        let memory = match &self.running {
-            Some(running) => running.memory.try_clone(),
-            None => File::open(&path),
-        };
-        let memory = memory.with_context(|| path.clone())?;
+        let memory = self.memory()?;
         for run in self.stored() {
             let mut at = run.start;
             while at < run.end {
@@ -562,7 +583,7 @@ impl Plan {
                 let full = buffer.len().min(RECORD);
                 let n = usize::try_from(run.end - at).unwrap_or(full).min(full - filled);
                 let place = &mut buffer[filled..filled + n];
-                self.read(&memory, place, at).with_context(|| format!("{path}: read at {at:#x}"))?;
+                self.read(&memory, place, at)?;
                 filled += n;
                 at += n as u64;
                 if filled == full {

@@ -5,66 +5,118 @@
 //! still runs; in the freeze /proc/PID/maps, which counts nothing, tells whether the mappings are
 //! still these. If they are not, smaps is read again in the freeze.
 //!
+//! An increment stores few pages, and is to cost no walk over all of them either.
+//!
 //! Flags may change while mappings stay the same (madvise(2), mlock(2)). Locked memory is counted
 //! in /proc/PID/status; all other flags that matter are inherited by the copy-on-write twin, whose
 //! smaps is compared when the original runs again ([`Early::check`]). Only memory that somebody
 //! outside begins to watch with a userfaultfd in just these milliseconds would be missed.
+//!
+//! Without a twin there is nothing to compare. Then what was read counts only if no thread has run since: each
+//! waited in a system call and still waits in the same one, and was given a processor once, to be
+//! stopped. A thread that comes back from its call, changes flags, makes the same call from
+//! the same place and is stopped on its way into it, all between the last look and the stop, is not told from
+//! that. Whoever runs has his smaps read in the freeze.
 
-use std::{collections::HashMap, fs};
+use std::collections::{HashMap, HashSet};
 
 use anyhow::{Context, bail};
-use ckpt_proc::{
-    maps::{self, Mapping},
-    status,
-};
-use ckpt_sys::Pid;
+use ckpt_proc::maps::{self, Mapping};
+use ckpt_remote::{Process, Thread};
+use ckpt_sys::{Pid, Tid, procfs};
 
 /// What was read ahead. Empty: everything is read when it is asked for.
 #[derive(Debug, Default)]
-pub struct Early(HashMap<Pid, Vec<Mapping>>);
+pub struct Early {
+    known: HashMap<Pid, Known>,
+    /// What was read holds only for processes that have not run since.
+    at_rest: bool,
+}
+
+#[derive(Debug)]
+struct Known {
+    mappings: Vec<Mapping>,
+    /// How its threads rested. Empty if that is not asked for.
+    rests: Vec<(Tid, Rest)>,
+}
+
+/// A thread that waits in a system call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Rest {
+    /// How often it has been given a processor.
+    runs: u64,
+    /// Number of the call, stack pointer and instruction pointer.
+    place: (u64, u64, u64),
+}
+
+impl Rest {
+    /// How `tid` rests; `None` if it does not, or the kernel does not tell.
+    fn of(pid: Pid, tid: Tid) -> Option<Self> {
+        let runs = runs(pid, tid)?;
+        let text = procfs::read_to_string(format!("/proc/{pid}/task/{tid}/syscall")).ok()?;
+        let words: Vec<&str> = text.split_ascii_whitespace().collect();
+        let [call, .., stack, instruction] = words[..] else { return None };
+        let address = |word: &str| u64::from_str_radix(word.strip_prefix("0x")?, 16).ok();
+        Some(Self { runs, place: (call.parse().ok()?, address(stack)?, address(instruction)?) })
+    }
+
+    /// Whether the frozen `thread` rested until it was stopped, for which alone it had to be woken.
+    fn lasted(&self, pid: Pid, thread: &Thread) -> bool {
+        const SYSCALL_INSTRUCTION: u64 = 2;
+        let (regs, (call, stack, instruction)) = (&thread.regs, self.place);
+        let same_call = regs.orig_rax == call && regs.rsp == stack;
+        // Behind the instruction, or on it if the call is to be made again.
+        let same_place = [regs.rip, regs.rip.wrapping_add(SYSCALL_INSTRUCTION)].contains(&instruction);
+        same_call && same_place && runs(pid, thread.tid) == Some(self.runs + 1)
+    }
+}
+
+/// The third number of `schedstat` (Documentation/scheduler/sched-stats.rst).
+fn runs(pid: Pid, tid: Tid) -> Option<u64> {
+    let text = procfs::read_to_string(format!("/proc/{pid}/task/{tid}/schedstat")).ok()?;
+    text.split_ascii_whitespace().nth(2)?.parse().ok()
+}
 
 /// Flags that a fork drops (mlock(2), userfaultfd(2)) or that say nothing that is stored.
 /// Guards (`gu`) are looked for in the freeze.
 const FLEETING: [&[u8; 2]; 8] = [b"lo", b"lf", b"um", b"uw", b"ui", b"sd", b"nt", b"gu"];
 
+/// More threads than this are not asked how they rest: it would take as long as what it saves.
+const MOST_THREADS: usize = 16;
+
 impl Early {
-    /// Reads the mappings of `root` and its descendants as they are now. What can't be read is left out.
+    /// Reads the mappings of `root` and its descendants as they are now, for a snapshot, whose twins are
+    /// [checked](Self::check). What can't be read is left out.
     #[must_use]
-    pub fn read(root: Pid) -> Self {
-        let mut early = Self::default();
-        let mut todo = vec![root];
-        while let Some(pid) = todo.pop() {
-            if early.0.contains_key(&pid) {
-                continue;
-            }
-            for task in fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten() {
-                let children = fs::read_to_string(task.path().join("children")).unwrap_or_default();
-                todo.extend(children.split_whitespace().filter_map(|n| n.parse().ok()).map(Pid));
-            }
-            if let Ok(mappings) = read(pid, "smaps") {
-                early.0.insert(pid, mappings);
-            }
-        }
-        early
+    pub fn for_twins(root: Pid) -> Self {
+        Self { known: walk(root, false), at_rest: false }
     }
 
-    /// The mappings of a frozen process, with their flags.
+    /// The same for processes that are at rest, and stay so until they are frozen.
+    #[must_use]
+    pub fn at_rest(root: Pid) -> Self {
+        Self { known: walk(root, true), at_rest: true }
+    }
+
+    /// The mappings of a frozen process, with their flags; `now` are those that it has in the freeze, without.
     ///
     /// # Errors
     /// /proc can't be read.
-    pub fn mappings(&mut self, pid: Pid) -> anyhow::Result<Vec<Mapping>> {
-        if let Some(known) = self.0.get(&pid) {
-            let now = read(pid, "maps")?;
+    pub fn mappings(&mut self, process: &Process, now: Option<&[Mapping]>) -> anyhow::Result<Vec<Mapping>> {
+        let pid = process.pid;
+        if let (Some(known), Some(now)) = (self.known.get(&pid), now) {
             let same =
                 |a: &Mapping, b: &Mapping| *b == Mapping { flags: Vec::new(), page_kib: 0, ..a.clone() };
-            let unchanged = known.len() == now.len() && known.iter().zip(&now).all(|(a, b)| same(a, b));
-            let locked: u64 = known.iter().filter(|m| m.has(b"lo")).map(Mapping::len).sum();
-            if unchanged && locked == locked_bytes(pid)? {
-                return Ok(known.clone());
+            let unchanged =
+                known.mappings.len() == now.len() && known.mappings.iter().zip(now).all(|(a, b)| same(a, b));
+            let locked: u64 = known.mappings.iter().filter(|m| m.has(b"lo")).map(Mapping::len).sum();
+            let still = locked == process.threads.first().map_or(0, |t| t.status.locked_kib * 1024);
+            if unchanged && still && (!self.at_rest || known.rested(process)) {
+                return Ok(known.mappings.clone());
             }
-            self.0.remove(&pid);
+            self.known.remove(&pid);
         }
-        read(pid, "smaps")
+        smaps(pid)
     }
 
     /// Compares flags that were read ahead with those of `twin`, a copy of `pid` made in the freeze.
@@ -72,8 +124,8 @@ impl Early {
     /// # Errors
     /// They differ: what has been stored is not the state of one instant.
     pub fn check(&self, pid: Pid, twin: Pid) -> anyhow::Result<()> {
-        let Some(known) = self.0.get(&pid) else { return Ok(()) };
-        let found: HashMap<u64, Mapping> = read(twin, "smaps")?.into_iter().map(|m| (m.start, m)).collect();
+        let Some(Known { mappings: known, .. }) = self.known.get(&pid) else { return Ok(()) };
+        let found: HashMap<u64, Mapping> = smaps(twin)?.into_iter().map(|m| (m.start, m)).collect();
         let lasting = |m: &Mapping| {
             let mut flags = m.flags.clone();
             flags.retain(|flag| !FLEETING.contains(&flag) && flag != b"dc");
@@ -96,14 +148,56 @@ impl Early {
     }
 }
 
-fn read(pid: Pid, file: &str) -> anyhow::Result<Vec<Mapping>> {
-    let path = format!("/proc/{pid}/{file}");
-    let text = fs::read(&path).with_context(|| path.clone())?;
+impl Known {
+    fn rested(&self, process: &Process) -> bool {
+        let lasted = |thread: &Thread| {
+            let rest = self.rests.iter().find(|(tid, _)| *tid == thread.tid);
+            rest.is_some_and(|(_, rest)| rest.lasted(process.pid, thread))
+        };
+        self.rests.len() == process.threads.len() && process.threads.iter().all(lasted)
+    }
+}
+
+/// The mappings of a process as they are now, with their flags.
+///
+/// # Errors
+/// /proc can't be read.
+pub fn smaps(pid: Pid) -> anyhow::Result<Vec<Mapping>> {
+    let path = format!("/proc/{pid}/smaps");
+    let text = procfs::read(&path).with_context(|| path.clone())?;
     maps::parse(&text).context(path)
 }
 
-fn locked_bytes(pid: Pid) -> anyhow::Result<u64> {
-    let path = format!("/proc/{pid}/status");
-    let text = fs::read(&path).with_context(|| path.clone())?;
-    Ok(status::parse(&text).context(path)?.locked_kib * 1024)
+fn walk(root: Pid, at_rest: bool) -> HashMap<Pid, Known> {
+    let mut known = HashMap::new();
+    let mut seen = HashSet::new();
+    let mut todo = vec![root];
+    while let Some(pid) = todo.pop() {
+        if !seen.insert(pid) {
+            continue;
+        }
+        let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+        let tids: Vec<Tid> = tasks.filter_map(|t| t.file_name().to_str()?.parse().ok()).map(Tid).collect();
+        for tid in &tids {
+            let path = format!("/proc/{pid}/task/{tid}/children");
+            let children = procfs::read_to_string(path).unwrap_or_default();
+            todo.extend(children.split_whitespace().filter_map(|n| n.parse().ok()).map(Pid));
+        }
+        if let Some(one) = look(pid, if at_rest { &tids } else { &[] }) {
+            known.insert(pid, one);
+        }
+    }
+    known
+}
+
+/// Reads the mappings of `pid`, during which `resting` have to rest.
+fn look(pid: Pid, resting: &[Tid]) -> Option<Known> {
+    if resting.len() > MOST_THREADS {
+        return None;
+    }
+    let rest = |&tid: &Tid| Some((tid, Rest::of(pid, tid)?));
+    let rests: Vec<_> = resting.iter().map(rest).collect::<Option<_>>()?;
+    let mappings = smaps(pid).ok()?;
+    let still = rests.iter().all(|(tid, rest)| runs(pid, *tid) == Some(rest.runs));
+    still.then_some(Known { mappings, rests })
 }

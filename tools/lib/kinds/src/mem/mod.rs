@@ -19,6 +19,7 @@ pub mod guard;
 pub mod restore;
 pub mod share;
 pub mod snapshot;
+pub mod stash;
 pub mod sysv;
 pub mod track;
 

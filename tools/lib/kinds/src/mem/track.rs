@@ -60,9 +60,15 @@ pub(crate) struct Found {
     pub(crate) in_parent: bool,
 }
 
-/// Private pages: written at some time, neither the file's nor the shared zero page, nor guards.
-pub(crate) fn private_pages(report: Page) -> Scan {
-    let none = Page::FILE | Page::PFNZERO | memory::guard_category();
+/// Private pages: written at some time, neither the file's nor the shared zero page, nor guards. Whether a page is a
+/// file's is asked only where a file is mapped: for that the kernel has to look at the page itself, which is not in the
+/// processor's cache, and the walk takes ten times as long.
+pub(crate) fn private_pages(vma: &VmaEntry, report: Page) -> Scan {
+    // Anonymous huge pages are those of a file that the kernel makes.
+    let has_file =
+        vma.status & status::FILE_PRIVATE != 0 || vma.flags & libc::MAP_HUGETLB.unsigned_abs() != 0;
+    let file = if has_file { Page::FILE } else { Page::empty() };
+    let none = file | Page::PFNZERO | memory::guard_category();
     Scan { inverted: none, all: none, any: Page::PRESENT | Page::SWAPPED, report }
 }
 
@@ -89,9 +95,9 @@ impl Tracked<'_> {
         }
         let before = self.was_watched(vma);
         let mut pages: Vec<PageRange> = Vec::new();
-        let scan = private_pages(Page::WRITTEN | Page::PRESENT);
-        memory::pagemap_protect(pagemap.as_fd(), start, end, scan, &mut pages).with_context(what)?;
         let of_file = vma.status & status::FILE_PRIVATE != 0;
+        let scan = private_pages(vma, Page::WRITTEN | Page::PRESENT);
+        memory::pagemap_protect(pagemap.as_fd(), start, end, scan, &mut pages).with_context(what)?;
         let mut found: Vec<Found> = Vec::with_capacity(pages.len());
         for page in &pages {
             let is = Page::from_bits_retain(page.categories);

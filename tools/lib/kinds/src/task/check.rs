@@ -1,14 +1,13 @@
 //! What keeps a process from being checkpointed: state that no image can hold, or that a restore
 //! could not bring back. Found before anything is written, so that no half of a checkpoint exists.
 
-use std::{ffi::OsString, fs, io};
+use std::{ffi::OsString, fs, io, sync::OnceLock};
 
 use anyhow::Context;
-use ckpt_proc::status::{self, Status};
+use ckpt_proc::status::Status;
 use ckpt_proto::types::SeccompMode;
+use ckpt_remote::Process;
 use ckpt_sys::{Pid, Refused, Tid};
-
-use super::{misc::comm, sched::stat_of};
 
 /// linux/sched.h
 const PF_KTHREAD: u32 = 0x0020_0000;
@@ -17,10 +16,9 @@ const PF_KTHREAD: u32 = 0x0020_0000;
 const NAMESPACES: [&str; 10] =
     ["cgroup", "ipc", "mnt", "net", "pid", "pid_for_children", "time", "time_for_children", "user", "uts"];
 
-pub(super) fn check(pid: Pid) -> anyhow::Result<()> {
-    let name = String::from_utf8_lossy(&comm(pid, pid.leader())?).into_owned();
-    let subject = format!("pid {pid} ({name})");
-    let stat = stat_of(&format!("/proc/{pid}/stat"))?;
+pub(super) fn check(process: &Process) -> anyhow::Result<()> {
+    let (pid, stat) = (process.pid, &process.stat);
+    let subject = format!("pid {pid} ({})", String::from_utf8_lossy(&process.comm));
     if stat.flags & PF_KTHREAD != 0 {
         return Err(Refused::new(subject, "is a kernel thread").into());
     }
@@ -34,35 +32,17 @@ pub(super) fn check(pid: Pid) -> anyhow::Result<()> {
     if stat.state != b'Z' {
         namespaces(pid, &subject)?;
     }
-    let tasks = format!("/proc/{pid}/task");
-    for entry in fs::read_dir(&tasks).with_context(|| tasks.clone())? {
-        let tid = entry.with_context(|| tasks.clone())?.file_name();
-        if let Some(tid) = tid.to_str().and_then(|t| t.parse().ok()) {
-            match status_of(pid, tid)? {
-                Some(status) => thread(&status, &subject, tid)?,
-                None if tid == pid.leader() => anyhow::bail!("{subject}: is gone"),
-                None => {} // a thread that has just ended
-            }
-        }
-    }
-    Ok(())
+    process.threads.iter().try_for_each(|t| thread(&t.status, &subject, t.tid))
 }
 
-/// A thread's status, `None` if it is gone.
-pub(super) fn status_of(pid: Pid, tid: Tid) -> anyhow::Result<Option<Status>> {
-    let path = format!("/proc/{pid}/task/{tid}/status");
-    match fs::read(&path) {
-        Ok(text) => Ok(Some(status::parse(&text).context(path)?)),
-        Err(e) if e.kind() == io::ErrorKind::NotFound || e.raw_os_error() == Some(libc::ESRCH) => Ok(None),
-        Err(e) => Err(e).context(path),
-    }
-}
-
-/// Refuses by a thread's status. Also used when it is dumped: it may have changed since.
-pub(super) fn thread(status: &Status, process: &str, tid: Tid) -> anyhow::Result<()> {
+/// Refuses by a thread's status.
+fn thread(status: &Status, process: &str, tid: Tid) -> anyhow::Result<()> {
     let subject = if status.tgid == tid.0 { process.to_owned() } else { format!("{process} thread {tid}") };
     // The kernel names the tracing thread; ours may be any.
-    if status.tracer_pid != 0 && !fs::exists(format!("/proc/self/task/{}", status.tracer_pid))? {
+    let own = nix::unistd::gettid().as_raw();
+    if ![0, own].contains(&status.tracer_pid)
+        && !fs::exists(format!("/proc/self/task/{}", status.tracer_pid))?
+    {
         let reason = format!("is traced by pid {}", status.tracer_pid);
         return Err(Refused::new(subject, reason).advise("detach the debugger or strace first").into());
     }
@@ -79,12 +59,13 @@ pub(super) fn thread(status: &Status, process: &str, tid: Tid) -> anyhow::Result
 }
 
 fn namespaces(pid: Pid, subject: &str) -> anyhow::Result<()> {
-    for name in NAMESPACES {
-        let path = format!("/proc/{pid}/ns/{name}");
-        let theirs = link(&path)?;
-        let ours = link(&format!("/proc/self/ns/{name}"))?;
+    let all_of = |pid: &str| NAMESPACES.map(|name| link(&format!("/proc/{pid}/ns/{name}")));
+    static OURS: OnceLock<[Option<OsString>; NAMESPACES.len()]> = OnceLock::new();
+    let ours = OURS.get_or_init(|| all_of("self").map(Result::unwrap_or_default));
+    for ((name, ours), theirs) in NAMESPACES.iter().zip(ours).zip(all_of(&pid.to_string())) {
+        let theirs = theirs?;
         // pid_for_children dangles until the first child exists: a namespace of its own all the same.
-        if theirs != ours {
+        if theirs != *ours {
             let reason =
                 format!("is in another {} namespace than this tool", name.trim_end_matches("_for_children"));
             return Err(Refused::new(subject, reason)
@@ -109,14 +90,33 @@ fn link(path: &str) -> anyhow::Result<Option<OsString>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use ckpt_proc::{stat, status};
+    use ckpt_remote::Thread;
     use ckpt_sys::{
-        ptrace::{Stop, wait},
+        ptrace::{self, Stop, wait},
         selfcall,
     };
     use nix::{
         sched::{CloneFlags, unshare},
         sys::signal::{Signal, raise},
     };
+
+    fn process(pid: Pid) -> Process {
+        let stat = stat::parse(&fs::read(format!("/proc/{pid}/stat")).unwrap()).unwrap();
+        let status = status::parse(&fs::read(format!("/proc/{pid}/status")).unwrap()).unwrap();
+        let tid = pid.leader();
+        Process {
+            pid,
+            ppid: Pid(stat.ppid),
+            pgid: stat.pgrp,
+            sid: stat.session,
+            comm: stat.comm.clone(),
+            stat,
+            zombie: false,
+            stopped_by: None,
+            threads: vec![Thread { tid, regs: ptrace::regs(tid).unwrap(), sigmask: 0, status }],
+        }
+    }
 
     /// The refusal of a child that did `what` and stopped.
     fn refusal(what: impl FnOnce()) -> Option<String> {
@@ -127,7 +127,7 @@ mod tests {
             0
         });
         let stop = wait(pid.leader(), false).unwrap();
-        let result = check(pid);
+        let result = check(&process(pid));
         nix::sys::signal::kill(pid.nix(), Signal::SIGKILL).unwrap();
         wait(pid.leader(), false).unwrap();
         assert_eq!(stop, Some(Stop::Signal(libc::SIGSTOP)), "the child could not do it");

@@ -11,13 +11,14 @@ use ckpt_remote::{Arg, Call};
 use ckpt_sys::{
     Pid, Refused,
     capability::{self, number::SYS_RESOURCE},
+    procfs,
 };
 
 use super::answers::words;
 
 pub(super) fn dump(pid: Pid) -> anyhow::Result<TaskRlimitsEntry> {
     let path = format!("/proc/{pid}/limits");
-    let text = std::fs::read(&path).with_context(|| path.clone())?;
+    let text = procfs::read(&path).with_context(|| path.clone())?;
     let limits = limits::parse(&text).context(path)?;
     Ok(TaskRlimitsEntry {
         rlimits: limits.iter().map(|l| RlimitEntry { cur: l.soft, max: l.hard }).collect(),

@@ -4,7 +4,7 @@
 use anyhow::Context;
 use ckpt_proto::types::RseqEntry;
 use ckpt_remote::{Arg, Call};
-use ckpt_sys::{Pid, Refused, Tid, ptrace};
+use ckpt_sys::{Pid, Refused, Tid, procfs, ptrace};
 use nix::errno::Errno;
 
 use super::answers::{Answers, u32_at, u64_at};
@@ -47,34 +47,28 @@ pub(super) fn ask_process(calls: &mut Vec<Call>) {
     calls.push(Call::new("prctl(PR_GET_CHILD_SUBREAPER)", libc::SYS_prctl, args));
     let args = [Arg::Val(MEMBARRIER_CMD_GET_REGISTRATIONS), Arg::Val(0), Arg::Val(0)];
     calls.push(Call::new("membarrier(GET_REGISTRATIONS)", libc::SYS_membarrier, args).may_fail());
+    // This value asks and sets nothing (personality(2)).
+    calls.push(Call::new("personality", libc::SYS_personality, [Arg::Val(0xffff_ffff)]));
 }
 
-/// Whether it is a subreaper, and membarrier registrations if there are any (unknown before Linux 6.3).
-pub(super) fn read_process(answers: &mut Answers) -> anyhow::Result<(bool, Option<u32>)> {
+/// What [`ask_process`] asked for.
+pub(super) struct OfProcess {
+    pub(super) subreaper: bool,
+    /// Registrations, if there are any (unknown before Linux 6.3).
+    pub(super) membarrier: Option<u32>,
+    /// Execution domain.
+    pub(super) personality: u32,
+}
+
+pub(super) fn read_process(answers: &mut Answers) -> anyhow::Result<OfProcess> {
     let subreaper = u32_at(&answers.bytes()?, 0) != 0;
     let registrations = match answers.result()? {
         Ok(mask) => u32::try_from(mask)?,
         Err(Errno::EINVAL | Errno::ENOSYS) => 0,
         Err(errno) => return Err(errno).context("membarrier(GET_REGISTRATIONS)"),
     };
-    Ok((subreaper, (registrations != 0).then_some(registrations)))
-}
-
-/// The thread's command name, raw.
-pub(super) fn comm(pid: Pid, tid: Tid) -> anyhow::Result<Vec<u8>> {
-    let path = format!("/proc/{pid}/task/{tid}/comm");
-    let mut comm = std::fs::read(&path).context(path)?;
-    if comm.last() == Some(&b'\n') {
-        comm.pop();
-    }
-    Ok(comm)
-}
-
-/// Execution domain (personality(2)).
-pub(super) fn personality(pid: Pid) -> anyhow::Result<u32> {
-    let path = format!("/proc/{pid}/personality");
-    let text = std::fs::read_to_string(&path).with_context(|| path.clone())?;
-    u32::from_str_radix(text.trim(), 16).context(path)
+    let personality = u32::try_from(answers.value()?)?;
+    Ok(OfProcess { subreaper, membarrier: (registrations != 0).then_some(registrations), personality })
 }
 
 /// A number in a /proc file that some kernels lack.
@@ -82,7 +76,7 @@ pub(super) fn number_if_any<T: std::str::FromStr>(path: &str) -> anyhow::Result<
 where
     T::Err: std::error::Error + Send + Sync + 'static,
 {
-    match std::fs::read_to_string(path) {
+    match procfs::read_to_string(path) {
         Ok(text) => Ok(Some(text.trim().parse().with_context(|| path.to_owned())?)),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(e) => Err(e).context(path.to_owned()),
@@ -92,7 +86,7 @@ where
 /// Which mappings a core dump would hold; none on kernels that write no core dumps.
 pub(super) fn coredump_filter(pid: Pid) -> anyhow::Result<Option<u32>> {
     let path = format!("/proc/{pid}/coredump_filter");
-    match std::fs::read_to_string(&path) {
+    match procfs::read_to_string(&path) {
         Ok(text) => Ok(Some(u32::from_str_radix(text.trim(), 16).context(path)?)),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(e) => Err(e).context(path),

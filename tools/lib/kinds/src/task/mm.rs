@@ -5,14 +5,12 @@
 //! PR_SET_MM options it does not need CAP_SYS_RESOURCE.
 
 use anyhow::Context;
+use ckpt_proc::stat::Stat;
 use ckpt_proto::types::MmEntry;
-use ckpt_remote::{Arg, Call, Syscalls};
-use ckpt_sys::{Pid, Refused, RemoteAddr};
+use ckpt_remote::{Arg, Call};
+use ckpt_sys::{Pid, Refused, RemoteAddr, procfs};
 
-use super::{
-    answers::{Answers, u32_at, words},
-    sched::stat_of,
-};
+use super::answers::{Answers, u32_at, words};
 
 /// linux/prctl.h
 const PR_GET_DUMPABLE: i32 = 3;
@@ -27,22 +25,22 @@ const PR_GET_MDWE: i32 = 66;
 /// Most words that an auxiliary vector is written with; the kernel keeps fewer.
 pub(super) const MAX_AUXV: usize = 126;
 
-pub(super) fn dump(pid: Pid, remote: &mut dyn Syscalls) -> anyhow::Result<MmEntry> {
+pub(super) fn ask(calls: &mut Vec<Call>) {
     let get = |name: &str, option: i32| Call::new(name, libc::SYS_prctl, [option.into()]);
     let zeros = [Arg::Val(0), Arg::Val(0), Arg::Val(0), Arg::Val(0)];
     let with_zeros = |name: &str, option: i32| {
         Call::new(name, libc::SYS_prctl, std::iter::once(option.into()).chain(zeros.clone())).may_fail()
     };
-    let mut answers = Answers::run(
-        remote,
-        vec![
-            Call::new("brk(0)", libc::SYS_brk, [Arg::Val(0)]),
-            get("prctl(PR_GET_DUMPABLE)", PR_GET_DUMPABLE),
-            with_zeros("prctl(PR_GET_THP_DISABLE)", PR_GET_THP_DISABLE),
-            with_zeros("prctl(PR_GET_MDWE)", PR_GET_MDWE),
-            Call::new("prctl(PR_GET_TSC)", libc::SYS_prctl, [PR_GET_TSC.into(), Arg::Out(4)]).may_fail(),
-        ],
-    )?;
+    calls.extend([
+        Call::new("brk(0)", libc::SYS_brk, [Arg::Val(0)]),
+        get("prctl(PR_GET_DUMPABLE)", PR_GET_DUMPABLE),
+        with_zeros("prctl(PR_GET_THP_DISABLE)", PR_GET_THP_DISABLE),
+        with_zeros("prctl(PR_GET_MDWE)", PR_GET_MDWE),
+        Call::new("prctl(PR_GET_TSC)", libc::SYS_prctl, [PR_GET_TSC.into(), Arg::Out(4)]).may_fail(),
+    ]);
+}
+
+pub(super) fn read(pid: Pid, stat: &Stat, answers: &mut Answers) -> anyhow::Result<MmEntry> {
     let brk = answers.value()?;
     let dumpable = i32::try_from(answers.value()?)?;
     let thp_disabled = answers.result()?.is_ok_and(|v| v != 0);
@@ -54,9 +52,8 @@ pub(super) fn dump(pid: Pid, remote: &mut dyn Syscalls) -> anyhow::Result<MmEntr
         let reason = "reading the time-stamp counter is off (PR_SET_TSC), which has no place in the images";
         return Err(Refused::new(format!("pid {pid}"), reason).into());
     }
-    let stat = stat_of(&format!("/proc/{pid}/stat"))?;
     let path = format!("/proc/{pid}/auxv");
-    let auxv = std::fs::read(&path).context(path)?;
+    let auxv = procfs::read(&path).context(path)?;
     Ok(MmEntry {
         mm_start_code: stat.start_code,
         mm_end_code: stat.end_code,
@@ -135,13 +132,21 @@ pub(super) fn restore_dumpable(mm: &MmEntry) -> Option<Call> {
 #[cfg(test)]
 mod tests {
     use super::{super::selfcalls::Own, *};
+    use ckpt_remote::Syscalls;
     use ckpt_sys::selfcall;
+
+    fn dump_self(pid: Pid) -> MmEntry {
+        let stat = ckpt_proc::stat::parse(&std::fs::read("/proc/self/stat").unwrap()).unwrap();
+        let mut calls = Vec::new();
+        ask(&mut calls);
+        read(pid, &stat, &mut Answers::run(&mut Own, calls).unwrap()).unwrap()
+    }
 
     #[test]
     fn own_address_space_comes_back() {
         let code = selfcall::in_child(|| {
             let pid = Pid(nix::unistd::getpid().as_raw());
-            let mut want = dump(pid, &mut Own).unwrap();
+            let mut want = dump_self(pid);
             assert_eq!((want.dumpable, want.thp_disabled), (Some(1), Some(false)));
             assert!(want.mm_start_code < want.mm_end_code && want.mm_brk >= want.mm_start_brk);
             assert!(want.mm_arg_start < want.mm_arg_end && want.mm_saved_auxv.len().is_multiple_of(2));
@@ -155,7 +160,7 @@ mod tests {
             let text = std::fs::read("/proc/self/auxv").unwrap();
             assert_eq!(parse_auxv(&text), want.mm_saved_auxv);
             Own.run(&restore_dumpable(&want).into_iter().collect::<Vec<_>>()).unwrap();
-            assert_eq!(dump(pid, &mut Own).unwrap(), want);
+            assert_eq!(dump_self(pid), want);
             0
         });
         assert_eq!(code, Some(0));

@@ -26,9 +26,9 @@ mod signals;
 mod tests;
 mod timers;
 
-use anyhow::Context;
+use ckpt_proc::{stat::Stat, status::Status};
 use ckpt_proto::types::{CoreEntry, MmEntry, TaskCoreEntry, ThreadCoreEntry, ThreadInfoX86, core_entry};
-use ckpt_remote::Syscalls;
+use ckpt_remote::{Process, Syscalls};
 use ckpt_sys::{Pid, Tid, ptrace, ptrace::Regs};
 
 use answers::Answers;
@@ -53,6 +53,18 @@ pub struct ThreadInput<'a> {
     pub sigmask: u64,
     /// The signal of the group-stop that it was found in.
     pub stopped_by: Option<i32>,
+    /// `/proc/PID/stat` of its process.
+    pub stat: &'a Stat,
+    /// Its own `status`.
+    pub status: &'a Status,
+    /// [`processors`], read once for all.
+    pub processors: Option<&'a [u8]>,
+}
+
+/// The processors that are there, as a mask: what a task may use unless it was restricted.
+#[must_use]
+pub fn processors() -> Option<Vec<u8>> {
+    sched::online()
 }
 
 /// Refuses processes whose state could not be restored: kernel threads, strict seccomp, foreign tracers, other
@@ -60,53 +72,57 @@ pub struct ThreadInput<'a> {
 ///
 /// # Errors
 /// [`ckpt_sys::Refused`] that names what it is; /proc can't be read.
-pub fn check(pid: Pid) -> anyhow::Result<()> {
-    check::check(pid)
+pub fn check(process: &Process) -> anyhow::Result<()> {
+    check::check(process)
 }
 
-/// The leader's core entry, with everything that belongs to the process. One remote batch.
+/// The leader's core entry, with everything that belongs to the process, and the mm entry without its mappings
+/// (`vmas`, `aios`) and with `exe_file_id` 0, which the caller fills in. One remote batch.
 ///
 /// # Errors
 /// Remote calls, ptrace, /proc; [`ckpt_sys::Refused`] for state that has no place in the images.
-pub fn dump_leader(input: ThreadInput<'_>) -> anyhow::Result<CoreEntry> {
-    let pid = input.pid;
+pub fn dump_leader(input: ThreadInput<'_>) -> anyhow::Result<(CoreEntry, MmEntry)> {
+    let (pid, remote) = (input.pid, &mut *input.remote);
     let posix_timers = timers::list(pid)?;
     let mut calls = Vec::new();
     signals::ask_actions(&mut calls);
     timers::ask(&posix_timers, &mut calls);
     misc::ask_process(&mut calls);
+    mm::ask(&mut calls);
     ask_thread(&mut calls);
-    let mut answers = Answers::run(input.remote, calls)?;
+    let mut answers = Answers::run(remote, calls)?;
     let sigactions = signals::read_actions(&mut answers)?;
     let timers = timers::read(&posix_timers, &mut answers)?;
-    let (child_subreaper, membarrier) = misc::read_process(&mut answers)?;
-    let (thread_info, thread_core) = read_thread(pid, input.tid, &input.regs, &mut answers)?;
+    let process = misc::read_process(&mut answers)?;
+    let mm = mm::read(pid, input.stat, &mut answers)?;
+    let (thread_info, thread_core) = read_thread(&input, &mut answers)?;
     let tc = TaskCoreEntry {
         task_state: if input.stopped_by.is_some() { STOPPED } else { ALIVE },
         exit_code: 0,
-        personality: misc::personality(pid)?,
-        flags: sched::stat_of(&format!("/proc/{pid}/stat"))?.flags,
+        personality: process.personality,
+        flags: input.stat.flags,
         blk_sigset: input.sigmask,
-        comm: misc::comm(pid, input.tid)?,
+        comm: input.status.name.clone(),
         timers: Some(timers),
         rlimits: Some(limits::dump(pid)?),
         signals_s: Some(signals::dump_queue(input.tid, true)?),
         loginuid: misc::number_if_any(&format!("/proc/{pid}/loginuid"))?,
         oom_score_adj: misc::number_if_any(&format!("/proc/{pid}/oom_score_adj"))?,
         sigactions,
-        child_subreaper: Some(child_subreaper),
+        child_subreaper: Some(process.subreaper),
         stop_signo: input.stopped_by.map(i32::cast_unsigned),
-        membarrier_registration_mask: membarrier,
+        membarrier_registration_mask: process.membarrier,
         ckpt_coredump_filter: misc::coredump_filter(pid)?,
         ..Default::default()
     };
-    Ok(CoreEntry {
+    let core = CoreEntry {
         mtype: core_entry::March::X8664.into(),
         thread_info: Some(thread_info),
         tc: Some(tc),
         ids: None,
         thread_core: Some(thread_core),
-    })
+    };
+    Ok((core, mm))
 }
 
 /// The core entry of a thread that is not the leader. One remote batch.
@@ -116,8 +132,8 @@ pub fn dump_leader(input: ThreadInput<'_>) -> anyhow::Result<CoreEntry> {
 pub fn dump_thread(input: ThreadInput<'_>) -> anyhow::Result<CoreEntry> {
     let mut calls = Vec::new();
     ask_thread(&mut calls);
-    let mut answers = Answers::run(input.remote, calls)?;
-    let (thread_info, mut thread_core) = read_thread(input.pid, input.tid, &input.regs, &mut answers)?;
+    let mut answers = Answers::run(&mut *input.remote, calls)?;
+    let (thread_info, mut thread_core) = read_thread(&input, &mut answers)?;
     thread_core.blk_sigset = Some(input.sigmask);
     Ok(CoreEntry {
         mtype: core_entry::March::X8664.into(),
@@ -136,13 +152,10 @@ fn ask_thread(calls: &mut Vec<ckpt_remote::Call>) {
 }
 
 fn read_thread(
-    pid: Pid,
-    tid: Tid,
-    regs: &Regs,
+    input: &ThreadInput<'_>,
     answers: &mut Answers,
 ) -> anyhow::Result<(ThreadInfoX86, ThreadCoreEntry)> {
-    let status = check::status_of(pid, tid)?.with_context(|| format!("tid {tid} is gone"))?;
-    check::thread(&status, &format!("pid {pid}"), tid)?;
+    let tid = input.tid;
     let (tid_address, pdeath_sig) = misc::read_thread(tid, answers)?;
     let (robust_list, robust_len) = ptrace::robust_list(tid)?;
     let mut core = ThreadCoreEntry {
@@ -151,36 +164,24 @@ fn read_thread(
         sas: Some(signals::read_altstack(answers)?),
         pdeath_sig,
         signals_p: Some(signals::dump_queue(tid, false)?),
-        creds: Some(creds::read(&status, answers)?),
-        comm: Some(misc::comm(pid, tid)?),
+        creds: Some(creds::read(input.status, answers)?),
+        comm: Some(input.status.name.clone()),
         rseq_entry: misc::rseq(tid)?,
         ..Default::default()
     };
-    sched::read(tid, &sched::stat_of(&format!("/proc/{pid}/task/{tid}/stat"))?, answers, &mut core)?;
-    Ok((regs::dump(tid, regs, tid_address)?, core))
+    sched::read(tid, input.processors, answers, &mut core)?;
+    Ok((regs::dump(tid, &input.regs, tid_address)?, core))
 }
 
 /// The core entry of a process that has ended and not been waited for.
-///
-/// # Errors
-/// /proc can't be read.
-pub fn dump_zombie(pid: Pid) -> anyhow::Result<CoreEntry> {
-    let stat = sched::stat_of(&format!("/proc/{pid}/stat"))?;
+#[must_use]
+pub fn dump_zombie(stat: &Stat) -> CoreEntry {
     let tc = TaskCoreEntry {
         task_state: DEAD,
         exit_code: stat.exit_code.cast_unsigned(),
         flags: stat.flags,
-        comm: stat.comm,
+        comm: stat.comm.clone(),
         ..Default::default()
     };
-    Ok(CoreEntry { mtype: core_entry::March::X8664.into(), tc: Some(tc), ..Default::default() })
-}
-
-/// An mm entry without its mappings (`vmas`, `aios`) and with `exe_file_id` 0, which the caller fills in.
-/// One remote batch in any thread of the process.
-///
-/// # Errors
-/// Remote calls, /proc; [`ckpt_sys::Refused`] for settings that have no place in the images.
-pub fn dump_mm_fields(pid: Pid, remote: &mut dyn Syscalls) -> anyhow::Result<MmEntry> {
-    mm::dump(pid, remote)
+    CoreEntry { mtype: core_entry::March::X8664.into(), tc: Some(tc), ..Default::default() }
 }

@@ -3,8 +3,7 @@
 //! The images of CRIU have fields for the first three; the others are fields of our own, and written
 //! only where they differ from what a task has by default.
 
-use anyhow::Context;
-use ckpt_proc::stat::{self, Stat};
+use ckpt_proc::stat;
 use ckpt_proto::types::ThreadCoreEntry;
 use ckpt_remote::{Arg, Call};
 use ckpt_sys::{
@@ -44,7 +43,7 @@ fn is_real_time(policy: u32) -> bool {
 
 pub(super) fn read(
     tid: Tid,
-    stat: &Stat,
+    processors: Option<&[u8]>,
     answers: &mut Answers,
     entry: &mut ThreadCoreEntry,
 ) -> anyhow::Result<()> {
@@ -52,21 +51,21 @@ pub(super) fn read(
     if policy & !SCHED_RESET_ON_FORK == SCHED_DEADLINE {
         return Err(Refused::new(format!("tid {tid}"), "deadline scheduling can't be checkpointed").into());
     }
-    entry.sched_nice = Some(stat.nice);
+    entry.sched_nice = Some(sched::nice(tid)?);
     entry.sched_policy = Some(policy);
-    entry.sched_prio = is_real_time(policy).then_some(stat.rt_priority);
+    entry.sched_prio = if is_real_time(policy) { Some(sched::rt_priority(tid)?) } else { None };
     let slack = answers.value()?;
     entry.ckpt_timerslack_ns = (slack != DEFAULT_SLACK).then_some(slack);
     // Class 0: none was asked for, the nice value decides. Kernels without block devices have no such call.
     let ioprio = answers.result()?.ok().and_then(|v| u32::try_from(v).ok());
     entry.ckpt_ioprio = ioprio.filter(|v| v >> IOPRIO_CLASS_SHIFT != 0);
     let mask = sched::affinity(tid)?;
-    entry.ckpt_cpu_mask = (Some(&mask) != online().as_ref()).then_some(mask);
+    entry.ckpt_cpu_mask = (Some(&mask[..]) != processors).then_some(mask);
     Ok(())
 }
 
-/// Processors that are there: what a task may use unless it was restricted.
-fn online() -> Option<Vec<u8>> {
+/// Processors that are there.
+pub(super) fn online() -> Option<Vec<u8>> {
     let text = std::fs::read_to_string("/sys/devices/system/cpu/online").ok()?;
     cpu_list(&text)
 }
@@ -155,12 +154,6 @@ pub(super) fn restore(entry: &ThreadCoreEntry) -> Vec<Call> {
     calls
 }
 
-/// A thread's stat line.
-pub(super) fn stat_of(path: &str) -> anyhow::Result<Stat> {
-    let text = std::fs::read(path).with_context(|| path.to_owned())?;
-    stat::parse(&text).with_context(|| path.to_owned())
-}
-
 #[cfg(test)]
 mod tests {
     use super::{super::selfcalls::Own, *};
@@ -172,13 +165,7 @@ mod tests {
         ask(&mut calls);
         let mut answers = Answers::run(&mut Own, calls).unwrap();
         let mut entry = ThreadCoreEntry::default();
-        read(
-            Tid(nix::unistd::gettid().as_raw()),
-            &stat_of("/proc/thread-self/stat").unwrap(),
-            &mut answers,
-            &mut entry,
-        )
-        .unwrap();
+        read(Tid(nix::unistd::gettid().as_raw()), online().as_deref(), &mut answers, &mut entry).unwrap();
         entry
     }
 

@@ -21,7 +21,7 @@ use ckpt_proto::{
     Image,
     types::{CoreEntry, SeccompEntry, SeccompFilter, SeccompMode},
 };
-use ckpt_remote::{Arg, Call};
+use ckpt_remote::{Arg, Call, Thread};
 use ckpt_sys::{
     Pid, Refused, RemoteAddr, Tid,
     capability::{self, number::SYS_ADMIN},
@@ -54,11 +54,11 @@ impl Filters {
     ///
     /// # Errors
     /// [`Refused`] without CAP_SYS_ADMIN, or from under a filter of one's own.
-    pub fn read(threads: impl IntoIterator<Item = (Pid, Tid)>) -> anyhow::Result<Self> {
+    pub fn read<'a>(threads: impl IntoIterator<Item = (Pid, &'a Thread)>) -> anyhow::Result<Self> {
         let mut filters = Self::default();
-        for (pid, tid) in threads {
-            let Some(status) = super::check::status_of(pid, tid)? else { continue };
-            if status.seccomp != SeccompMode::Filter as u32 {
+        for (pid, thread) in threads {
+            let tid = thread.tid;
+            if thread.status.seccomp != SeccompMode::Filter as u32 {
                 continue;
             }
             let mut prev = None;

@@ -13,7 +13,7 @@ use nix::{
     unistd::{pause, pipe, read, write},
 };
 
-use super::{ThreadInput, check, dump_leader, dump_zombie, restore};
+use super::{ThreadInput, check, dump_leader, dump_zombie, processors, restore};
 
 /// The core entry of a child that did `setup`.
 fn dumped(setup: impl FnOnce()) -> CoreEntry {
@@ -38,10 +38,11 @@ fn dumped(setup: impl FnOnce()) -> CoreEntry {
 
 fn dump(pid: Pid) -> CoreEntry {
     let mut frozen = Frozen::freeze(pid, Duration::from_secs(5)).unwrap();
-    check(pid).unwrap();
     let process = frozen.processes[0].clone();
+    check(&process).unwrap();
     let thread = &process.threads[0];
     let mut borrowed = frozen.borrow(pid, thread.tid).unwrap();
+    let processors = processors();
     let input = ThreadInput {
         pid,
         tid: thread.tid,
@@ -49,8 +50,11 @@ fn dump(pid: Pid) -> CoreEntry {
         regs: thread.regs,
         sigmask: thread.sigmask,
         stopped_by: process.stopped_by,
+        stat: &process.stat,
+        status: &thread.status,
+        processors: processors.as_deref(),
     };
-    let core = dump_leader(input).unwrap();
+    let (core, _) = dump_leader(input).unwrap();
     borrowed.finish().unwrap();
     frozen.release(Release::Run);
     core
@@ -107,9 +111,10 @@ fn stopped_process_is_stored_as_stopped() {
 fn zombie_keeps_its_exit_code() {
     let pid = selfcall::spawn(|| 7);
     waitid(Id::Pid(pid.nix()), WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT).unwrap();
-    let core = dump_zombie(pid);
+    let stat = std::fs::read(format!("/proc/{pid}/stat")).unwrap();
+    let core = dump_zombie(&ckpt_proc::stat::parse(&stat).unwrap());
     waitpid(pid.nix(), None).unwrap();
-    let tc = core.unwrap().tc.unwrap();
+    let tc = core.tc.unwrap();
     assert_eq!((tc.task_state, tc.exit_code), (2, 7 << 8));
 }
 

@@ -14,7 +14,7 @@ use anyhow::Context;
 use ckpt_proc::timers::{self, Notify};
 use ckpt_proto::types::{ItimerEntry, PosixTimerEntry, TaskTimersEntry};
 use ckpt_remote::{Arg, Call};
-use ckpt_sys::{Pid, Refused, prctl};
+use ckpt_sys::{Pid, Refused, prctl, procfs};
 
 use super::answers::{Answers, u64_at, words};
 
@@ -35,7 +35,7 @@ fn about_to_tick(it: ItimerEntry) -> ItimerEntry {
 /// The process's POSIX timers; none on kernels without the file.
 pub(super) fn list(pid: Pid) -> anyhow::Result<Vec<timers::Timer>> {
     let path = format!("/proc/{pid}/timers");
-    match std::fs::read(&path) {
+    match procfs::read(&path) {
         Ok(text) => timers::parse(&text).with_context(|| path),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound && std::fs::exists(format!("/proc/{pid}"))? => {
             Err(Refused::new(path, "is missing, so timers can't be known")
