@@ -136,7 +136,7 @@ pub fn run(args: &Args, output: File) -> anyhow::Result<()> {
         Some(codec) => recode::behind(output, Recode::Pack(codec))?,
         None => (output, Behind::default()),
     };
-    let output = Output::new(output);
+    let output = lending(output, &holder);
     let processors = task::processors();
     let mut early = match (args.snapshot, tracking.on()) {
         // Twins do not tell which mappings are tracked.
