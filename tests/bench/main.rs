@@ -15,6 +15,7 @@ mod pages;
 mod redis;
 mod rewrite;
 mod scaling;
+mod series;
 mod sharing;
 mod snapshot;
 mod sockets;
@@ -39,6 +40,7 @@ const BENCHES: &[Bench] = &[
     Bench { name: "scaling", size: ("MiB", 8192), run: scaling::run },
     Bench { name: "sparse", size: ("rounds", 5), run: sparse::run },
     Bench { name: "sharing", size: ("MiB", 500), run: sharing::run },
+    Bench { name: "series", size: ("checkpoints", 300), run: series::run },
     Bench { name: "redis", size: ("MiB", 1024), run: redis::run },
 ];
 

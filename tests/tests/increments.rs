@@ -13,7 +13,7 @@ use ckpt_proto::{
     Image,
     types::{MmEntry, PstreeEntry},
 };
-use ckpt_tests::{Outcome, Pipeline, Target, process, soon, tool};
+use ckpt_tests::{Outcome, Pipeline, Random, Target, process, soon, tool};
 use nix::sys::signal::Signal;
 
 use crate::sockets::{accept, conversation, waiting};
@@ -51,17 +51,42 @@ impl Drop for Tracker {
     }
 }
 
+/// How a tracked checkpoint is made: who stores memory, and from where.
+#[derive(Debug, Clone, Copy)]
+pub struct How {
+    /// ckpt-mem, as a stage of its own.
+    pub stage: bool,
+    pub snapshot: bool,
+}
+
 /// A tracked checkpoint NAME, an increment of PARENT if that is given.
 pub fn dump(target: &Target, address: &str, name: &str, parent: Option<&str>) -> Outcome {
+    dump_so(target, address, name, parent, How { stage: false, snapshot: false })
+}
+
+pub fn dump_so(target: &Target, address: &str, name: &str, parent: Option<&str>, how: How) -> Outcome {
     let pid = target.pid.to_string();
-    let mut scan = vec!["ckpt-scan".into(), "-t".into(), pid.into(), "--track".into(), address.into()];
+    let mut scan = vec!["ckpt-scan".into(), "-t".into(), pid.into()];
+    let mut mem = vec!["ckpt-mem".into()];
     let mut write = vec!["ckpt-write".into(), target.path(name).into_os_string()];
+    let memory = if how.stage { &mut mem } else { &mut scan };
+    memory.extend(["--track".into(), address.into()]);
     if let Some(parent) = parent {
-        for words in [&mut scan, &mut write] {
+        for words in [&mut *memory, &mut write] {
             words.extend(["--parent".into(), target.path(parent).into_os_string()]);
         }
     }
-    Pipeline::new(target.dir.path()).stage(scan).stage(["ckpt-sk"]).stage(write).run()
+    if how.snapshot {
+        memory.push("--snapshot".into());
+    }
+    let pipeline = Pipeline::new(target.dir.path());
+    let pipeline = if how.stage {
+        scan.push("--no-mem".into());
+        pipeline.stage(scan).stage(mem)
+    } else {
+        pipeline.stage(scan)
+    };
+    pipeline.stage(["ckpt-sk"]).stage(write).run()
 }
 
 pub fn dump_ok(target: &Target, address: &str, name: &str, parent: Option<&str>) {
@@ -142,9 +167,49 @@ pub fn same_as_live(dir: &Path) -> (u64, u64) {
             }
         }
     }
+    shared_same_as_live(&set, &tasks);
     let (own, all) = sizes(dir);
     assert!(pages <= all);
     (own, all)
+}
+
+/// The same for shared anonymous memory, of which each process of these has one mapping: segments by what is in them.
+fn shared_same_as_live(set: &ImageSet, tasks: &[PstreeEntry]) {
+    let stored: Vec<Vec<u8>> = set
+        .args(Image::ShmemPagemap)
+        .into_iter()
+        .map(|arg| {
+            let mut bytes = Vec::new();
+            for run in set.page_runs(Image::ShmemPagemap, arg).expect("resolve the pages") {
+                let place = set.pages_in(run.file).expect("a pages file");
+                let file = File::from(place.file.try_clone_to_owned().expect("clone"));
+                let (at, len) = (usize::try_from(run.addr).unwrap(), usize::try_from(run.len).unwrap());
+                bytes.resize(bytes.len().max(at + len), 0);
+                file.read_exact_at(&mut bytes[at..at + len], place.offset + run.offset).expect("read");
+            }
+            bytes
+        })
+        .collect();
+    for task in tasks {
+        let pid = i32::try_from(task.pid).expect("a pid");
+        let maps = process::text(pid, "maps");
+        let Some(line) = maps.lines().find(|l| l.ends_with("/dev/zero (deleted)")) else { continue };
+        let ends = line.split([' ', '-']).take(2).map(|n| u64::from_str_radix(n, 16).expect("an address"));
+        let [start, end] = ends.collect::<Vec<_>>()[..] else { panic!("{line}") };
+        let mut live = vec![0; usize::try_from(end - start).unwrap()];
+        let memory = File::open(format!("/proc/{pid}/mem")).expect("open the memory");
+        memory.read_exact_at(&mut live, start).expect("read shared memory");
+        let end = live.iter().rposition(|&b| b != 0).map_or(0, |last| last + 1);
+        let same = |bytes: &Vec<u8>| {
+            bytes.iter().rposition(|&b| b != 0).map_or(0, |last| last + 1) == end
+                && bytes[..end] == live[..end]
+        };
+        assert!(
+            stored.iter().any(same),
+            "pid {pid}: its shared memory is not among {} segments",
+            stored.len()
+        );
+    }
 }
 
 /// Thousands of operations on memory between checkpoints, each of which is compared page by page.
@@ -163,7 +228,11 @@ fn no_write_is_ever_missed() {
         pids.iter().for_each(|&pid| stop(pid));
         let name = round.to_string();
         let parent = (round - 1).to_string();
-        dump_ok(&target, &tracker.address, &name, (round > 1).then_some(&parent));
+        // Whoever stores memory, from wherever: it is the same chain.
+        let how = How { stage: round % 4 < 2, snapshot: round % 2 == 1 };
+        let parent = (round > 1).then_some(parent.as_str());
+        let outcome = dump_so(&target, &tracker.address, &name, parent, how).ok("dump");
+        assert!(!outcome.said.contains("warning"), "{how:?}: {outcome}");
         let (own, all) = same_as_live(&target.path(&name));
         if round > 1 {
             stored += own;
@@ -180,6 +249,41 @@ fn no_write_is_ever_missed() {
     target.end();
     target.restore_ok(&last);
     target.end();
+}
+
+/// Killed at any instant of its beginning, a tracker leaves nothing behind, and the next checkpoint knows that it is full.
+#[test]
+fn killed_tracker_leaves_the_target_and_no_doubt() {
+    let target = Target::start("attacked");
+    let before = target.at_rest();
+    let mut random = Random::new("killed_tracker");
+    let address = format!("ckpt-test-killed-{}", target.pid);
+    for round in 0..40 {
+        let mut child = Command::new(tool("ckpt-track"))
+            .args(["-t", &target.pid.to_string(), "--address", &address])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .spawn()
+            .expect("start ckpt-track");
+        std::thread::sleep(std::time::Duration::from_micros(random.below(60_000)));
+        let _ = child.kill();
+        let _ = child.wait();
+        target.unchanged(&before);
+        for pid in process::tree(target.pid) {
+            assert!(process::text(pid, "status").contains("TracerPid:\t0"), "round {round}: still traced");
+            let smaps = process::text(pid, "smaps");
+            assert!(!smaps.lines().any(|l| l.starts_with("VmFlags") && l.contains(" uw")), "round {round}");
+        }
+        if round % 10 == 0 {
+            let name = round.to_string();
+            let outcome = dump(&target, &address, &name, None).ok("dump");
+            assert!(outcome.said.contains("full and not tracked"), "{outcome}");
+            let (own, all) = sizes(&target.path(&name));
+            assert_eq!(own, all);
+            target.unchanged(&before);
+        }
+    }
+    target.passes("the target");
 }
 
 #[test]
@@ -287,8 +391,13 @@ fn what_can_not_be_an_increment_is_full_and_says_so() {
     }
     // Without tracking it says what to do.
     let _ = target.dump("6").fails("ckpt-scan", 3, &["userfaultfd", "--track"]);
+    let line = format!("ckpt-scan --no-mem -t {pid} | ckpt-mem | ckpt-sk");
+    let stage = Pipeline::new(target.dir.path()).line(&line).stage(["ckpt-write".into(), target.path("6")]);
+    let _ = stage.run().fails("ckpt-mem", 3, &["userfaultfd", "ckpt-mem --track"]);
     tracker.end();
     full(dump(&target, &tracker.address, "7", Some("3")), "no tracker", "7");
+    let stage = How { stage: true, snapshot: false };
+    full(dump_so(&target, &tracker.address, "8", Some("7"), stage), "no tracker", "8");
     target.passes("the target");
     let uw =
         process::text(target.pid, "smaps").lines().any(|l| l.starts_with("VmFlags") && l.contains(" uw"));

@@ -62,9 +62,10 @@ fn duration_of_a_dump(target: &Target) -> Duration {
 
 /// Kills `stage` at random instants of a dump. With ckpt-mem as a stage of its own if that is the one.
 fn killed_at_random(test: &str, stage: &str) {
-    let dump = |target: &Target, out: &Path| {
+    let dump = |target: &Target, out: &Path, instant: u64| {
         if stage == "ckpt-mem" {
-            let line = format!("ckpt-scan --no-mem -t {} | ckpt-mem | ckpt-sk", target.pid);
+            let how = if instant % 2 == 0 { "" } else { "--snapshot" };
+            let line = format!("ckpt-scan --no-mem -t {} | ckpt-mem {how} | ckpt-sk", target.pid);
             Pipeline::new(target.dir.path()).line(&line).stage(["ckpt-write".into(), out.to_owned()])
         } else {
             pipeline(target, &[], out)
@@ -80,7 +81,7 @@ fn killed_at_random(test: &str, stage: &str) {
     for instant in 0..INSTANTS {
         let out = parent.join("img");
         let delay = Duration::from_nanos(random.below(u64::try_from(span.as_nanos()).expect("a short time")));
-        let mut running: Running = dump(&target, &out).start();
+        let mut running: Running = dump(&target, &out, instant).start();
         let end = Instant::now() + delay;
         while Instant::now() < end {
             std::hint::spin_loop();

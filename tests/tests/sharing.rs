@@ -34,15 +34,21 @@ fn forked_workers_share_again_and_are_stored_once() {
     let (memory, mib) = (pss(target.pid), 64 << 20);
     dump(&target, &["--share"], "once");
     dump(&target, &["--share", "--snapshot"], "once-snapshot");
+    let line = format!("ckpt-scan --no-mem -t {} | ckpt-mem --share --snapshot | ckpt-sk", target.pid);
+    let stage =
+        Pipeline::new(target.dir.path()).line(&line).stage(["ckpt-write".into(), target.path("once-stage")]);
+    let outcome = stage.run().ok("dump with ckpt-mem");
+    assert!(!outcome.said.contains("no snapshot"), "{outcome}");
     dump(&target, &[], "each");
     target.unchanged(&before);
     let after = pss(target.pid);
     assert!(after <= memory * 21 / 20, "the dumps took pages apart: {after} KiB, it was {memory}");
     assert!(size(&target.path("once")) < mib + mib / 5, "{} bytes", size(&target.path("once")));
     assert!(size(&target.path("once-snapshot")) < mib + mib / 5);
+    assert!(size(&target.path("once-stage")) < mib + mib / 5);
     assert!(size(&target.path("each")) > mib * 20);
     end(&target, &pids);
-    for name in ["once", "once-snapshot", "each"] {
+    for name in ["once", "once-snapshot", "once-stage", "each"] {
         target.restore_ok(name);
         let after = pss(target.pid);
         assert!(after <= memory * 11 / 10, "{name}: {after} KiB, it was {memory}");

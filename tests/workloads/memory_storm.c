@@ -12,8 +12,9 @@ struct region { char *at; size_t pages; int prot; };
 static struct region regions[REGIONS];
 static uint64_t seed;
 static int file, zero, depth;
-static char *page_of_noise, *calm;
+static char *page_of_noise, *calm, *common;
 #define CALM 1500
+#define COMMON 64
 
 static uint64_t rnd(void)
 {
@@ -157,6 +158,8 @@ int main(int argc, char **argv)
 	calm = map(CALM * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE);
 	fill(calm, CALM * PAGE, seed);
 	if (!depth) for (int i = 0; i < 24; i++) { memset(page_of_noise, i + 1, PAGE); NEED(pwrite(file, page_of_noise, PAGE, i * PAGE) == PAGE); }
+	/* Shared by the tree, but for who calls exec. It is written, and given back, by all of them. */
+	common = map(COMMON * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED);
 	if (!depth) ready();
 	for (int round = 1;; round++) {
 		sigset_t set;
@@ -166,6 +169,8 @@ int main(int argc, char **argv)
 		while (sigwaitinfo(&set, &info) < 0) ;
 		for (int i = 0; i < ROUND; i++) operate();
 		for (int i = 0; i < 20; i++) touch(calm + rnd() % CALM * PAGE);
+		for (int i = 0; i < 10; i++) touch(common + rnd() % COMMON * PAGE);
+		madvise(common + rnd() % COMMON * PAGE, PAGE, rnd() % 2 ? MADV_REMOVE : MADV_DONTNEED);
 		if (depth) { kill(getppid(), SIGUSR2); continue; }
 		/* Children live for some rounds, each doing the same: born by fork, some call exec. */
 		int slot = rnd() % 4;

@@ -161,6 +161,9 @@ pub fn run(args: &Args, output: File) -> anyhow::Result<()> {
     let hello = hello(args, &holder, plain_file, &needs);
     let mut writer = Writer::open(output, hello).context("write the stream")?;
     let holder = (!plain_file).then_some(&holder);
+    if let (Some(holder), true) = (holder, args.no_mem) {
+        holder.answer_requests();
+    }
     let memory =
         match dump(args, &mut held, survey, processors.as_deref(), &mut early, &mut tracking, &mut writer) {
             Ok(memory) => memory,
@@ -176,7 +179,8 @@ pub fn run(args: &Args, output: File) -> anyhow::Result<()> {
         memory.copy_shared(&mut writer)
     } else {
         let patience = if needs.is_empty() { Duration::ZERO } else { STAGES_COME };
-        let run_on = || let_run(args, &mut held, holder, &needs, patience);
+        let mut clerk = Clerk { memory: &memory, twins: None };
+        let run_on = || let_run(args, &mut clerk, &mut held, holder, &needs, patience);
         memory.copy(&tracking, !needs.is_empty(), &mut writer, run_on)
     };
     if let Err(error) = copied {
@@ -193,7 +197,7 @@ pub fn run(args: &Args, output: File) -> anyhow::Result<()> {
     if let Err(error) = behind.finish() {
         return give_up(held, None, error.into()).map_err(|e| blame(e, holder));
     }
-    settle(args, held, holder, &needs, tracking)?;
+    settle(args, held, holder, &needs, tracking, &memory)?;
     args.stats.write()
 }
 
@@ -391,12 +395,16 @@ fn settle(
     holder: Option<&Holder>,
     needs: &[&str],
     tracking: Tracking,
+    memory: &Memory,
 ) -> anyhow::Result<()> {
     let patience = Duration::from_secs(args.attach_timeout);
     let mut held = held;
-    let_run(args, &mut held, holder, needs, patience)?;
-    let outcome =
-        holder.map_or(Outcome::Released, |holder| holder.wait(needs, args.kill || tracking.on(), patience));
+    let mut clerk = Clerk { memory, twins: None };
+    let_run(args, &mut clerk, &mut held, holder, needs, patience)?;
+    let outcome = holder.map_or(Outcome::Released, |holder| {
+        let commit = args.kill || tracking.on();
+        answering(&mut clerk, &mut held, || holder.wait(needs, commit, patience))
+    });
     let release = match (&outcome, args.kill, args.leave_stopped) {
         (Outcome::Committed, true, _) => Release::Kill,
         (Outcome::Committed | Outcome::Released, false, true) => Release::Stop,
@@ -407,7 +415,8 @@ fn settle(
         Outcome::Released if args.kill => {
             bail!("pid {}: not killed: no writer has said that the images are durable", args.tree)
         }
-        Outcome::NobodyCame { missing } if tracking.on() && !args.kill && missing == ["write"] => {
+        // It was only to say what the next checkpoint can be.
+        Outcome::NobodyCame { missing } if !args.kill && missing == ["write"] => {
             tracking.end(false);
             Ok(())
         }
@@ -429,6 +438,7 @@ fn settle(
 /// if they have not come.
 fn let_run(
     args: &Args,
+    clerk: &mut Clerk<'_>,
     held: &mut Option<Held>,
     holder: Option<&Holder>,
     needs: &[&str],
@@ -437,7 +447,8 @@ fn let_run(
     if args.kill || args.leave_stopped || held.is_none() {
         return Ok(());
     }
-    if holder.is_none_or(|holder| holder.passed(needs, patience) == Outcome::Released)
+    if holder
+        .is_none_or(|holder| answering(clerk, held, || holder.passed(needs, patience)) == Outcome::Released)
         && let Some(held) = held.take()
     {
         held.free(Release::Run)?;
@@ -445,11 +456,70 @@ fn let_run(
     Ok(())
 }
 
+/// Waits, and answers what is asked meanwhile.
+fn answering(clerk: &mut Clerk<'_>, held: &mut Option<Held>, wait: impl Fn() -> Outcome) -> Outcome {
+    loop {
+        match wait() {
+            Outcome::Asked(request) => request.answer(clerk.answer(&request.text, held.as_mut())),
+            outcome => return outcome,
+        }
+    }
+}
+
+/// Does for ckpt-mem what only the tracer can do.
+struct Clerk<'a> {
+    memory: &'a Memory,
+    /// When they have been asked for.
+    twins: Option<HashMap<Pid, Result<Twin, String>>>,
+}
+
+impl Clerk<'_> {
+    fn answer(
+        &mut self,
+        request: &str,
+        held: Option<&mut Held>,
+    ) -> Result<(String, Option<OwnedFd>), String> {
+        let unknown = || format!("{request:?}: there is no such process");
+        let (word, pid) = request.split_once(' ').unwrap_or((request, ""));
+        let pid = pid.parse().map(Pid).map_err(|_| unknown())?;
+        let private = self.memory.private.iter().find(|p| p.pid == pid).ok_or_else(unknown)?;
+        let text = |text: &str| Ok((text.to_owned(), None));
+        match (word, held) {
+            ("TRACKED", _) => text(if private.watched.is_empty() { "no" } else { "yes" }),
+            ("FORGET", _) => {
+                drop(self.twins.as_mut().and_then(|twins| twins.remove(&pid)));
+                text("")
+            }
+            (_, None) => Err("the tree is frozen no more".to_owned()),
+            ("ARM", Some(held)) => {
+                let process = held.frozen.processes.iter().find(|p| p.pid == pid).cloned();
+                let uffd = arm(&mut held.frozen, &process.ok_or_else(unknown)?);
+                Ok((String::new(), Some(uffd.map_err(|e| ckpt_cli::describe(&e.into()))?)))
+            }
+            (_, Some(held)) => {
+                let twins = match &mut self.twins {
+                    Some(twins) => twins,
+                    none => {
+                        let twins = snapshot::take(&mut held.frozen, self.memory);
+                        none.insert(twins.map_err(|e| ckpt_cli::describe(&e))?)
+                    }
+                };
+                match twins.get(&pid) {
+                    Some(Ok(twin)) => text(&twin.pid().to_string()),
+                    Some(Err(why)) => Err(why.clone()),
+                    None => Err(unknown()),
+                }
+            }
+        }
+    }
+}
+
 /// Did the stages behind do their part?
 fn succeeded(tree: Pid, outcome: Outcome) -> anyhow::Result<()> {
     match outcome {
         Outcome::Committed | Outcome::Released => Ok(()),
         Outcome::Failed { stage, reason } => Err(failed_behind(&stage, &reason)),
+        Outcome::Asked(request) => bail!("a stage has asked for {:?}, and nobody has answered", request.text),
         Outcome::Unread => {
             bail!("pid {tree}: the stage behind has ended before it had read the stream")
         }
@@ -504,7 +574,8 @@ fn dump(
         }
         tracking.watch(process.pid, || Ok(arm(frozen, process)?));
         let mut watched = Vec::new();
-        let ours = tracking.of(process.pid, &[]).is_some().then_some(&mut watched);
+        // With --no-mem it is ckpt-mem that knows whether they are ours.
+        let ours = (args.no_mem || tracking.of(process.pid, &[]).is_some()).then_some(&mut watched);
         let vmas = process::dump(
             frozen,
             process,

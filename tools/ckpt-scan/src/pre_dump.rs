@@ -30,7 +30,7 @@ use ckpt_kinds::{
     },
     sink::emit,
 };
-use ckpt_pages::Tracking;
+use ckpt_pages::{Memory, Tracking};
 use ckpt_proto::{Image, stream::Writer, types::InventoryEntry};
 use ckpt_remote::{Frozen, Release};
 use ckpt_sys::transfer::Output;
@@ -69,7 +69,7 @@ pub fn run(args: &Args, output: File, plain_file: bool) -> anyhow::Result<()> {
     if let Err(error) = behind.finish() {
         return give_up(None, None, error.into()).map_err(|e| blame(e, holder));
     }
-    settle(args, None, holder, &[], tracking)?;
+    settle(args, None, holder, &[], tracking, &Memory::default())?;
     args.stats.write()
 }
 

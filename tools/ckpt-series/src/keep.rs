@@ -5,35 +5,32 @@
 //! into a full checkpoint of the same name and id.
 //!
 //! ```text
-//! 1 <- 2 <- 3 <- 4 <- 5 <- 6          keep 3
-//! 1 <- 2 <- 3 <- 4 <- 5 <- 6   and .fold-000004, full, durable
-//!                4 <- 5 <- 6          after they have changed places (RENAME_EXCHANGE): 4 is full
+//! 1 <- 2 <- 3 <- 4 <- 5 <- 6                 keep 3
+//! 1 <- 2 <- 3 <- 4 <- 5 <- 6   and .000004.ckpt-partial-*, full, durable
+//!                4 <- 5 <- 6                 after they have changed places (RENAME_EXCHANGE): 4 is full
 //! ```
 //!
 //! At each instant every directory is restorable: before and after the exchange, the name 000004 has the
 //! same contents, and the others are removed, newest first, only when that is durable. What a killed
-//! process leaves has names that begin with a dot, and is removed by the next.
+//! process leaves has names that begin with a dot, and is removed by the next. So does a power cut, after which
+//! only what was synced need be there: what was printed was, and nothing else has a number.
 
 use std::{
     collections::BTreeSet,
     fs::{self, File},
     path::{Path, PathBuf},
-    thread,
 };
 
 use anyhow::Context;
-use ckpt_images::ImageSet;
-use clap::Parser;
-use nix::{
-    fcntl::{AT_FDCWD, Flock, FlockArg, OFlag, RenameFlags, renameat2},
-    unistd::pipe2,
-};
+use ckpt_images::{DirWriter, ImageSet};
+use nix::fcntl::{Flock, FlockArg};
 
-/// Beginnings of names that are removed on sight: of full copies in the making (also while ckpt-write stages
-/// them), and of directories that are being removed.
-const FOLD: &str = ".fold-";
+/// Beginning of the names of directories that are being removed.
 const GONE: &str = ".gone-";
-const STAGED: &str = "..fold-";
+
+fn is_number(name: &str) -> bool {
+    name.len() >= 6 && name.bytes().all(|b| b.is_ascii_digit())
+}
 
 /// Numbered directories.
 #[derive(Debug)]
@@ -61,9 +58,12 @@ impl Series {
             let entry = entry.with_context(what)?;
             let name = entry.file_name();
             let Some(name) = name.to_str() else { continue };
-            if [FOLD, GONE, STAGED].iter().any(|prefix| name.starts_with(prefix)) {
+            let hidden = name.strip_prefix('.').and_then(|name| name.split_once('.'));
+            if name.starts_with(GONE) {
                 fs::remove_dir_all(entry.path()).with_context(what)?;
-            } else if name.len() >= 6 && name.bytes().all(|b| b.is_ascii_digit()) {
+            } else if let Some((number, _)) = hidden.filter(|(number, _)| is_number(number)) {
+                DirWriter::remove_abandoned(&dir.join(number));
+            } else if is_number(name) {
                 numbers.extend(name.parse::<u64>().ok());
             }
         }
@@ -119,45 +119,25 @@ impl Series {
     /// Makes a checkpoint full, if it is an increment.
     fn fold(&self, number: u64) -> anyhow::Result<()> {
         let path = self.path(number);
-        if !ImageSet::from_dir(&path).with_context(|| path.display().to_string())?.has_parent() {
+        let what = || format!("{}: fold", path.display());
+        let set = ImageSet::from_chain(&path).with_context(what)?;
+        if !set.has_parent() {
             return Ok(());
         }
-        let full = self.dir.join(format!("{FOLD}{number:06}"));
-        copy(&path, &full).with_context(|| format!("{}: fold", path.display()))?;
-        let what = || format!("{}: put the folded checkpoint in its place", path.display());
-        match renameat2(AT_FDCWD, &full, AT_FDCWD, &path, RenameFlags::RENAME_EXCHANGE) {
-            Ok(()) => {}
-            // A file system that can't exchange: the name is missing for a moment.
-            Err(nix::errno::Errno::EINVAL) => {
-                let old = self.dir.join(format!("{GONE}{number:06}"));
-                fs::rename(&path, &old).with_context(what)?;
-                fs::rename(&full, &path).with_context(what)?;
-                fs::rename(&old, &full).with_context(what)?;
-            }
-            Err(errno) => return Err(errno).with_context(what),
-        }
-        File::open(&self.dir).and_then(|dir| dir.sync_all()).with_context(what)?;
-        fs::remove_dir_all(&full).with_context(|| format!("{}: remove", full.display()))
+        let mut full = DirWriter::create_over(&path).with_context(what)?;
+        let verification = set.verification().with_context(what)?;
+        ckpt_merge::fold::fold(&set, None, &mut full, &mut |_| ()).with_context(what)?;
+        verification.finish().with_context(what)?;
+        full.finish().with_context(what)
     }
-}
-
-/// `ckpt-read FROM | ckpt-write TO`: a full copy with the same id.
-fn copy(from: &Path, to: &Path) -> anyhow::Result<()> {
-    let usage = |error: clap::Error| ckpt_cli::UsageError(error.render().to_string());
-    let read = ckpt_read::Args::try_parse_from(["ckpt-read".as_ref(), "--".as_ref(), from.as_os_str()]);
-    let write = ckpt_write::Args::try_parse_from(["ckpt-write".as_ref(), "--".as_ref(), to.as_os_str()]);
-    let (read, write) = (read.map_err(usage)?, write.map_err(usage)?);
-    let (input, output) = pipe2(OFlag::O_CLOEXEC).context("pipe2")?;
-    thread::scope(|scope| {
-        let reader = scope.spawn(move || ckpt_read::run(&read, File::from(output)));
-        let written = ckpt_write::store(&write, File::from(input), |_| Ok(()));
-        let read = reader.join().unwrap_or_else(|_| Err(anyhow::anyhow!("a stage has panicked")));
-        read.and(written)
-    })
 }
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use ckpt_proto::{Image, Message};
+
     use super::*;
 
     #[test]
@@ -167,9 +147,9 @@ mod tests {
             "000007",
             "000012",
             "1000000",
-            ".fold-000007",
             ".gone-000003",
-            "..fold-000007.ckpt-partial-1",
+            ".000007.ckpt-partial-0123456789abcdef",
+            ".1000001.ckpt-partial-0123456789abcdef",
             "notes",
             "12",
         ] {
@@ -184,5 +164,118 @@ mod tests {
             .map(|e| e.unwrap().file_name().into_string().unwrap())
             .collect();
         assert_eq!(left.into_iter().collect::<Vec<_>>(), ["000007", "000012", "1000000", "12", "notes"]);
+    }
+
+    /// A checkpoint of `pages` pages, of which `own` are its own and the others in its parent.
+    fn write(dir: &Path, name: &str, parent: Option<&str>, own: &[u64], pages: u64) {
+        use ckpt_proto::types::{InventoryEntry, PagemapEntry, PagemapHead, PstreeEntry};
+        let mut out = DirWriter::create(&dir.join(name)).unwrap();
+        let id = |name: &str| Some(name.as_bytes().to_vec());
+        let inventory = InventoryEntry {
+            img_version: 2,
+            ckpt_id: id(name),
+            ckpt_parent_id: parent.and_then(id),
+            ..InventoryEntry::default()
+        };
+        let task = PstreeEntry { pid: 7, ppid: 0, pgid: 7, sid: 7, threads: vec![7] };
+        out.entry(Image::Inventory, 0, &inventory.encode_to_vec()).unwrap();
+        out.entry(Image::Pstree, 0, &task.encode_to_vec()).unwrap();
+        out.entry(Image::Pagemap, 7, &PagemapHead { pages_id: 1 }.encode_to_vec()).unwrap();
+        for page in 0..pages {
+            let flags = Some(if own.contains(&page) { 4 } else { 1 });
+            let entry = PagemapEntry { vaddr: page * 4096, nr_pages: Some(1), flags, ..Default::default() };
+            out.entry(Image::Pagemap, 7, &entry.encode_to_vec()).unwrap();
+        }
+        for page in own {
+            out.data(Image::Pages, 1, &[name.as_bytes()[5] ^ u8::try_from(*page).unwrap(); 4096]).unwrap();
+        }
+        if let Some(parent) = parent {
+            out.link_parent(&dir.join(parent)).unwrap();
+        }
+        out.finish().unwrap();
+    }
+
+    /// What the pages of a checkpoint are, if it is whole.
+    fn read(path: &Path) -> Option<Vec<u8>> {
+        let set = ImageSet::from_chain(path).ok()?;
+        set.verify_pages().ok()?;
+        let mut bytes = Vec::new();
+        for run in set.page_runs(Image::Pagemap, 7).ok()? {
+            let place = set.pages_in(run.file)?;
+            let file = File::from(place.file.try_clone_to_owned().ok()?);
+            let mut pages = vec![0; usize::try_from(run.len).ok()?];
+            file.read_exact_at(&mut pages, place.offset + run.offset).ok()?;
+            bytes.extend(pages);
+        }
+        Some(bytes)
+    }
+
+    fn copy(from: &Path, to: &Path) {
+        fs::create_dir(to).unwrap();
+        for entry in fs::read_dir(from).unwrap().flatten() {
+            let place = to.join(entry.file_name());
+            match fs::read_link(entry.path()) {
+                Ok(link) => std::os::unix::fs::symlink(link, place).unwrap(),
+                Err(_) if entry.path().is_dir() => copy(&entry.path(), &place),
+                Err(_) => drop(fs::copy(entry.path(), place).unwrap()),
+            }
+        }
+    }
+
+    /// A power cut loses what was not synced: of a directory in the making any file may be empty, cut or missing, and
+    /// one that was being removed may be back in part. What has its number is whole all the same.
+    #[test]
+    fn a_power_cut_costs_nothing_that_has_a_number() {
+        let home = tempfile::tempdir().unwrap();
+        let before = home.path().join("before");
+        fs::create_dir(&before).unwrap();
+        write(&before, "000001", None, &[0, 1, 2], 3);
+        for n in 2..=6 {
+            write(&before, &format!("00000{n}"), Some(&format!("00000{}", n - 1)), &[n % 3], 3);
+        }
+        let states: Vec<Vec<u8>> =
+            (1..=6).map(|n| read(&before.join(format!("00000{n}"))).unwrap()).collect();
+        // Number 7 in the making, and number 4 about to be replaced by a full one, in every state of decay.
+        for decay in 0..4 {
+            let dir = home.path().join(format!("after-{decay}"));
+            copy(&before, &dir);
+            for staged in [".000007.ckpt-partial-00112233445566aa", ".000004.ckpt-partial-00112233445566bb"] {
+                copy(&dir.join("000006"), &dir.join(staged));
+                for (at, file) in fs::read_dir(dir.join(staged)).unwrap().flatten().enumerate() {
+                    match (at + decay) % 4 {
+                        0 => fs::remove_file(file.path()).unwrap(),
+                        1 if !file.path().is_symlink() => drop(File::create(file.path()).unwrap()),
+                        2 if !file.path().is_symlink() => {
+                            let bytes = fs::read(file.path()).unwrap();
+                            fs::write(file.path(), &bytes[..bytes.len() / 2]).unwrap();
+                        }
+                        _ => {}
+                    }
+                }
+            }
+            copy(&dir.join("000001"), &dir.join(".gone-000000"));
+            fs::remove_file(dir.join(".gone-000000").join("pstree.img")).unwrap();
+            let mut series = Series::open(&dir).unwrap();
+            assert_eq!(series.next(), dir.join("000007"));
+            let names = |dir: &Path| -> BTreeSet<String> {
+                let entries = fs::read_dir(dir).unwrap().flatten();
+                entries.map(|e| e.file_name().into_string().unwrap()).collect()
+            };
+            assert_eq!(names(&dir), names(&before));
+            let same = |n: u64| assert!(read(&series_path(&dir, n)).as_ref() == states.get(index(n)), "{n}");
+            (1..=6).for_each(same);
+            series.prune(3).unwrap();
+            (4..=6).for_each(same);
+            assert_eq!(names(&dir).into_iter().collect::<Vec<_>>(), ["000004", "000005", "000006"]);
+            assert!(!dir.join("000004/parent").exists());
+        }
+    }
+
+    fn series_path(dir: &Path, n: u64) -> PathBuf {
+        dir.join(format!("{n:06}"))
+    }
+
+    fn index(n: u64) -> usize {
+        usize::try_from(n - 1).unwrap()
     }
 }

@@ -28,6 +28,23 @@
 //! not tell when its reader is done. They count only if they join up from ckpt-scan's output to the writer, by the
 //! device and inode numbers of the pipes (fstat(2)): then no program that we don't know can have kept a page.
 //!
+//! ckpt-mem can ask for what only the tracer of a tree can do or knows, if that answers at all (`ckpt-scan --no-mem`);
+//! the answer is `OK ...` or `NO reason`:
+//!
+//! ```text
+//! TRACKED pid     ->          does a userfaultfd watch memory of this process?
+//!                 <-   OK yes|no
+//! ARM pid         ->          make a userfaultfd in it
+//!                 <-   OK       + the descriptor
+//! TWIN pid        ->          fork the tree's memory, if that is not done
+//!                 <-   OK pid of the copy of this process, which lives as long as the holder
+//! FORGET pid      ->          or until then
+//!                 <-   OK
+//! DURABLE         ->          before its last word: say so when ckpt-write has said COMMIT
+//!                 <-   OK
+//!                 <-   DURABLE
+//! ```
+//!
 //! A connection that breaks after HOLD without one of the three last words is a failure: a stage
 //! killed with SIGKILL is told from one that is done, and needs no clean-up code for that.
 //!
@@ -37,11 +54,11 @@
 //! and root count. Such strangers can't delay or end a wait.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, VecDeque},
     fmt,
     io::{self, Read, Write},
     os::{
-        fd::{AsFd, BorrowedFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
         linux::net::SocketAddrExt,
         unix::net::{SocketAddr, UnixListener, UnixStream},
     },
@@ -56,7 +73,7 @@ use nix::{
     errno::Errno,
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::{
-        socket::{getsockopt, sockopt::PeerCredentials},
+        socket::{ControlMessage, MsgFlags, getsockopt, sendmsg, sockopt::PeerCredentials},
         stat::{SFlag, fstat},
     },
     unistd::geteuid,
@@ -149,11 +166,49 @@ pub enum Outcome {
     },
     /// Nobody reads the stream any more, and not all of it has been read.
     Unread,
+    /// Not the end: a stage asks for something. It is to be answered, and the wait to go on.
+    Asked(Request),
     /// These stages did not come in time.
     NobodyCame {
         /// Which.
         missing: Vec<String>,
     },
+}
+
+/// What a stage asks of the holder.
+#[derive(Debug, Clone)]
+pub struct Request {
+    /// What for, and about which process: `ARM 4711`.
+    pub text: String,
+    socket: Arc<UnixStream>,
+}
+
+impl PartialEq for Request {
+    fn eq(&self, other: &Self) -> bool {
+        self.text == other.text
+    }
+}
+
+impl Eq for Request {}
+
+impl Request {
+    /// Answers it: text and a descriptor, or why not. Whoever does not hear it is gone, which the wait tells.
+    pub fn answer(&self, answer: Result<(String, Option<OwnedFd>), String>) {
+        let (text, fd) = match answer {
+            Ok((text, fd)) => (format!("OK {}", one_line(&text)), fd),
+            Err(reason) => (format!("NO {}", one_line(&reason)), None),
+        };
+        let mut text = text;
+        while text.len() > MAX_LINE / 2 {
+            text.pop();
+        }
+        text.push('\n');
+        let fds: Vec<i32> = fd.iter().map(AsRawFd::as_raw_fd).collect();
+        let rights = [ControlMessage::ScmRights(&fds)];
+        let control = if fds.is_empty() { &rights[..0] } else { &rights[..] };
+        let bytes = [io::IoSlice::new(text.as_bytes())];
+        let _ = sendmsg::<()>(self.socket.as_raw_fd(), &bytes, control, MsgFlags::MSG_NOSIGNAL, None);
+    }
 }
 
 /// How long a tree is stopped.
@@ -188,6 +243,11 @@ struct Freeze {
 
 #[derive(Debug, Default)]
 struct State {
+    /// Whether requests are taken, and those that are not answered yet.
+    answers: bool,
+    requests: VecDeque<Request>,
+    /// Who wants to hear of COMMIT.
+    tell: Vec<UnixStream>,
     freeze: Option<Freeze>,
     /// Stages that hold now, by connection.
     holding: BTreeMap<u64, String>,
@@ -317,6 +377,11 @@ impl Holder {
         &self.name
     }
 
+    /// From here on waits end as [`Outcome::Asked`] when a stage asks for something.
+    pub fn answer_requests(&self) {
+        self.shared.lock().answers = true;
+    }
+
     /// Whether every stage in `needs` has taken a hold.
     #[must_use]
     pub fn all_came(&self, needs: &[&str]) -> bool {
@@ -373,6 +438,9 @@ impl Holder {
             if let Some(failure) = state.failure() {
                 return failure;
             }
+            if let Some(request) = state.requests.pop_front() {
+                return Outcome::Asked(request);
+            }
             let listed = |list: &[String], stage: &str| list.iter().any(|name| name == stage);
             if needs.iter().all(|need| listed(&state.gone, need)) {
                 return Outcome::Released;
@@ -402,6 +470,11 @@ impl Holder {
             if let Some(failure) = state.failure() {
                 return failure;
             }
+            if let Some(request) = state.requests.pop_front() {
+                return Outcome::Asked(request);
+            }
+            // Who wants to hear of it waits for it.
+            let commit = commit || !state.tell.is_empty();
             let done = state.holding.is_empty()
                 && needs.iter().all(|&need| state.gone.iter().any(|stage| stage == need))
                 && (!commit || state.committed);
@@ -447,6 +520,13 @@ enum Answer {
     /// OK, and what to add.
     Ok(String),
     Silence,
+}
+
+/// Whether a line is a request, which is answered by who waits.
+fn is_request(line: &str) -> bool {
+    line.split_once(' ').is_some_and(|(word, rest)| {
+        matches!(word, "TRACKED" | "ARM" | "TWIN" | "FORGET") && rest.parse::<u32>().is_ok()
+    })
 }
 
 struct Peer {
@@ -565,6 +645,10 @@ impl Peer {
                     state.holding.remove(&self.id);
                     state.gone.push(stage.clone());
                     state.committed |= word == "COMMIT";
+                    for mut socket in state.tell.iter().filter(|_| word == "COMMIT") {
+                        // Whoever is gone needs no answer.
+                        let _ = socket.write_all(b"DURABLE\n");
+                    }
                 });
             }
             ("FAIL", false, Some(stage)) => {
@@ -573,6 +657,21 @@ impl Peer {
                     state.holding.remove(&self.id);
                     state.failed.get_or_insert_with(|| (stage.clone(), rest.to_owned()));
                 });
+            }
+            ("DURABLE", false, Some(_)) if rest.is_empty() => {
+                let Ok(socket) = self.socket.try_clone() else { return None };
+                shared.change(|state| state.tell.push(socket));
+            }
+            (_, false, Some(_)) if is_request(line) => {
+                let Ok(socket) = self.socket.try_clone() else { return None };
+                let request = Request { text: line.to_owned(), socket: Arc::new(socket) };
+                if shared.lock().answers {
+                    shared.change(|state| state.requests.push_back(request));
+                } else {
+                    let why = "ckpt-scan has done that itself (it runs without --no-mem)";
+                    request.answer(Err(why.to_owned()));
+                }
+                return Some(Answer::Silence);
             }
             ("TIMES", false, Some(_)) => {
                 let state = shared.lock();
@@ -666,6 +765,47 @@ impl Hold {
             return Err(failed(io::Error::new(io::ErrorKind::InvalidData, "the answer is not OK")));
         }
         Ok(())
+    }
+
+    /// Asks the holder for something: text and a descriptor, or why not.
+    ///
+    /// # Errors
+    /// The holder is gone.
+    pub fn ask(&mut self, request: &str) -> Result<Result<(String, Option<OwnedFd>), String>, HoldError> {
+        let failed = |source| HoldError::Broken { what: "ask the holder", source };
+        self.socket.write_all(format!("{request}\n").as_bytes()).map_err(failed)?;
+        let (mut answer, mut fd) = (Vec::new(), None);
+        while !answer.ends_with(b"\n") {
+            let mut buffer = [0; MAX_LINE];
+            let (n, mut fds) = ckpt_sys::sock::receive_with_rights(self.socket.as_fd(), &mut buffer)
+                .map_err(|error| failed(error.errno.into()))?;
+            if n == 0 || answer.len() > MAX_LINE {
+                return Err(failed(io::ErrorKind::UnexpectedEof.into()));
+            }
+            answer.extend_from_slice(&buffer[..n]);
+            fd = fd.or(fds.pop());
+        }
+        let answer = String::from_utf8_lossy(&answer).trim_end().to_owned();
+        match answer.split_once(' ') {
+            Some(("OK", text)) => Ok(Ok((text.to_owned(), fd))),
+            None if answer == "OK" => Ok(Ok((String::new(), fd))),
+            Some(("NO", reason)) => Ok(Err(reason.to_owned())),
+            _ => Err(failed(io::Error::new(io::ErrorKind::InvalidData, "the answer is neither OK nor NO"))),
+        }
+    }
+
+    /// Done with the tree; waits until it is known whether the directory is durable.
+    ///
+    /// # Errors
+    /// The holder is gone.
+    pub fn release_until_durable(mut self) -> Result<bool, HoldError> {
+        self.say("wait", "DURABLE")?;
+        self.say("release", "RELEASE")?;
+        let failed = |source| HoldError::Broken { what: "wait", source };
+        self.socket.set_read_timeout(None).map_err(failed)?;
+        let mut rest = Vec::new();
+        self.socket.read_to_end(&mut rest).map_err(failed)?;
+        Ok(rest == b"DURABLE\n")
     }
 
     /// How long the tree has been stopped; `None` if the holder does not tell.
@@ -819,6 +959,38 @@ mod tests {
         holder.close_when_read(writer);
         drop(reader);
         assert_eq!(holder.wait(&["mem"], false, SOON), Outcome::Unread);
+    }
+
+    #[test]
+    fn requests_are_answered_by_who_waits() {
+        let holder = Holder::bind().unwrap();
+        let mut hold = Hold::take(holder.address(), "mem").unwrap();
+        assert!(hold.ask("ARM 5").unwrap().is_err(), "nobody answers");
+        holder.answer_requests();
+        let stage = thread::spawn(move || {
+            let armed = hold.ask("ARM 5").unwrap();
+            assert!(armed.unwrap().1.is_some());
+            assert_eq!(hold.ask("TWIN 6").unwrap().unwrap_err(), "not today");
+            hold.release_until_durable().unwrap()
+        });
+        let Outcome::Asked(request) = holder.passed(&["mem"], SOON) else { panic!("no request") };
+        assert_eq!(request.text, "ARM 5");
+        request.answer(Ok((String::new(), Some(std::fs::File::open("/dev/null").unwrap().into()))));
+        let Outcome::Asked(request) = holder.passed(&["mem"], SOON) else { panic!("no request") };
+        request.answer(Err("not\ntoday".to_owned()));
+        assert_eq!(holder.passed(&["mem"], SOON), Outcome::Released);
+        Hold::take(holder.address(), "write").unwrap().commit().unwrap();
+        assert_eq!(holder.wait(&["mem"], false, SOON), Outcome::Committed);
+        drop(holder);
+        assert!(stage.join().unwrap());
+        let holder = Holder::bind().unwrap();
+        let hold = Hold::take(holder.address(), "mem").unwrap();
+        let stage = thread::spawn(move || hold.release_until_durable().unwrap());
+        let missing = vec!["write".to_owned()];
+        while !matches!(holder.passed(&["mem"], SOON), Outcome::Released) {}
+        assert_eq!(holder.wait(&["mem"], false, Duration::ZERO), Outcome::NobodyCame { missing });
+        drop(holder);
+        assert!(!stage.join().unwrap(), "nobody has said that it is durable");
     }
 
     #[test]

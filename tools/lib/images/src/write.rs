@@ -143,6 +143,13 @@ impl DirWriter {
         })
     }
 
+    /// Removes what writers of `target` that were killed have left beside it.
+    pub fn remove_abandoned(target: &Path) {
+        if let (Some(parent), Some(name)) = (target.parent(), target.file_name()) {
+            remove_abandoned(parent, &partial_prefix(name));
+        }
+    }
+
     /// From here on checksums of pages are taken as they are given, without reading what was written: for
     /// a stream that can't have been damaged, because it comes straight from the process that made it.
     pub fn trust_checksums(&mut self) {
