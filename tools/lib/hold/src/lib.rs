@@ -803,9 +803,12 @@ impl Hold {
         self.say("release", "RELEASE")?;
         let failed = |source| HoldError::Broken { what: "wait", source };
         self.socket.set_read_timeout(None).map_err(failed)?;
-        let mut rest = Vec::new();
-        self.socket.read_to_end(&mut rest).map_err(failed)?;
-        Ok(rest == b"DURABLE\n")
+        let mut said = [0; b"DURABLE\n".len()];
+        match self.socket.read_exact(&mut said) {
+            Ok(()) => Ok(&said == b"DURABLE\n"),
+            Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => Ok(false),
+            Err(e) => Err(failed(e)),
+        }
     }
 
     /// How long the tree has been stopped; `None` if the holder does not tell.
