@@ -64,7 +64,7 @@ fn duration_of_a_dump(target: &Target) -> Duration {
 fn killed_at_random(test: &str, stage: &str) {
     let dump = |target: &Target, out: &Path, instant: u64| {
         if stage == "ckpt-mem" {
-            let how = if instant % 2 == 0 { "" } else { "--snapshot" };
+            let how = if instant.is_multiple_of(2) { "" } else { "--snapshot" };
             let line = format!("ckpt-scan --no-mem -t {} | ckpt-mem {how} | ckpt-sk", target.pid);
             Pipeline::new(target.dir.path()).line(&line).stage(["ckpt-write".into(), out.to_owned()])
         } else {
