@@ -14,7 +14,10 @@ use anyhow::{Context, bail};
 use ckpt_cli::stats;
 use ckpt_hold::Hold;
 use ckpt_images::recode::{self, Behind, Codec, Recode};
-use ckpt_kinds::mem::{dump::private_vmas, early::Early};
+use ckpt_kinds::mem::{
+    dump::private_vmas,
+    early::{self, Early},
+};
 use ckpt_pages::{Memory, Private, Tracking, snapshot};
 use ckpt_proto::{
     Image, MAX_MESSAGE, Message,
@@ -164,7 +167,7 @@ fn add_pages(
     if args.snapshot {
         snapshot::copy(tree, &memory, &Early::default(), &tracking, writer)?;
     } else {
-        memory.copy(&tracking, writer)?;
+        memory.copy(&tracking, false, writer, || Ok(()))?;
     }
     Ok(tracking)
 }
@@ -220,7 +223,7 @@ impl Tree {
                     .advise("if a ckpt-track is at work, say ckpt-mem --track ADDRESS")
                     .into());
             }
-            p.watched = private_vmas(&Early::default().mappings(p.pid)?).1;
+            p.watched = private_vmas(&early::smaps(p.pid)?).1;
         }
         tracking.watch(p.pid, || {
             let (_, uffd) = hold.ask(&format!("ARM {}", p.pid))?.map_err(anyhow::Error::msg)?;
