@@ -94,7 +94,7 @@ fn a_pre_dump_is_no_checkpoint_but_the_parent_of_one() {
         .collect();
     files.sort();
     let pagemap = format!("pagemap-{}.img", target.pid);
-    assert_eq!(files, ["ckpt-manifest.img", "inventory.img", pagemap.as_str(), "pages-1.img"]);
+    assert_eq!(files, ["ckpt-manifest.img", "inventory.img", pagemap.as_str(), "pages-1.img", "stats-dump"]);
     // Without tracking it would be lost work, and without a writer's word the next one can't rely on it.
     let pid = target.pid.to_string();
     let line = format!("ckpt-scan -t {pid} --pre-dump --track nobody-{pid}");

@@ -70,24 +70,24 @@ pub struct Args {
     /// Leave the tree stopped, as after SIGSTOP
     #[arg(long)]
     pub leave_stopped: bool,
-    /// Let the tree run on as soon as its memory has been forked, and read pages from the copy
+    /// Read pages from copy-on-write forks, while the tree runs on
     #[arg(long, conflicts_with_all = ["kill", "leave_stopped", "no_mem"])]
     pub snapshot: bool,
-    /// Track writes with the ckpt-track at ADDRESS, so that the next checkpoint can be an increment
+    /// Track writes with the ckpt-track at ADDRESS, for increments
     #[arg(long, value_name = "ADDRESS", conflicts_with = "no_mem")]
     pub track: Option<String>,
     /// Store only what has been written since the checkpoint in DIR
     #[arg(long, value_name = "DIR", requires = "track")]
     pub parent: Option<PathBuf>,
-    /// Write nothing but memory, read while the tree runs: what a checkpoint then needs not store
+    /// Write only memory, read while the tree runs, as a parent
     #[arg(long, requires = "track", conflicts_with_all = [
         "no_mem", "kill", "leave_stopped", "snapshot", "share", "external", "ghost_limit"
     ])]
     pub pre_dump: bool,
-    /// Store pages that forked processes share once; CRIU can't restore such images
+    /// Store pages that forked processes share once (not for CRIU)
     #[arg(long, conflicts_with_all = ["no_mem", "track"])]
     pub share: bool,
-    /// A resource that is outside the tree as well: pipe:[ID], shm:[ID], pidfd:[PID]
+    /// What is outside the tree too: pipe:[ID], shm:[ID], pidfd:[PID]
     #[arg(long, value_name = "RESOURCE")]
     pub external: Vec<External>,
     /// Largest deleted file that is stored in the images, bytes
