@@ -154,7 +154,7 @@ fn from_stream(input: File, allowed: &SkOptions) -> anyhow::Result<(Vec<Listed>,
     stage::grow_pipe(input.as_fd());
     let (mut reader, hello) = Reader::open(input)?;
     let wanted = hello.lacks.iter().any(|l| l == LACKS);
-    let hold = match &hello.control {
+    let mut hold = match &hello.control {
         Some(control) if wanted => {
             Some(Hold::take(control, LACKS).context("take a hold on the frozen tree")?)
         }
@@ -173,6 +173,10 @@ fn from_stream(input: File, allowed: &SkOptions) -> anyhow::Result<(Vec<Listed>,
             },
             Frame::Bulk => {
                 listed = Some(seen.list(hold.is_some(), allowed)?);
+                // ckpt-scan may wait for this before it writes pages.
+                if let Some(hold) = hold.take() {
+                    hold.release();
+                }
                 stage::forward(&mut reader, &frame, &mut rest)?;
             }
             _ => stage::forward(&mut reader, &frame, &mut rest)?,

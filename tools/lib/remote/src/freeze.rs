@@ -347,6 +347,13 @@ fn stuck_error((tid, pid): (Tid, Pid)) -> Refused {
         )
         .advise("try again when the child has, or raise --freeze-timeout");
     }
+    if wchan.contains("userfaultfd") {
+        return Refused::new(
+            format!("pid {pid} ({}) tid {tid}", comm.trim_end()),
+            format!("can't be stopped: it waits for missing pages (in {})", wchan.trim()),
+        )
+        .advise("if ckpt-restore --lazy has restored it, try again when all its pages are there");
+    }
     Refused::new(
         format!("pid {pid} ({}) tid {tid}", comm.trim_end()),
         format!("can't be stopped: it stays in state {state} (waiting in {})", wchan.trim()),
