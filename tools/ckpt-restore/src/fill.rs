@@ -335,6 +335,7 @@ impl<'a> Builder<'a> {
             rest = &rest[started..];
         }
         reader.moved(len);
+        family.came(len);
         match expected {
             Some(expected) => check_read(space.pid, &fills, expected, arg),
             None => Ok(()),

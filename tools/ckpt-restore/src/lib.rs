@@ -354,7 +354,8 @@ fn build(
         bulk.ignore_sums();
     }
     stats::phase("tasks");
-    let mut family = Family::new(area, Box::new(pids::spare(tree.numbers())))?;
+    let bytes = make::bodies(tree).map(|(_, body)| body.space.pages.own_bytes()).sum();
+    let mut family = Family::new(area, Box::new(pids::spare(tree.numbers())), bytes)?;
     let mut memory = Builder::new(tree, set, files, &region, bulk, lazy, steps)?;
     family.fork_all(steps, &mut memory)?;
     family.bury(tree)?;

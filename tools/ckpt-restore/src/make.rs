@@ -21,6 +21,7 @@ use std::{
 };
 
 use anyhow::{Context, ensure};
+use ckpt_cli::Progress;
 use ckpt_kinds::{
     fd::OpenFiles,
     mem::restore::{self as mem, vdso},
@@ -76,22 +77,30 @@ pub struct Family {
     rseq: Vec<(Tid, RemoteAddr, u64)>,
     /// Who brings pages later.
     server: Option<lazy::Handle>,
+    /// Of reading pages.
+    progress: Progress,
     done: bool,
 }
 
 impl Family {
-    /// Nobody yet. All signals of this process are blocked; the tasks inherit that.
+    /// Nobody yet, of whom `bytes` of pages will be read. All signals of this process are blocked; the tasks inherit that.
     ///
     /// # Errors
     /// The kernel's.
-    pub fn new(area: Area, spare: Box<dyn FnMut() -> i32>) -> anyhow::Result<Self> {
+    pub fn new(area: Area, spare: Box<dyn FnMut() -> i32>, bytes: u64) -> anyhow::Result<Self> {
         prctl::set_child_subreaper(true).context("prctl(PR_SET_CHILD_SUBREAPER)")?;
         let (tasks, made, rseq) = (BTreeMap::new(), Vec::new(), Vec::new());
-        Ok(Self { spare, area, tasks, made, rseq, server: None, done: false })
+        let progress = Progress::new("pages", Some(bytes));
+        Ok(Self { spare, area, tasks, made, rseq, server: None, progress, done: false })
+    }
+
+    /// So many bytes of pages have come.
+    pub(crate) fn came(&mut self, bytes: u64) {
+        self.progress.inc(bytes);
     }
 
     pub(crate) fn task(&mut self, pid: i32) -> anyhow::Result<&mut Built> {
-        self.tasks.get_mut(&pid).with_context(|| format!("pid {pid} has not been made"))
+        built(&mut self.tasks, pid)
     }
 
     /// Makes all processes, with the memory that their children are to inherit, and ends those that only helped.
@@ -201,7 +210,7 @@ impl Family {
         let helpers =
             usize::try_from(bytes / HELP_FROM).unwrap_or(usize::MAX).min(cores - 1).min(Area::HELPERS);
         let spare: Vec<i32> = (0..helpers).map(|_| (self.spare)()).collect();
-        let leader = self.task(pid.0)?;
+        let leader = built(&mut self.tasks, pid.0)?;
         let mut workers = Vec::new();
         for (index, tid) in spare.into_iter().enumerate() {
             workers.push(leader.helper(Tid(tid), index)?);
@@ -214,13 +223,15 @@ impl Family {
             for (worker, share) in std::iter::once(&mut *leader).chain(&mut workers).zip(&shares) {
                 started.push(worker.start_run(share)?);
             }
+            let mut came = 0;
             let busy = std::iter::once(&mut *leader).chain(&mut workers).zip(&mut shares).zip(started);
             for ((worker, share), started) in busy {
                 let (now, later) = share.split_at(started.count());
                 let done = worker.finish_run(now, started)?;
-                mem::check_reads(now, &done)?;
+                came += mem::check_reads(now, &done)?;
                 *share = later;
             }
+            self.progress.inc(came);
         }
         for worker in workers {
             worker.end_thread()?;
@@ -245,9 +256,10 @@ impl Family {
             let (now, later) = calls.split_at(started.count());
             let task = self.task(process.pid.0)?;
             let done = task.finish_run(now, started).with_context(|| process.name())?;
-            mem::check_reads(now, &done).with_context(|| process.name())?;
+            let came = mem::check_reads(now, &done).with_context(|| process.name())?;
+            self.progress.inc(came);
             if !later.is_empty() {
-                let started = task.start_run(later).with_context(|| process.name())?;
+                let started = self.task(process.pid.0)?.start_run(later).with_context(|| process.name())?;
                 busy.push_back((process, later, started));
             }
         }
@@ -258,6 +270,7 @@ impl Family {
     /// # Errors
     /// The kernel's.
     pub fn finish(&mut self, tree: &Tree, files: &mut OpenFiles, own_root: &[u8]) -> anyhow::Result<()> {
+        self.progress.end();
         for (process, body) in bodies(tree) {
             self.place_files(process, body, files, own_root).with_context(|| process.name())?;
         }
@@ -531,6 +544,10 @@ impl Family {
     pub fn serve(&mut self, server: Option<lazy::Handle>) {
         self.server = server;
     }
+}
+
+fn built(tasks: &mut BTreeMap<i32, Built>, pid: i32) -> anyhow::Result<&mut Built> {
+    tasks.get_mut(&pid).with_context(|| format!("pid {pid} has not been made"))
 }
 
 impl Drop for Family {

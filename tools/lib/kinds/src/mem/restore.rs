@@ -485,11 +485,12 @@ impl AddressSpace {
     }
 }
 
-/// Checks that each of the calls made by [`AddressSpace::read_calls`] got everything.
+/// Checks that each of the calls made by [`AddressSpace::read_calls`] got everything; gives how many bytes of pages that is.
 ///
 /// # Errors
 /// A file ended early.
-pub fn check_reads(calls: &[Call], done: &[Done]) -> anyhow::Result<()> {
+pub fn check_reads(calls: &[Call], done: &[Done]) -> anyhow::Result<u64> {
+    let mut bytes = 0;
     for (call, done) in calls.iter().zip(done).filter(|(call, _)| call.nr == libc::SYS_preadv) {
         let want: u64 = match call.args.get(1) {
             Some(Arg::In(iov)) => iov
@@ -499,8 +500,9 @@ pub fn check_reads(calls: &[Call], done: &[Done]) -> anyhow::Result<()> {
             _ => 0,
         };
         ensure!(done.ret.cast_unsigned() == want, "{}: {} of {want} bytes came", call.name, done.ret);
+        bytes += want;
     }
-    Ok(())
+    Ok(bytes)
 }
 
 /// A failure is not told: the read that follows meets the same one.
