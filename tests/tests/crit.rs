@@ -87,6 +87,12 @@ fn dump(target: &Target, place: &Path, name: &str, scan: &[&str], write: &[&str]
 fn everything(place: &Path) {
     let mut plain: Vec<String> = ordinary();
     plain.retain(|name| !WITH_SOCKET.contains(&name.as_str()) && !NEWER_FILES.contains(&name.as_str()));
+    // These hear what all others send, and unread packets are refused.
+    let (hearing, plain): (Vec<String>, Vec<String>) =
+        plain.into_iter().partition(|name| name.starts_with("packet_"));
+    for name in &hearing {
+        dump(&start(name, "-"), place, name, &[], &[]);
+    }
     let names = std::sync::Mutex::new(plain.into_iter());
     let names = &names;
     std::thread::scope(|threads| {
