@@ -311,12 +311,17 @@ impl Target {
     /// `ckpt-scan -t PID | ckpt-sk | ckpt-write DIR/NAME`.
     #[must_use]
     pub fn dump(&self, name: &str) -> Outcome {
+        self.dumping(name, &[], &[]).run()
+    }
+
+    /// `ckpt-scan -t PID SCAN... | ckpt-sk SK... | ckpt-write DIR/NAME`, not started yet.
+    #[must_use]
+    pub fn dumping(&self, name: &str, scan: &[&str], sk: &[&str]) -> Pipeline {
         let pid = self.pid.to_string();
         Pipeline::new(self.dir.path())
-            .stage(["ckpt-scan", "-t", &pid])
-            .stage(["ckpt-sk"])
+            .stage(["ckpt-scan", "-t", &pid].iter().chain(scan).copied())
+            .stage(["ckpt-sk"].iter().chain(sk).copied())
             .stage(["ckpt-write".into(), self.path(name)])
-            .run()
     }
 
     /// Dumps to DIR/NAME.

@@ -292,12 +292,7 @@ signal.pause()"
     let pids = process::tree(target.pid);
     let external = format!("pidfd:[{us}]");
     let _ = target.dump("refused").fails("ckpt-scan", 3, &["outside of the tree", &external]);
-    let _ = ckpt_tests::Pipeline::new(target.dir.path())
-        .stage(["ckpt-scan", "-t", &target.pid.to_string(), "--external", &external])
-        .stage(["ckpt-sk"])
-        .stage(["ckpt-write".into(), target.path("img")])
-        .run()
-        .ok("dump");
+    let _ = target.dumping("img", &["--external", &external], &[]).run().ok("dump");
     target.end();
     process::wait_free(&pids);
     let _ = target.restore("img").fails("ckpt-restore", 3, &["--inherit-fd", &external]);

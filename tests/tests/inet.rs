@@ -2,7 +2,7 @@
 
 use std::{net::UdpSocket, process::Command};
 
-use ckpt_tests::{Pipeline, Target, TestDir};
+use ckpt_tests::{Target, TestDir};
 
 crate::survives! {
     socket_options_of_all_kinds: "socket_options";
@@ -69,13 +69,7 @@ fn a_queue_that_cant_be_given_back_needs_a_word() {
          s.sendto(b'unread', ('127.0.0.1', 0))",
     );
     refused(&target, &["raw socket", "not read", "--queued=drop"]);
-    let pid = target.pid.to_string();
-    let _ = Pipeline::new(target.dir.path())
-        .stage(["ckpt-scan", "-t", &pid])
-        .stage(["ckpt-sk", "--queued=drop"])
-        .stage(["ckpt-write".into(), target.path("img")])
-        .run()
-        .ok("dump with --queued=drop");
+    let _ = target.dumping("img", &[], &["--queued=drop"]).run().ok("dump with --queued=drop");
     target.end();
     target.restore_ok("img");
     target.end();

@@ -181,13 +181,7 @@ fn whole_trees_come_back_lazily() {
 fn shared_pages_stay_shared_and_come_at_once() {
     let target = Target::start_with("workers", &["-", "5", "16"]);
     let pids = process::tree(target.pid);
-    let pid = target.pid.to_string();
-    let _ = Pipeline::new(target.dir.path())
-        .stage(["ckpt-scan", "--share", "-t", &pid])
-        .stage(["ckpt-sk"])
-        .stage(["ckpt-write".into(), target.path("img")])
-        .run()
-        .ok("dump");
+    let _ = target.dumping("img", &["--share"], &[]).run().ok("dump");
     target.end();
     process::wait_free(&pids);
     let _ = restore(&target, &[], "img").ok("restore");

@@ -31,12 +31,7 @@ fn a_sparse_terabyte_costs_what_is_in_it() {
         .map(|f| f.metadata().map_or(0, |m| m.len()))
         .sum();
     assert!(size < 12 << 20, "{size} bytes of images for 10 MiB");
-    let _ = Pipeline::new(target.dir.path())
-        .stage(["ckpt-scan", "--snapshot", "-t", &target.pid.to_string()])
-        .stage(["ckpt-sk"])
-        .stage(["ckpt-write".into(), target.path("snapshot")])
-        .run()
-        .ok("dump --snapshot");
+    let _ = target.dumping("snapshot", &["--snapshot"], &[]).run().ok("dump --snapshot");
     target.passes("the target");
     target.end();
     process::wait_free(&pids);
@@ -189,12 +184,7 @@ fn private_huge_pages_come_back_as_such() {
     let pids = process::tree(target.pid);
     let before = target.at_rest();
     assert!(process::text(target.pid, "smaps").contains(" ht "), "no huge pages");
-    let _ = Pipeline::new(target.dir.path())
-        .stage(["ckpt-scan", "--snapshot", "-t", &target.pid.to_string()])
-        .stage(["ckpt-sk"])
-        .stage(["ckpt-write".into(), target.path("snapshot")])
-        .run()
-        .ok("dump --snapshot");
+    let _ = target.dumping("snapshot", &["--snapshot"], &[]).run().ok("dump --snapshot");
     target.unchanged(&before);
     let tracker = Tracker::start(&target);
     dump_ok(&target, &tracker.address, "1", None);

@@ -10,7 +10,7 @@ use std::{
 
 use ckpt_images::ImageSet;
 use ckpt_proto::{Image, types::PstreeEntry};
-use ckpt_tests::{Pipeline, Target, TestDir, process, skip, soon};
+use ckpt_tests::{Target, TestDir, process, skip, soon};
 
 /// Where Debian keeps the programs of its newest release.
 fn programs() -> Option<PathBuf> {
@@ -71,21 +71,11 @@ fn postgres_goes_on_with_its_clients_and_their_transactions() {
     let read = |name: &str| std::fs::read_to_string(target.path(name)).unwrap_or_default();
     let ready = || read("open.log").contains("begun 42") && read("parallel.log").contains("sum ");
     assert!(soon(|| ready() && read("bench.log").contains("progress: 1")), "postgres is not ready");
-    let _ = Pipeline::new(target.dir.path())
-        .stage(["ckpt-scan", "--snapshot", "-t", &target.pid.to_string()])
-        .stage(["ckpt-sk"])
-        .stage(["ckpt-write".into(), target.path("beside")])
-        .run()
-        .ok("dump --snapshot");
+    let _ = target.dumping("beside", &["--snapshot"], &[]).run().ok("dump --snapshot");
     grows(&target, "bench.log");
     let until = read("server.log").len();
     // Its files are not in the images: they have to stay as they are.
-    let _ = Pipeline::new(target.dir.path())
-        .stage(["ckpt-scan", "--kill", "-t", &target.pid.to_string()])
-        .stage(["ckpt-sk"])
-        .stage(["ckpt-write".into(), target.path("img")])
-        .run()
-        .ok("dump --kill");
+    let _ = target.dumping("img", &["--kill"], &[]).run().ok("dump --kill");
     target.end();
     // Workers come and go: who was there is in the images.
     let set = ImageSet::from_chain(&target.path("img")).expect("read the images");

@@ -85,13 +85,7 @@ fn tcp(port: u16) -> TcpStream {
 }
 
 fn dump(target: &Target, options: &[&str]) {
-    let pid = target.pid.to_string();
-    let _ = Pipeline::new(target.dir.path())
-        .stage(["ckpt-scan", "-t", &pid])
-        .stage(["ckpt-sk"].iter().chain(options).copied())
-        .stage(["ckpt-write".into(), target.path("img")])
-        .run()
-        .ok("dump");
+    let _ = target.dumping("img", &[], options).run().ok("dump");
 }
 
 fn restore(target: &Target, rules: &[&str]) -> Outcome {

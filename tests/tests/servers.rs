@@ -90,19 +90,11 @@ fn crowd(clients: std::ops::Range<usize>, stop: &AtomicBool, client: impl Fn(usi
     });
 }
 
-fn pipeline(target: &Target, name: &str, scan: &[&str], sk: &[&str]) -> Pipeline {
-    let pid = target.pid.to_string();
-    Pipeline::new(target.dir.path())
-        .stage(["ckpt-scan", "-t", &pid].iter().chain(scan).copied())
-        .stage(["ckpt-sk"].iter().chain(sk).copied())
-        .stage(["ckpt-write".into(), target.path(name)])
-}
-
 /// Checkpoints. Redis has its own /proc/PID/stat open now and then for a moment, which is refused.
 fn dump(target: &Target, name: &str, scan: &[&str], sk: &[&str]) {
     let mut outcome = None;
     let settled = soon(|| {
-        let last = pipeline(target, name, scan, sk).run();
+        let last = target.dumping(name, scan, sk).run();
         let again = last.code("ckpt-scan") == 3 && last.said.contains("file in /proc");
         outcome = Some(last);
         !again

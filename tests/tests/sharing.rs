@@ -12,13 +12,7 @@ fn size(dir: &Path) -> u64 {
 }
 
 fn dump(target: &Target, options: &[&str], name: &str) {
-    let pid = target.pid.to_string();
-    let _ = Pipeline::new(target.dir.path())
-        .stage(["ckpt-scan", "-t", &pid].iter().chain(options).copied())
-        .stage(["ckpt-sk"])
-        .stage(["ckpt-write".into(), target.path(name)])
-        .run()
-        .ok("dump");
+    let _ = target.dumping(name, options, &[]).run().ok("dump");
 }
 
 fn end(target: &Target, pids: &[i32]) {

@@ -1,6 +1,6 @@
 //! Signals, timers, and system calls that a stop interrupts.
 
-use ckpt_tests::{Pipeline, Target, process};
+use ckpt_tests::{Target, process};
 use nix::sys::signal::Signal;
 
 crate::survives! {
@@ -43,13 +43,7 @@ fn repeated_dumps_do_not_disturb_blocked_calls() {
 #[test]
 fn leave_stopped_stops_and_sigcont_goes_on() {
     let target = Target::start("attacked");
-    let pid = target.pid.to_string();
-    let _ = Pipeline::new(target.dir.path())
-        .stage(["ckpt-scan", "--leave-stopped", "-t", &pid])
-        .stage(["ckpt-sk"])
-        .stage(["ckpt-write".into(), target.path("img")])
-        .run()
-        .ok("dump");
+    let _ = target.dumping("img", &["--leave-stopped"], &[]).run().ok("dump");
     assert!(process::tree(target.pid).iter().all(|&p| process::state(p) == Some('T')));
     assert_eq!(
         process::text(target.pid, "status").lines().find(|l| l.starts_with("TracerPid")),

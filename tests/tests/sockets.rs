@@ -65,13 +65,8 @@ pub(crate) fn latest(target: &Target) -> u64 {
 }
 
 fn dump_external(target: &Target, id: u64, name: &str) {
-    let (pid, id) = (target.pid.to_string(), id.to_string());
-    let _ = Pipeline::new(target.dir.path())
-        .stage(["ckpt-scan", "-t", &pid])
-        .stage(["ckpt-sk", "--external", &id])
-        .stage(["ckpt-write".into(), target.path(name)])
-        .run()
-        .ok("dump with --external");
+    let id = id.to_string();
+    let _ = target.dumping(name, &[], &["--external", &id]).run().ok("dump with --external");
 }
 
 /// What stands in for the client after the restore: it listens where the server shall connect to.

@@ -4,7 +4,7 @@
 
 use std::process::Command;
 
-use ckpt_tests::{Pipeline, Target, TestDir, installed, net, process, skip, soon};
+use ckpt_tests::{Target, TestDir, installed, net, process, skip, soon};
 
 use crate::servers::python;
 
@@ -29,11 +29,7 @@ fn goes_on(target: &Target) {
 fn dump(target: &Target, name: &str, scan: &[&str]) {
     let mut outcome = None;
     let settled = soon(|| {
-        let last = Pipeline::new(target.dir.path())
-            .stage(["ckpt-scan", "-t", &target.pid.to_string()].iter().chain(scan).copied())
-            .stage(["ckpt-sk"])
-            .stage(["ckpt-write".into(), target.path(name)])
-            .run();
+        let last = target.dumping(name, scan, &[]).run();
         let again = last.code("ckpt-sk") == 3 && last.said.contains("not accepted yet");
         outcome = Some(last);
         !again

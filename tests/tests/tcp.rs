@@ -25,15 +25,7 @@ fn server() -> Target {
 }
 
 fn dump(target: &Target, name: &str, scan: &[&str], sk: &[&str]) -> Outcome {
-    pipeline(target, name, scan, sk).run()
-}
-
-fn pipeline(target: &Target, name: &str, scan: &[&str], sk: &[&str]) -> Pipeline {
-    let pid = target.pid.to_string();
-    Pipeline::new(target.dir.path())
-        .stage(["ckpt-scan", "-t", &pid].iter().chain(scan).copied())
-        .stage(["ckpt-sk"].iter().chain(sk).copied())
-        .stage(["ckpt-write".into(), target.path(name)])
+    target.dumping(name, scan, sk).run()
 }
 
 fn img(target: &Target, name: &str) -> PathBuf {
@@ -404,7 +396,7 @@ fn killed_at_random(stage: &'static str) {
                 let span = u64::try_from(start.elapsed().as_nanos()).expect("a short time");
                 for instant in 0..60 {
                     let delay = Duration::from_nanos(random.below(span * 12 / 10));
-                    let mut running = pipeline(&target, "img", &[], &["--tcp-established"]).start();
+                    let mut running = target.dumping("img", &[], &["--tcp-established"]).start();
                     let end = Instant::now() + delay;
                     while Instant::now() < end {
                         std::hint::spin_loop();

@@ -816,17 +816,8 @@ impl Hold {
     /// # Errors
     /// The holder is gone.
     pub fn times(&mut self) -> Result<Option<Times>, HoldError> {
-        let failed = |source| HoldError::Broken { what: "ask for times", source };
-        self.socket.write_all(b"TIMES\n").map_err(failed)?;
-        let mut answer = Vec::new();
-        while answer.last() != Some(&b'\n') && answer.len() < 64 {
-            let mut byte = [0];
-            self.socket.read_exact(&mut byte).map_err(failed)?;
-            answer.extend(byte);
-        }
-        let answer = String::from_utf8_lossy(&answer);
-        let mut numbers =
-            answer.split_whitespace().skip(1).map(|n| n.parse().ok().map(Duration::from_micros));
+        let Ok((answer, _)) = self.ask("TIMES")? else { return Ok(None) };
+        let mut numbers = answer.split_whitespace().map(|n| n.parse().ok().map(Duration::from_micros));
         let (freezing, frozen) = (numbers.next().flatten(), numbers.next().flatten());
         Ok(freezing.zip(frozen).map(|(freezing, frozen)| Times { freezing, frozen }))
     }

@@ -59,10 +59,14 @@ fn span(start: RemoteAddr, end: RemoteAddr) -> String {
 /// # Errors
 /// EINVAL before Linux 6.7.
 pub fn enable(uffd: BorrowedFd<'_>) -> Result<(), SysError> {
-    let mut api = Api { api: API, features: FEATURE_WP_ASYNC, ioctls: 0 };
+    enable_features(uffd, FEATURE_WP_ASYNC, "UFFD_FEATURE_WP_ASYNC")
+}
+
+fn enable_features(uffd: BorrowedFd<'_>, features: u64, what: &str) -> Result<(), SysError> {
+    let mut api = Api { api: API, features, ioctls: 0 };
     // SAFETY: UFFDIO_API reads and writes one `uffdio_api`, which `api` is.
     let ret = unsafe { libc::ioctl(uffd.as_raw_fd(), iowr(0x3f, size_of::<Api>()), &raw mut api) };
-    if ret == 0 { Ok(()) } else { Err(SysError::last("ioctl(UFFDIO_API)", "UFFD_FEATURE_WP_ASYNC")) }
+    if ret == 0 { Ok(()) } else { Err(SysError::last("ioctl(UFFDIO_API)", what)) }
 }
 
 /// Puts the mappings in `[start, end)` under tracking; those that are already stay as they are.
@@ -70,7 +74,16 @@ pub fn enable(uffd: BorrowedFd<'_>) -> Result<(), SysError> {
 /// # Errors
 /// EBUSY if another userfaultfd watches one, ENOMEM if the address space is gone.
 pub fn register(uffd: BorrowedFd<'_>, start: RemoteAddr, end: RemoteAddr) -> Result<(), SysError> {
-    let range = Range { start: start.0, len: end.0 - start.0, mode: MODE_WP };
+    register_mode(uffd, start, end, MODE_WP)
+}
+
+fn register_mode(
+    uffd: BorrowedFd<'_>,
+    start: RemoteAddr,
+    end: RemoteAddr,
+    mode: u64,
+) -> Result<(), SysError> {
+    let range = Range { start: start.0, len: end.0 - start.0, mode };
     let mut arg = Register { range, ioctls: 0 };
     // SAFETY: UFFDIO_REGISTER reads and writes one `uffdio_register`, which `arg` is.
     let ret = unsafe { libc::ioctl(uffd.as_raw_fd(), iowr(0, size_of::<Register>()), &raw mut arg) };
@@ -123,10 +136,7 @@ const FEATURE_POISON: u64 = 1 << 14;
 /// # Errors
 /// EPERM without CAP_SYS_PTRACE, EINVAL before Linux 6.6.
 pub fn enable_missing(uffd: BorrowedFd<'_>) -> Result<(), SysError> {
-    let mut api = Api { api: API, features: EVENTS | FEATURE_POISON, ioctls: 0 };
-    // SAFETY: UFFDIO_API reads and writes one `uffdio_api`, which `api` is.
-    let ret = unsafe { libc::ioctl(uffd.as_raw_fd(), iowr(0x3f, size_of::<Api>()), &raw mut api) };
-    if ret == 0 { Ok(()) } else { Err(SysError::last("ioctl(UFFDIO_API)", "missing pages, events")) }
+    enable_features(uffd, EVENTS | FEATURE_POISON, "missing pages, events")
 }
 
 /// From here on, touching a page in `[start, end)` that is not there is a [`Event::Fault`].
@@ -134,11 +144,7 @@ pub fn enable_missing(uffd: BorrowedFd<'_>) -> Result<(), SysError> {
 /// # Errors
 /// EBUSY if another userfaultfd watches a part of it, EINVAL for memory that can't be.
 pub fn register_missing(uffd: BorrowedFd<'_>, start: RemoteAddr, end: RemoteAddr) -> Result<(), SysError> {
-    let range = Range { start: start.0, len: end.0 - start.0, mode: MODE_MISSING };
-    let mut arg = Register { range, ioctls: 0 };
-    // SAFETY: UFFDIO_REGISTER reads and writes one `uffdio_register`, which `arg` is.
-    let ret = unsafe { libc::ioctl(uffd.as_raw_fd(), iowr(0, size_of::<Register>()), &raw mut arg) };
-    if ret == 0 { Ok(()) } else { Err(SysError::last("ioctl(UFFDIO_REGISTER)", span(start, end))) }
+    register_mode(uffd, start, end, MODE_MISSING)
 }
 
 #[repr(C)]
