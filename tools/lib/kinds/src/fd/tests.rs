@@ -82,6 +82,7 @@ impl crate::Sink for Capture {
 
 impl Dump {
     fn run(&self, fds: &[TargetFd]) -> anyhow::Result<ImageSet> {
+        let _dumping = crate::descriptors::dumping();
         let stream = tempfile::tempfile()?;
         let hello = Hello { page_size: 4096, arch: 1, ..Hello::default() };
         let mut sink = Capture { writer: Writer::open(stream, hello)?, stubs: Vec::new() };
@@ -291,6 +292,8 @@ fn pipe_that_nobody_writes_to_ends() {
 #[test]
 fn pipe_that_leads_outside_needs_a_word() {
     let (reader, mut child) = {
+        // An exec closes the rest: it ends with the spawn.
+        let _forking = crate::descriptors::forking();
         let child =
             std::process::Command::new("sleep").arg("100").stdout(std::process::Stdio::piped()).spawn();
         let mut child = child.unwrap();

@@ -120,6 +120,7 @@ mod tests {
 
     /// The refusal of a child that did `what` and stopped.
     fn refusal(what: impl FnOnce()) -> Option<String> {
+        let _forking = crate::descriptors::forking();
         let pid = selfcall::spawn(|| {
             selfcall::trace_me();
             what();

@@ -258,6 +258,7 @@ mod tests {
         if !privileged() {
             return;
         }
+        let _forking = crate::descriptors::forking();
         let code = selfcall::in_child(|| {
             let mut want = dump_self();
             change(&mut want);
@@ -323,6 +324,7 @@ mod tests {
 
     #[test]
     fn equal_credentials_need_no_calls() {
+        let _forking = crate::descriptors::forking();
         let code = selfcall::in_child(|| i32::try_from(restore(&dump_self()).len()).unwrap());
         assert_eq!(code, Some(0));
     }

@@ -388,6 +388,7 @@ mod tests {
 
     #[test]
     fn every_component_comes_back() {
+        let _forking = crate::descriptors::forking();
         let pid = stopped_child();
         let tid = pid.leader();
         let mut area = ptrace::get_regset(tid, ptrace::NT_X86_XSTATE, LARGEST).unwrap();
@@ -423,6 +424,7 @@ mod tests {
 
     #[test]
     fn initial_state_comes_back() {
+        let _forking = crate::descriptors::forking();
         let pid = stopped_child();
         let tid = pid.leader();
         let info = dump(tid, &ptrace::regs(tid).unwrap(), 0).unwrap();
@@ -439,6 +441,7 @@ mod tests {
 
     #[test]
     fn state_that_this_processor_lacks_is_refused() {
+        let _forking = crate::descriptors::forking();
         let pid = stopped_child();
         let mut info = dump(pid.leader(), &ptrace::regs(pid.leader()).unwrap(), 0).unwrap();
         end(pid);
@@ -452,6 +455,7 @@ mod tests {
 
     #[test]
     fn interrupted_calls_are_run_again_or_end_with_eintr() {
+        let _forking = crate::descriptors::forking();
         let pid = stopped_child();
         let mut regs = ptrace::regs(pid.leader()).unwrap();
         end(pid);

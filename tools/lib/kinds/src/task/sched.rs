@@ -178,6 +178,7 @@ mod tests {
 
     #[test]
     fn batch_policy_niceness_slack_and_processors_come_back() {
+        let _forking = crate::descriptors::forking();
         let code = selfcall::in_child(|| {
             let want = ThreadCoreEntry {
                 sched_nice: Some(7),

@@ -148,6 +148,7 @@ mod tests {
 
     #[test]
     fn handlers_and_alternate_stack_come_back() {
+        let _forking = crate::descriptors::forking();
         let code = selfcall::in_child(|| {
             let dump = || {
                 let mut calls = Vec::new();
@@ -205,6 +206,7 @@ mod tests {
         let private = SignalQueueEntry { signals: vec![siginfo(12, -6, 0), siginfo(11, 1, 0x1000)] };
         check_queue(&shared).unwrap();
         let (s, p) = (shared.clone(), private.clone());
+        let _forking = crate::descriptors::forking();
         let pid = selfcall::spawn(move || {
             selfcall::trace_me();
             SigSet::all().thread_block().unwrap();

@@ -17,6 +17,7 @@ use super::{ThreadInput, check, dump_leader, dump_zombie, processors, restore};
 
 /// The core entry of a child that did `setup`.
 fn dumped(setup: impl FnOnce()) -> CoreEntry {
+    let _forking = crate::descriptors::forking();
     let (reader, writer) = pipe().unwrap();
     let pid = selfcall::spawn(move || {
         setup();
@@ -92,6 +93,7 @@ fn whole_process_is_told_by_its_entry() {
 
 #[test]
 fn stopped_process_is_stored_as_stopped() {
+    let _forking = crate::descriptors::forking();
     let pid = selfcall::spawn(|| {
         // In an orphaned process group, as that of a CI job may be, SIGTSTP stops nobody.
         nix::unistd::setpgid(nix::unistd::Pid::from_raw(0), nix::unistd::Pid::from_raw(0)).unwrap();
@@ -109,6 +111,7 @@ fn stopped_process_is_stored_as_stopped() {
 
 #[test]
 fn zombie_keeps_its_exit_code() {
+    let _forking = crate::descriptors::forking();
     let pid = selfcall::spawn(|| 7);
     waitid(Id::Pid(pid.nix()), WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT).unwrap();
     let stat = std::fs::read(format!("/proc/{pid}/stat")).unwrap();
