@@ -239,9 +239,13 @@ fn a_killed_guardian_is_replaced() {
     target.dump_ok("img");
     end(&target);
     let _ = restore(&target, &[], "img").ok("restore");
+    let mut first = Vec::new();
+    let made = || {
+        first = helpers(&target, "ckpt-guardian");
+        first.len() == 1
+    };
+    assert!(soon(made), "no guardian: {}", said(&target));
     let server = caught(&target);
-    let first = helpers(&target, "ckpt-guardian");
-    assert_eq!(first.len(), 1);
     let _ = kill(Pid::from_raw(first[0]), Signal::SIGKILL);
     let _ = kill(Pid::from_raw(server), Signal::SIGCONT);
     check_storm(&target, 16);

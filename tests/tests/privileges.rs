@@ -162,10 +162,14 @@ fn small_limits_are_lived_with_or_told() {
         ("--sigpending=0", [fine; 3]),
         ("--msgqueue=0", [fine; 3]),
     ];
+    // What the tests themselves were started with is not counted.
+    let close: String = (3..=9).map(|fd| format!(" {fd}>&-")).collect();
+    let limited =
+        |limit: &str| words(&["sh", "-c", &format!("exec{close}; exec \"$@\""), "sh", "prlimit", limit]);
     for (limit, expected) in cases {
         for (stage, words) in ["ckpt-scan", "ckpt-sk", "ckpt-write"].into_iter().zip(expected) {
             let context = format!("{stage} with {limit}");
-            let outcome = dump(&target, &["prlimit".into(), limit.into()], Some(stage)).sane();
+            let outcome = dump(&target, &limited(limit), Some(stage)).sane();
             let img = target.path("img");
             assert_eq!(img.exists(), words == fine, "{context}: {outcome}");
             assert!(outcome.said.contains(words), "{context}: {outcome}");
@@ -180,12 +184,12 @@ fn small_limits_are_lived_with_or_told() {
     target.dump_ok("img");
     target.end();
     for limit in ["--nofile=6", "--fsize=0", "--as=1000000"] {
-        let outcome = restore(&target, &["prlimit".into(), limit.into()]);
+        let outcome = restore(&target, &limited(limit));
         assert_ne!(outcome.code("ckpt-restore"), 0, "{limit}: {outcome}");
         assert_eq!(process::marked(target.dir.path()), Vec::<i32>::new(), "{limit}: {outcome}");
     }
     for limit in ["--nofile=20:", "--stack=131072:", "--as=100000000:"] {
-        let _ = restore(&target, &["prlimit".into(), limit.into()]).ok(limit);
+        let _ = restore(&target, &limited(limit)).ok(limit);
         target.passes(limit);
         target.end();
     }

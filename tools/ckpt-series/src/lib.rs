@@ -133,7 +133,8 @@ pub fn run(args: &Args, input: File, mut output: File) -> anyhow::Result<()> {
         let due = made % args.full_every == 0;
         let dir = series.next();
         let result = checkpoint(args, &tracking.address, &dir, parent.filter(|_| !due).as_deref(), &begun);
-        if result.is_err() && ended(root.as_fd(), PollTimeout::ZERO)? {
+        // A task that is being killed fails calls with ESRCH a moment before its pidfd tells.
+        if result.is_err() && ended(root.as_fd(), PollTimeout::from(1000_u16))? {
             break;
         }
         result.with_context(|| dir.display().to_string())?;
