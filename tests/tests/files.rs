@@ -1,6 +1,6 @@
 //! Descriptors that are no sockets.
 
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use ckpt_tests::{Pipeline, Target, TestDir, process, workload};
 use nix::{pty::openpty, sys::signal::Signal};
@@ -16,6 +16,43 @@ crate::survives! {
     file_locks_stay_with_their_owners: "file_locks";
     descriptors_of_any_number_come_back: "descriptors_many";
     inotify_watches_keep_their_numbers: "inotify_user";
+    files_of_two_processes: "open_everywhere";
+}
+
+/// A command that can have 300 files open, and may not change that.
+fn with_little_room(program: impl AsRef<std::ffi::OsStr>) -> Command {
+    let mut command = Command::new("prlimit");
+    command.args(["--nofile=300:300", "setpriv", "--bounding-set=-sys_resource"]).arg(program);
+    command
+}
+
+/// Together the two have half as many files again open as each tool may have.
+#[test]
+fn a_tree_may_have_more_files_open_than_the_tools() {
+    let dir = TestDir::new("open_everywhere");
+    let mut command = with_little_room(workload::compile("open_everywhere"));
+    command.arg(dir.path().join("log"));
+    let target = Target::spawn(dir, command);
+    target.wait_log("ready");
+    let before = target.at_rest();
+    let tool = |name| with_little_room(ckpt_tests::tool(name));
+    let mut scan = tool("ckpt-scan");
+    let mut scan =
+        scan.args(["-t", &target.pid.to_string()]).stdout(Stdio::piped()).spawn().expect("ckpt-scan");
+    let mut sk = tool("ckpt-sk");
+    let mut sk =
+        sk.stdin(scan.stdout.take().expect("a pipe")).stdout(Stdio::piped()).spawn().expect("ckpt-sk");
+    let mut write = tool("ckpt-write");
+    write.arg(target.path("img")).stdin(sk.stdout.take().expect("a pipe"));
+    assert!(write.status().expect("ckpt-write").success());
+    assert!(scan.wait().expect("ckpt-scan").success() && sk.wait().expect("ckpt-sk").success());
+    target.unchanged(&before);
+    target.end();
+    let mut restore = tool("ckpt-restore");
+    let output = restore.arg("--detach").arg(target.path("img")).output().expect("ckpt-restore");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    target.looks_like(&before);
+    target.passes("the restored one");
 }
 
 /// The restorer can have little more open than the program has, whose numbers fill all of that.

@@ -28,7 +28,7 @@ use ckpt_kinds::{
 };
 use ckpt_proto::types::{RestoreStatsEntry, StatsEntry};
 use ckpt_remote::build::Area;
-use ckpt_sys::{Pid, Refused, SocketId};
+use ckpt_sys::{Pid, Refused, SocketId, ids};
 use clap::{
     CommandFactory, Parser, ValueEnum,
     builder::{OsStringValueParser, TypedValueParser},
@@ -262,6 +262,7 @@ fn restore(
         interrupt: Some(signals.interrupt()?),
         files_strict: args.files == FilesMode::Strict,
         tcp_close: args.tcp_close,
+        pids: tree.numbers(),
         warn: ckpt_cli::warn,
         note: |text| ckpt_cli::note!(1, "{text}"),
     };
@@ -273,7 +274,7 @@ fn restore(
     for process in &tree.processes {
         check_vdso(process, vdso.as_ref(), set, lazy.as_mut())?;
     }
-    let steps = births::plan(&nodes(tree), &mut pids::spare(tree.numbers()))?;
+    let steps = births::plan(&nodes(tree), &mut ids::spare_pids(tree.numbers()))?;
     let mut files = OpenFiles::open_all(set, &options)?;
     // Pages are compared with their checksums while they are placed, and nobody runs before they have been.
     let verification = if args.no_verify || args.lazy { None } else { Some(set.verification()?) };
@@ -355,7 +356,7 @@ fn build(
     }
     stats::phase("tasks");
     let bytes = make::bodies(tree).map(|(_, body)| body.space.pages.own_bytes()).sum();
-    let mut family = Family::new(area, Box::new(pids::spare(tree.numbers())), bytes)?;
+    let mut family = Family::new(area, Box::new(ids::spare_pids(tree.numbers())), bytes)?;
     let mut memory = Builder::new(tree, set, files, &region, bulk, lazy, steps)?;
     family.fork_all(steps, &mut memory)?;
     family.bury(tree)?;

@@ -286,8 +286,9 @@ impl Family {
         ckpt_sys::prctl::allow_tracer(tree.root().pid);
         for (process, body) in bodies(tree) {
             let task = self.task(process.pid.0)?;
-            files.fetch_late(task, &body.fds).with_context(|| format!("{}: pidfds", process.name()))?;
+            files.fetch(task, &body.fds).with_context(|| format!("{}: fetch files", process.name()))?;
         }
+        files.all_fetched();
         for (process, _) in bodies(tree) {
             self.settings(process).with_context(|| process.name())?;
         }
@@ -313,7 +314,7 @@ impl Family {
         let mm = &body.space.mm;
         let exe = number(mm.exe_file_id, "the executable")?;
         let mut wanted = Vec::new();
-        for entry in body.fds.iter().filter(|entry| !files.is_late(FileId(entry.id))) {
+        for entry in body.fds.iter().filter(|entry| !files.is_fetched(FileId(entry.id))) {
             let to =
                 i32::try_from(entry.fd).ok().with_context(|| format!("fd {}: no such number", entry.fd))?;
             wanted.push(Move {

@@ -96,21 +96,6 @@ fn holder(tid: i32) -> String {
     }
 }
 
-/// Pids that are neither in use nor in the images, for tasks that end again at once.
-pub fn spare(taken: BTreeSet<i32>) -> impl FnMut() -> i32 + 'static {
-    // From high numbers down, where the kernel's own search arrives last.
-    let max = std::fs::read_to_string("/proc/sys/kernel/pid_max").ok().and_then(|n| n.trim().parse().ok());
-    let mut next: i32 = max.unwrap_or(32768);
-    move || {
-        loop {
-            next -= 1;
-            if next <= 300 || !taken.contains(&next) && !exists(next) {
-                return next;
-            }
-        }
-    }
-}
-
 /// Ends the original processes: those that have a pid of the tree, with the name and executable
 /// that are recorded for it. Everything is checked before the first one is ended.
 ///

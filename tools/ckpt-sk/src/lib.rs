@@ -244,8 +244,6 @@ impl Stage<'_> {
         if self.hold.is_none() && !self.stubs.is_empty() {
             bail!("no frozen tree is behind the stream any more: run ckpt-sk in one pipeline with ckpt-scan");
         }
-        // A copy of each socket is open here.
-        let _ = ckpt_sys::file::raise_limit(self.stubs.len() as u64 + 1024);
         let options = self.args.options(self.kill);
         let say = Say { warn: &ckpt_cli::warn, note: &|text| ckpt_cli::note!(1, "{text}") };
         let net_ns = |pid: Pid| self.net_ns.get(&pid).copied();

@@ -22,7 +22,7 @@
 
 use std::{
     arch::global_asm,
-    os::fd::{FromRawFd, OwnedFd},
+    os::fd::{FromRawFd, OwnedFd, RawFd},
 };
 
 use nix::errno::Errno;
@@ -186,6 +186,19 @@ impl CloneArgs {
 /// # Errors
 /// EEXIST if the pid is taken, EPERM without CAP_CHECKPOINT_RESTORE, ENOSYS before Linux 5.5.
 pub fn spawn_waiting(pid: Pid) -> Result<(), SysError> {
+    spawn_after(pid, || Ok(()))
+}
+
+/// The same, but nothing is open in it other than the descriptors `keep`: it holds these files while it lives.
+///
+/// # Errors
+/// As [`spawn_waiting`].
+pub fn spawn_keeper(pid: Pid, keep: &[RawFd]) -> Result<(), SysError> {
+    spawn_after(pid, || crate::file::close_all_but(keep))
+}
+
+/// The child does `first`, and ends if that fails.
+fn spawn_after(pid: Pid, first: impl FnOnce() -> Result<(), SysError>) -> Result<(), SysError> {
     let set_tid = pid.0;
     let args = CloneArgs {
         exit_signal: libc::SIGCHLD.unsigned_abs().into(),
@@ -194,14 +207,17 @@ pub fn spawn_waiting(pid: Pid) -> Result<(), SysError> {
         ..CloneArgs::default()
     };
     let parent = std::process::id().cast_signed();
-    // SAFETY: without CLONE_VM this is fork(2): the child has its own copy of everything, and runs
-    // nothing but the system calls below. `args` and `set_tid` outlive the call.
+    // SAFETY: without CLONE_VM this is fork(2): the child has its own copy of everything, of a process that has one
+    // thread, so `first` finds every lock as it was left; then it runs nothing but the system calls below. `args` and `set_tid` outlive the call.
     let ret = unsafe { libc::syscall(libc::SYS_clone3, &raw const args, size_of::<CloneArgs>()) };
     match ret {
         -1 => Err(SysError::last("clone3", format!("pid {pid}"))),
         0 => {
             // SAFETY: takes integers only.
             unsafe { libc::syscall(libc::SYS_prctl, libc::PR_SET_PDEATHSIG, libc::SIGKILL, 0, 0, 0) };
+            if first().is_err() {
+                end(1);
+            }
             loop {
                 // SAFETY: takes nothing.
                 let now = unsafe { libc::syscall(libc::SYS_getppid) };

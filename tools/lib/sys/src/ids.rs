@@ -84,3 +84,19 @@ impl fmt::LowerHex for RemoteAddr {
         fmt::LowerHex::fmt(&self.0, f)
     }
 }
+
+/// Pids that are neither in use nor in the images, for tasks that end again at once.
+pub fn spare_pids(taken: std::collections::BTreeSet<i32>) -> impl FnMut() -> i32 + 'static {
+    // From high numbers down, where the kernel's own search arrives last.
+    let exists = |pid: i32| std::path::Path::new(&format!("/proc/{pid}")).exists();
+    let max = std::fs::read_to_string("/proc/sys/kernel/pid_max").ok().and_then(|n| n.trim().parse().ok());
+    let mut next: i32 = max.unwrap_or(32768);
+    move || {
+        loop {
+            next -= 1;
+            if next <= 300 || !taken.contains(&next) && !exists(next) {
+                return next;
+            }
+        }
+    }
+}

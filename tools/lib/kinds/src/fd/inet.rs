@@ -71,7 +71,8 @@ pub(super) fn entry(
     what: &str,
     completion: Completion<'_>,
 ) -> anyhow::Result<InetSkEntry> {
-    let fd = socket.copy.as_fd();
+    let copy = socket.copy()?;
+    let fd = copy.as_fd();
     let stub = socket.stub;
     let v6 = is_v6(stub.domain);
     let none = unspecified(v6);

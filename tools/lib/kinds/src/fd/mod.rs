@@ -14,7 +14,7 @@
 //! eventfds, which all have one inode, cost 14 questions each and not 10,000.
 //!
 //! **Restore.** One process opens everything ([`OpenFiles`]); the tasks inherit its descriptors by
-//! fork and dup them to their numbers. What needs the final numbers or pids (members of epoll sets,
+//! fork and dup them to their numbers, or take copies of those that did not fit into its table ([`shelf`]). What needs the final numbers or pids (members of epoll sets,
 //! F_SETOWN, file locks) is handed out by [`OpenFiles::placed`] as calls to be run inside the
 //! tasks.
 //!
@@ -36,6 +36,7 @@ pub mod pipe;
 mod raw;
 pub mod reg;
 pub mod restore;
+mod shelf;
 pub mod signalfd;
 pub mod socket;
 pub mod socklist;
@@ -54,6 +55,7 @@ use nix::sys::stat::SFlag;
 
 pub use dump::{Descriptor, DumpOptions, External, FileTable, Shmem, ShmemSegment, Survey, comm};
 pub use restore::{OpenFiles, Opening, RestoreOptions};
+pub use shelf::Lent;
 
 use crate::Sink;
 

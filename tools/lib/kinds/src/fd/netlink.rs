@@ -108,7 +108,7 @@ fn check(
     {
         return Err(socket.refuse(what, format!("netfilter sends packets to it ({file})")).into());
     }
-    let happened = sock::poll_now(socket.copy.as_fd(), libc::POLLIN)?;
+    let happened = sock::poll_now(socket.copy()?.as_fd(), libc::POLLIN)?;
     if happened & libc::POLLERR != 0 {
         socket.leave_out(what, "an error (ENOBUFS: messages were lost) waits to be read", completion)?;
     } else if happened & libc::POLLIN != 0 || diag.rmem > 0 {

@@ -101,7 +101,7 @@ pub(super) fn complete(
         let mut psk = entry(socket, diag, &what, completion)?;
         let mut unread = Vec::new();
         if let Some(rx) = &psk.rx_ring {
-            let found = ring::read(socket.copy.as_fd(), psk.version, rx, psk.tx_ring.as_ref());
+            let found = ring::read(socket.copy()?.as_fd(), psk.version, rx, psk.tx_ring.as_ref());
             let found = found.with_context(|| format!("{}: its ring", socket.subject))?;
             let contents = found.map_err(|why| socket.refuse(&what, why))?;
             psk.ckpt_rx_head = Some(contents.head).filter(|&head| head != 0);
@@ -182,7 +182,7 @@ fn check(
     what: &str,
     completion: Completion<'_>,
 ) -> anyhow::Result<()> {
-    let happened = sock::poll_now(socket.copy.as_fd(), libc::POLLIN)?;
+    let happened = sock::poll_now(socket.copy()?.as_fd(), libc::POLLIN)?;
     if diag.interface == u32::MAX {
         return Err(socket.refuse(what, "the interface that it was bound to is gone").into());
     }
@@ -227,7 +227,7 @@ fn entry(
         None => NO_FANOUT,
         // sock_diag leaves the flags out.
         Some(_) => {
-            sock::option(socket.copy.as_fd(), SOL_PACKET, PACKET_FANOUT)?.cast_unsigned() & !FANOUT_UNIQUE
+            sock::option(socket.copy()?.as_fd(), SOL_PACKET, PACKET_FANOUT)?.cast_unsigned() & !FANOUT_UNIQUE
         }
     };
     if fanout != NO_FANOUT && [PACKET_FANOUT_CBPF, PACKET_FANOUT_EBPF].contains(&(fanout >> 16 & 0xff)) {

@@ -11,8 +11,7 @@ use std::{collections::BTreeMap, fs, os::fd::AsFd};
 
 use anyhow::Context;
 use ckpt_proc::{fdinfo::Special, status};
-use ckpt_proto::types::{FdTypes, FdinfoEntry, FileEntry, PidfdEntry};
-use ckpt_remote::{Arg, Call, Syscalls, run_one};
+use ckpt_proto::types::{FdTypes, FileEntry, PidfdEntry};
 use ckpt_sys::{FileId, Pid, Refused, Tid, clone, file, pidfd};
 
 use super::{Descriptor, External, FileTable, OpenFiles, Opening};
@@ -101,12 +100,6 @@ impl Late {
 }
 
 impl OpenFiles {
-    /// Whether an open file can't be there before all tasks are.
-    #[must_use]
-    pub fn is_late(&self, id: FileId) -> bool {
-        self.late.has(id.0)
-    }
-
     /// Opens those, when all tasks are there.
     ///
     /// # Errors
@@ -122,50 +115,8 @@ impl OpenFiles {
                 let flags = file::flags(fd.as_fd())?;
                 file::set_flags(fd.as_fd(), flags | libc::O_NONBLOCK.cast_unsigned())?;
             }
-            self.files.insert(id, fd);
+            self.files.insert(FileId(id), fd)?;
         }
-        Ok(())
-    }
-
-    /// Gives a task with the descriptors `fdinfo`, all others of which are in place, those that were opened late.
-    ///
-    /// # Errors
-    /// EPERM: the task may not look into this process.
-    pub fn fetch_late(&self, task: &mut impl Syscalls, fdinfo: &[FdinfoEntry]) -> anyhow::Result<()> {
-        let late: Vec<&FdinfoEntry> = fdinfo.iter().filter(|entry| self.late.has(entry.id)).collect();
-        if late.is_empty() {
-            return Ok(());
-        }
-        let call =
-            |name: &str, nr: i64, args: &[i32]| Call::new(name, nr, args.iter().map(|&arg| Arg::from(arg)));
-        let mut run = |call: Call| -> anyhow::Result<i32> { Ok(i32::try_from(run_one(task, call)?.ret)?) };
-        // A number that is nobody's.
-        let mut ours = 0;
-        while fdinfo.iter().any(|entry| i32::try_from(entry.fd) == Ok(ours)) {
-            ours += 1;
-        }
-        let me = std::process::id().cast_signed();
-        let opened = run(call("pidfd_open(ckpt-restore)", libc::SYS_pidfd_open, &[me, 0]))?;
-        if opened != ours {
-            run(call("dup3", libc::SYS_dup3, &[opened, ours, libc::O_CLOEXEC]))?;
-            run(call("close", libc::SYS_close, &[opened]))?;
-        }
-        for entry in late {
-            use std::os::fd::AsRawFd;
-            let number = i32::try_from(entry.fd).context("a descriptor's number")?;
-            let Some(source) = self.fd(FileId(entry.id)) else { continue };
-            let copy = run(call("pidfd_getfd", libc::SYS_pidfd_getfd, &[ours, source.as_raw_fd(), 0]))?;
-            let cloexec = entry.flags & 1 == 1;
-            if copy == number {
-                let flag = if cloexec { libc::FD_CLOEXEC } else { 0 };
-                run(call("fcntl(F_SETFD)", libc::SYS_fcntl, &[copy, libc::F_SETFD, flag]))?;
-            } else {
-                let flag = if cloexec { libc::O_CLOEXEC } else { 0 };
-                run(call("dup3", libc::SYS_dup3, &[copy, number, flag]))?;
-                run(call("close", libc::SYS_close, &[copy]))?;
-            }
-        }
-        run(call("close", libc::SYS_close, &[ours]))?;
         Ok(())
     }
 }

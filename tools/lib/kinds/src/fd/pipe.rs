@@ -21,7 +21,7 @@ use ckpt_proto::{
     Image,
     types::{FdTypes, FifoEntry, FileEntry, PipeDataEntry, PipeEntry},
 };
-use ckpt_sys::{FileId, Pid, Refused, file};
+use ckpt_sys::{FileId, Pid, Refused, TargetFd, file, pidfd};
 use nix::{
     fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, tee},
     poll::{PollFd, PollFlags, PollTimeout, poll},
@@ -57,8 +57,18 @@ struct Pipe {
     ends: Vec<PipeEntry>,
     /// Who was met first, for messages.
     subject: String,
-    copy: OwnedFd,
+    /// Where an end of it is open.
+    place: (Pid, TargetFd),
     packets: bool,
+}
+
+impl Pipe {
+    /// The same open file. Not kept: a tree can have more pipes than one process may have files open.
+    fn copy(&self) -> anyhow::Result<OwnedFd> {
+        let (pid, fd) = self.place;
+        let copy = pidfd::open(pid).and_then(|task| pidfd::getfd(task.as_fd(), fd));
+        copy.with_context(|| self.subject.clone())
+    }
 }
 
 /// Which ends a file with these flags is.
@@ -85,7 +95,6 @@ pub(super) fn recognise_fifo(d: &Descriptor) -> bool {
 fn note<'a>(table: &'a mut FileTable, d: &Descriptor, fifo: bool) -> anyhow::Result<&'a mut Pipe> {
     let (reads, writes) = ends(d.flags());
     let id = pipe_id(d)?;
-    let copy = d.copy.try_clone().context("dup")?;
     let pipe = table.pipes.pipes.entry(d.inode()).or_insert_with(|| Pipe {
         id,
         link: d.link.clone(),
@@ -94,7 +103,7 @@ fn note<'a>(table: &'a mut FileTable, d: &Descriptor, fifo: bool) -> anyhow::Res
         writers: false,
         ends: Vec::new(),
         subject: d.subject(),
-        copy,
+        place: (d.pid, d.fd),
         packets: false,
     });
     pipe.readers |= reads;
@@ -157,7 +166,8 @@ fn outside(table: &FileTable, pipe: &Pipe) -> Option<(Pid, String)> {
 /// Whether anybody holds the end that the tree does not.
 fn other_end_is_held(pipe: &Pipe) -> anyhow::Result<bool> {
     let events = if pipe.readers { PollFlags::POLLIN } else { PollFlags::POLLOUT };
-    let mut fds = [PollFd::new(pipe.copy.as_fd(), events)];
+    let copy = pipe.copy()?;
+    let mut fds = [PollFd::new(copy.as_fd(), events)];
     poll(&mut fds, PollTimeout::ZERO).context("poll")?;
     let gone = PollFlags::POLLHUP | PollFlags::POLLERR;
     Ok(!fds[0].revents().unwrap_or(PollFlags::empty()).intersects(gone))
@@ -232,10 +242,10 @@ fn check_outside(table: &FileTable, pipe: &Pipe, half: bool) -> anyhow::Result<(
 
 fn dump_contents(pipe: &Pipe, sink: &mut dyn Sink) -> anyhow::Result<()> {
     let what = || format!("{}: {}", pipe.subject, name(pipe));
-    let size = fcntl(&pipe.copy, FcntlArg::F_GETPIPE_SZ).with_context(what)?;
+    let copy = pipe.copy()?;
+    let size = fcntl(&copy, FcntlArg::F_GETPIPE_SZ).with_context(what)?;
     // An end for reading, whichever end the copy is; a new open file, so that flags are our own.
-    let reader =
-        reopen(&self_path(pipe.copy.as_fd()), libc::O_RDONLY | libc::O_NONBLOCK).with_context(what)?;
+    let reader = reopen(&self_path(copy.as_fd()), libc::O_RDONLY | libc::O_NONBLOCK).with_context(what)?;
     let bytes = file::readable_bytes(reader.as_fd()).with_context(what)?;
     if bytes == 0 && size == DEFAULT_SIZE {
         return Ok(());

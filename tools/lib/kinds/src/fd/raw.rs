@@ -67,8 +67,8 @@ pub(super) fn complete(
     for socket in &sockets {
         let what = format!("{} socket {}", name(socket.stub.r#type), socket.stub.ino);
         let mut isk = inet::entry(socket, table.get(&socket.stub.ino), &what, completion)?;
-        isk.ckpt_groups = multicast::dump(socket.copy.as_fd(), inet::is_v6(isk.family), &groups)?;
-        let happened = sock::poll_now(socket.copy.as_fd(), libc::POLLIN | libc::POLLRDHUP)?;
+        isk.ckpt_groups = multicast::dump(socket.copy()?.as_fd(), inet::is_v6(isk.family), &groups)?;
+        let happened = sock::poll_now(socket.copy()?.as_fd(), libc::POLLIN | libc::POLLRDHUP)?;
         if happened & libc::POLLERR != 0 {
             socket.leave_out(&what, "an error waits to be read", completion)?;
         } else if happened & (libc::POLLIN | libc::POLLRDHUP) == libc::POLLIN {

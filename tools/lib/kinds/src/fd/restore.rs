@@ -15,14 +15,14 @@ use ckpt_images::ImageSet;
 use ckpt_proto::{
     Image,
     types::{
-        EventpollFileEntry, FdTypes, FdinfoEntry, FileEntry, FileLockEntry, FownEntry, RegFileEntry,
-        SkPacketEntry,
+        EventpollFileEntry, FdTypes, FdinfoEntry, FileEntry, FileLockEntry, FownEntry, FsEntry, MmEntry,
+        RegFileEntry, SkPacketEntry,
     },
 };
 use ckpt_remote::Call;
 use ckpt_sys::{FileId, Pid, Refused, SocketId, file};
 
-use super::{KINDS, Support, epoll, fown, lock, memfd, pidfd, reg, tcp, tty, unix};
+use super::{KINDS, Lent, Support, epoll, fown, lock, memfd, pidfd, reg, shelf::Shelf, tcp, tty, unix};
 use crate::mem::sysv;
 
 /// What the user wants at restore.
@@ -42,6 +42,8 @@ pub struct RestoreOptions {
     pub files_strict: bool,
     /// TCP connections whose other end is not in the images are restored as closed.
     pub tcp_close: bool,
+    /// Pids of the tree, which helpers must not take.
+    pub pids: BTreeSet<i32>,
     /// Takes warnings.
     pub warn: fn(&str),
     /// Takes what users are told if they ask.
@@ -58,6 +60,7 @@ impl Default for RestoreOptions {
             interrupt: None,
             files_strict: false,
             tcp_close: false,
+            pids: BTreeSet::new(),
             warn: |_| (),
             note: |_| (),
         }
@@ -93,10 +96,8 @@ pub struct Opening<'a> {
     aliases: HashSet<u32>,
     /// Files that stand behind some task's descriptor.
     described: HashSet<u32>,
-    files: HashMap<u32, OwnedFd>,
+    shelf: Shelf,
     owners: HashMap<u32, (u32, FownEntry)>,
-    /// Lowest number for what is kept.
-    base: i32,
     created: Vec<Option<Created>>,
     asked: BTreeSet<String>,
     given: BTreeSet<String>,
@@ -114,21 +115,27 @@ impl Opening<'_> {
     /// # Errors
     /// Two entries of one id; no descriptor numbers left.
     pub fn keep(&mut self, id: FileId, fd: OwnedFd) -> anyhow::Result<()> {
-        let high = file::dup_above(fd.as_fd(), self.base).context("too many open files (see ulimit -n)")?;
-        if self.files.insert(id.0, high).is_some() {
+        if !self.shelf.insert(id, fd)? {
             bail!("{}: two entries have id {id}", Image::Files.file_name(0));
         }
         Ok(())
     }
 
-    /// An open file kept before.
-    #[must_use]
-    pub fn kept(&self, id: FileId) -> Option<BorrowedFd<'_>> {
-        self.files.get(&id.0).map(AsFd::as_fd)
+    /// An open file kept before; `None` if there is none of this number.
+    ///
+    /// # Errors
+    /// It can't be had from the process that keeps it.
+    pub fn kept(&self, id: FileId) -> anyhow::Result<Option<Lent<'_>>> {
+        self.shelf.lend(id)
+    }
+
+    /// Keeps the file of this number in this process.
+    pub(super) fn hold(&mut self, id: FileId) {
+        self.shelf.hold(id.0);
     }
 
     pub(super) fn keep_segment(&mut self, shmid: u32, fd: OwnedFd, size: u64) -> anyhow::Result<()> {
-        let high = file::dup_above(fd.as_fd(), self.base).context("too many open files (see ulimit -n)")?;
+        let high = self.shelf.out_of_the_way(fd.as_fd())?;
         if self.memory.segments.insert(shmid, (high, size)).is_some() {
             bail!("{}: two entries have shmid {shmid}", Image::MemfdInode.file_name(0));
         }
@@ -207,7 +214,7 @@ impl Opening<'_> {
 /// Every open file of the images, opened in this process.
 #[derive(Debug, Default)]
 pub struct OpenFiles {
-    pub(super) files: HashMap<u32, OwnedFd>,
+    pub(super) files: Shelf,
     memory: memfd::Restored,
     pub(super) late: pidfd::Late,
     sysv: sysv::Restored,
@@ -242,6 +249,7 @@ impl OpenFiles {
             described.extend(packet.scm.iter().flat_map(|scm| &scm.rights));
         }
         let names = reg::Names::read(set)?;
+        let (base, limit) = base(highest, entries.len())?;
         let mut opening = Opening {
             set,
             options,
@@ -252,9 +260,8 @@ impl OpenFiles {
             late: pidfd::Late::default(),
             terminals: Vec::new(),
             described,
-            files: HashMap::new(),
+            shelf: Shelf::new(base, limit, by_number(set)?, options.pids.clone()),
             owners: HashMap::new(),
-            base: base(highest, entries.len())?,
             created: Vec::new(),
             asked: BTreeSet::new(),
             given: BTreeSet::new(),
@@ -285,7 +292,7 @@ impl OpenFiles {
             *flags & libc::O_ASYNC.cast_unsigned() != 0 || fown.pid != 0 || fown.signum != 0
         });
         Ok(Self {
-            files: opening.files,
+            files: opening.shelf,
             memory: opening.memory,
             late: opening.late,
             sysv,
@@ -299,10 +306,10 @@ impl OpenFiles {
         })
     }
 
-    /// The open file of an entry.
+    /// The open file of an entry, if it is open in this process.
     #[must_use]
     pub fn fd(&self, id: FileId) -> Option<BorrowedFd<'_>> {
-        self.files.get(&id.0).map(AsFd::as_fd)
+        self.files.here(id.0)
     }
 
     /// A segment of shared memory, open for reading and writing, and its size: to be filled with its pages.
@@ -404,7 +411,7 @@ impl Opening<'_> {
             return Err(Refused::new(format!("file {id}"), reason).into());
         }
         if let Some(missing) =
-            self.described.iter().find(|&&id| !self.files.contains_key(&id) && !self.late.has(id))
+            self.described.iter().find(|&&id| !self.shelf.contains(id) && !self.late.has(id))
         {
             bail!("a descriptor refers to file {missing}, which {} does not hold", Image::Files.file_name(0));
         }
@@ -444,7 +451,8 @@ fn aliases(entries: &[FileEntry], names: &reg::Names) -> HashSet<u32> {
 
 /// The lowest number for open files that are kept: far above those of all tasks if the limit on open files allows
 /// it, else above them, else, since tasks may use all numbers that there are, wherever all files fit.
-fn base(highest: u32, files: usize) -> anyhow::Result<i32> {
+/// Gives that limit too.
+fn base(highest: u32, files: usize) -> anyhow::Result<(i32, u64)> {
     const FAR: u64 = 100_000;
     const SPARE: u64 = 1024;
     let lowest = u64::from(highest) + 1;
@@ -452,6 +460,24 @@ fn base(highest: u32, files: usize) -> anyhow::Result<i32> {
     // Tasks get the limits that their images tell, so raising ours is nobody's business.
     let limit = file::raise_limit(FAR.max(lowest) + needed);
     let fits = [FAR.max(lowest), lowest].into_iter().find(|base| base + needed <= limit);
-    i32::try_from(fits.unwrap_or(limit.saturating_sub(needed)))
-        .context("descriptor numbers in the images are too high")
+    let base = i32::try_from(fits.unwrap_or(limit.saturating_sub(needed)))
+        .context("descriptor numbers in the images are too high")?;
+    Ok((base, limit))
+}
+
+/// Files that tasks find by the number that they have in this process.
+fn by_number(set: &ImageSet) -> anyhow::Result<HashSet<u32>> {
+    let mut ids = HashSet::new();
+    for arg in set.args(Image::Mm) {
+        for mm in set.all::<MmEntry>(Image::Mm, arg)? {
+            ids.insert(mm.exe_file_id);
+            ids.extend(mm.vmas.iter().filter_map(|vma| u32::try_from(vma.shmid).ok()));
+        }
+    }
+    for arg in set.args(Image::Fs) {
+        for fs in set.all::<FsEntry>(Image::Fs, arg)? {
+            ids.extend([fs.cwd_id, fs.root_id]);
+        }
+    }
+    Ok(ids)
 }

@@ -3,12 +3,13 @@
 //! ckpt-scan only notes that there is a socket ([`dump`] makes a *stub*); ckpt-sk completes the stubs
 //! ([`complete`]), because that is where policy is decided: which connections lead outside, what becomes of
 //! them and of what they have received. It looks at each socket through a copy of its own
-//! (pidfd_getfd(2)). [`FAMILIES`] says who completes which; the families' own modules make the sockets
+//! (pidfd_getfd(2)), made anew for each look: a tree can have more sockets than one process may have files open. [`FAMILIES`] says who completes which; the families' own modules make the sockets
 //! again at restore, by the rows of [`super::KINDS`].
 
 use std::{
     collections::{HashMap, hash_map::Entry},
     os::fd::{AsFd, BorrowedFd, OwnedFd},
+    rc::Rc,
 };
 
 use anyhow::{Context, bail};
@@ -71,8 +72,8 @@ pub struct Socket<'a> {
     pub file_id: u32,
     /// Where it was found.
     pub stub: &'a SocketStub,
-    /// A copy: the same open file.
-    pub copy: OwnedFd,
+    /// The process that it was found in.
+    pub task: Rc<OwnedFd>,
     /// How messages call it: pid, command, descriptor.
     pub subject: String,
     /// Cookie of its network namespace, if that is not this process's.
@@ -80,6 +81,15 @@ pub struct Socket<'a> {
 }
 
 impl Socket<'_> {
+    /// A copy: the same open file.
+    ///
+    /// # Errors
+    /// Too many files are open here; the tree is not frozen.
+    pub fn copy(&self) -> anyhow::Result<OwnedFd> {
+        let fd = TargetFd(i32::try_from(self.stub.fd).context("a socket's descriptor")?);
+        pidfd::getfd(self.task.as_fd(), fd).with_context(|| self.subject.clone())
+    }
+
     /// Who has it open.
     #[must_use]
     pub fn pid(&self) -> Pid {
@@ -210,31 +220,32 @@ pub fn complete(stubs: &[FileEntry], completion: Completion<'_>, sink: &mut dyn 
     Ok(())
 }
 
-/// Copies the descriptors of all stubs.
+/// Finds the sockets of all stubs.
 fn open(stubs: &[FileEntry]) -> anyhow::Result<Vec<Socket<'_>>> {
-    let mut tasks: HashMap<Pid, (OwnedFd, String)> = HashMap::new();
+    let mut tasks: HashMap<Pid, (Rc<OwnedFd>, String)> = HashMap::new();
     let mut sockets = Vec::new();
     let mut here = None;
     for entry in stubs {
         let Some(stub) = &entry.ckpt_stub else { continue };
         let pid = Pid(i32::try_from(stub.pid).context("a socket's pid")?);
-        let fd = TargetFd(i32::try_from(stub.fd).context("a socket's descriptor")?);
         let (task, comm) = match tasks.entry(pid) {
             Entry::Occupied(known) => known.into_mut(),
-            Entry::Vacant(new) => new.insert((pidfd::open(pid)?, comm(pid))),
+            Entry::Vacant(new) => new.insert((Rc::new(pidfd::open(pid)?), comm(pid))),
         };
-        let subject = format!("pid {pid} ({comm}) fd {fd}");
-        let copy = pidfd::getfd(task.as_fd(), fd).with_context(|| subject.clone())?;
+        let subject = format!("pid {pid} ({comm}) fd {}", stub.fd);
+        let task = Rc::clone(task);
+        let mut socket = Socket { file_id: entry.id, stub, task, subject, foreign: None };
+        let copy = socket.copy()?;
         let inode = nix::sys::stat::fstat(&copy).context("fstat")?.st_ino;
         if inode != stub.ino {
+            let subject = &socket.subject;
             bail!("{subject}: is socket {inode} now, the stream says {}: the tree is not frozen", stub.ino);
         }
-        let mut socket = Socket { file_id: entry.id, stub, copy, subject, foreign: None };
         let own = match here {
             Some(cookie) => cookie,
             None => *here.insert(own_namespace()?),
         };
-        let network = sock::net_namespace(socket.copy.as_fd())?;
+        let network = sock::net_namespace(copy.as_fd())?;
         // Whose client is in another network namespace has a connection that is there, too (unix_stream_connect in
         // net/unix/af_unix.c): that of unix sockets is theirs to judge.
         if network != own && !is(socket.stub, libc::AF_UNIX) {

@@ -82,7 +82,7 @@ pub(super) fn complete(
     for socket in &sockets {
         let what = what(socket.stub.protocol, socket.stub.ino);
         let mut isk = inet::entry(socket, table.get(&socket.stub.ino), &what, completion)?;
-        isk.ckpt_groups = multicast::dump(socket.copy.as_fd(), inet::is_v6(isk.family), &groups)?;
+        isk.ckpt_groups = multicast::dump(socket.copy()?.as_fd(), inet::is_v6(isk.family), &groups)?;
         check_corked(socket, &what)?;
         let queue = queue(socket, &what, &isk, completion)?;
         let kind = FdTypes::Inetsk.into();
@@ -101,7 +101,7 @@ pub(super) fn complete(
 fn check_corked(socket: &socket::Socket<'_>, what: &str) -> anyhow::Result<()> {
     let start = Instant::now();
     loop {
-        let memory = sock::unread_memory(socket.copy.as_fd())?;
+        let memory = sock::unread_memory(socket.copy()?.as_fd())?;
         if memory == 0 {
             return Ok(());
         }
@@ -120,13 +120,13 @@ fn queue(
     isk: &InetSkEntry,
     completion: Completion<'_>,
 ) -> anyhow::Result<Vec<(SkPacketEntry, Vec<u8>)>> {
-    let happened = sock::poll_now(socket.copy.as_fd(), libc::POLLIN)?;
+    let happened = sock::poll_now(socket.copy()?.as_fd(), libc::POLLIN)?;
     // Any receive call would take a waiting error from the target.
     if happened & libc::POLLERR != 0 {
         socket.leave_out(what, "an error waits to be read, and what was received with it", completion)?;
         return Ok(Vec::new());
     }
-    if memory(socket.copy.as_fd())? == 0 && happened & libc::POLLIN == 0 {
+    if memory(socket.copy()?.as_fd())? == 0 && happened & libc::POLLIN == 0 {
         return Ok(Vec::new());
     }
     let datagrams = match peek_all(socket, isk)? {
@@ -160,7 +160,8 @@ fn peek_all(socket: &socket::Socket<'_>, isk: &InetSkEntry) -> anyhow::Result<Re
     if let Some(why) = unreachable(local) {
         return Ok(Err(format!("at {local}: {why}")));
     }
-    let fd = socket.copy.as_fd();
+    let copy = socket.copy()?;
+    let fd = copy.as_fd();
     let lo = if_nametoindex("lo").unwrap_or(0);
     let mut all = Vec::new();
     let mut buffer = vec![0; 1 << 18];

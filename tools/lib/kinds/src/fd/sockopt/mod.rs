@@ -354,14 +354,15 @@ const MSS: std::ops::RangeInclusive<u32> = 88..=32767;
 /// [`Refused`] for options that are set and can't be restored.
 pub fn dump(socket: &Socket<'_>, what: &str, defaults: &Defaults) -> anyhow::Result<Options> {
     let defaults = defaults.like(socket)?;
+    let copy = socket.copy()?;
     let mut options = Options::default();
-    let connected = Class::of_socket(socket).0 & TCP != 0 && !tcp_idle(socket.copy.as_fd())?;
+    let connected = Class::of_socket(socket).0 & TCP != 0 && !tcp_idle(copy.as_fd())?;
     for opt in OPTIONS.iter().filter(|o| Class::of_socket(socket).has(o)) {
         // Of a connection they tell something else, or have had their effect.
         if connected && ["TCP_MAXSEG", "TCP_FASTOPEN_CONNECT"].contains(&opt.name) {
             continue;
         }
-        let value = match read(socket.copy.as_fd(), opt) {
+        let value = match read(copy.as_fd(), opt) {
             Err(e) if opt.value == Value::Filter && e.errno == Errno::EACCES => {
                 let reason = "an eBPF program is attached to it (SO_ATTACH_BPF), which can't be read back";
                 return Err(socket.refuse(what, reason).into());
@@ -490,13 +491,17 @@ mod tests {
         SocketStub { domain, r#type, protocol, ..SocketStub::default() }
     }
 
-    fn socket(stub: &SocketStub) -> Socket<'_> {
-        let copy = sock::socket(
+    /// A new socket, which stays open.
+    fn socket(stub: &SocketStub) -> Socket<'static> {
+        let new = sock::socket(
             stub.domain.cast_signed(),
             stub.r#type.cast_signed() | libc::SOCK_CLOEXEC,
             stub.protocol.cast_signed(),
         );
-        Socket { file_id: 1, stub, copy: copy.unwrap(), subject: "a test".into(), foreign: None }
+        let fd = std::os::fd::IntoRawFd::into_raw_fd(new.unwrap()).cast_unsigned();
+        let stub = Box::leak(Box::new(SocketStub { fd, ..stub.clone() }));
+        let own = ckpt_sys::pidfd::open(ckpt_sys::Pid(std::process::id().cast_signed())).unwrap();
+        Socket { file_id: 1, stub, task: own.into(), subject: "a test".into(), foreign: None }
     }
 
     #[test]
@@ -549,27 +554,32 @@ mod tests {
             let mut set = 0;
             for opt in OPTIONS.iter().filter(|o| class.has(o) && matches!(o.value, Value::Flag | Value::Int))
             {
-                let Some(now) = read(socket.copy.as_fd(), opt).unwrap() else { continue };
+                let Some(now) = read(socket.copy().unwrap().as_fd(), opt).unwrap() else { continue };
                 // Sticks to the list of local addresses, or would corrupt the next send.
                 if ["SO_RESERVE_MEM", "UDP_ENCAP", "UDP_CORK", "SO_LOCK_FILTER"].contains(&opt.name) {
                     continue;
                 }
                 let wanted = if int(&now) == Some(0) { 1u32 } else { 2 };
                 set += i32::from(
-                    sock::set_option_bytes(socket.copy.as_fd(), opt.level, opt.number, &wanted.to_ne_bytes())
-                        .is_ok(),
+                    sock::set_option_bytes(
+                        socket.copy().unwrap().as_fd(),
+                        opt.level,
+                        opt.number,
+                        &wanted.to_ne_bytes(),
+                    )
+                    .is_ok(),
                 );
             }
             assert!(set > 10, "{set}");
             let options = dump(&socket, "socket", &Defaults::default()).unwrap();
-            let new: OwnedFd = super::tests::socket(&stub).copy;
+            let new: OwnedFd = super::tests::socket(&stub).copy().unwrap();
             for when in [When::BeforeBind, When::Later, When::Last] {
                 restore(new.as_fd(), "socket", class, &options, when).unwrap();
             }
             for opt in OPTIONS.iter().filter(|o| class.has(o)) {
                 assert_eq!(
                     read(new.as_fd(), opt).unwrap(),
-                    read(socket.copy.as_fd(), opt).unwrap(),
+                    read(socket.copy().unwrap().as_fd(), opt).unwrap(),
                     "{stub:?} {}",
                     opt.name
                 );
@@ -583,11 +593,11 @@ mod tests {
         let socket = socket(&stub);
         // ret #65535
         let program = [6, 0, 0, 0, 255, 255, 0, 0];
-        sock::attach_filter(socket.copy.as_fd(), &program).unwrap();
-        sock::set_option(socket.copy.as_fd(), libc::SOL_SOCKET, 44, 1).unwrap();
+        sock::attach_filter(socket.copy().unwrap().as_fd(), &program).unwrap();
+        sock::set_option(socket.copy().unwrap().as_fd(), libc::SOL_SOCKET, 44, 1).unwrap();
         let options = dump(&socket, "socket", &Defaults::default()).unwrap();
         assert_eq!(options.sk.so_filter.len(), 1);
-        let new = super::tests::socket(&stub).copy;
+        let new = super::tests::socket(&stub).copy().unwrap();
         let class = Class::of_socket(&socket);
         restore(new.as_fd(), "socket", class, &options, When::Last).unwrap();
         assert_eq!(sock::filter(new.as_fd()).unwrap(), program);
@@ -627,8 +637,13 @@ mod tests {
         for (level, name, len) in [(99, 99, 4), (1, 26, 4), (6, 7, 4), (0, 10, 17)] {
             let mut options = Options::default();
             options.sk.ckpt_options.push(SocketOption { level, name, value: vec![0; len] });
-            let done =
-                restore(socket.copy.as_fd(), "socket", Class::of_socket(&socket), &options, When::Later);
+            let done = restore(
+                socket.copy().unwrap().as_fd(),
+                "socket",
+                Class::of_socket(&socket),
+                &options,
+                When::Later,
+            );
             assert!(done.is_err(), "{level} {name}");
         }
     }

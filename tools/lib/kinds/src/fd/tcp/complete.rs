@@ -5,7 +5,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    os::fd::{AsFd, AsRawFd, BorrowedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
 };
 
 use anyhow::Context;
@@ -53,8 +53,8 @@ impl Socket<'_> {
         self.diag.map_or(state::CLOSE, |d| d.state)
     }
 
-    fn fd(&self) -> BorrowedFd<'_> {
-        self.open.copy.as_fd()
+    fn copy(&self) -> anyhow::Result<OwnedFd> {
+        self.open.copy()
     }
 
     fn connection(&self) -> Option<Connection> {
@@ -219,7 +219,7 @@ fn check_backlog(
         match inside.get(&connection.reversed()) {
             Some(client)
                 if !options.skip_in_flight
-                    && (client.state() != state::ESTABLISHED || tcp::has_sent(client.fd())?) =>
+                    && (client.state() != state::ESTABLISHED || tcp::has_sent(client.copy()?.as_fd())?) =>
             {
                 let reason = format!(
                     "has not accepted the connection from {}, over which something was sent that nobody can read there",
@@ -257,13 +257,14 @@ fn events(fd: BorrowedFd<'_>) -> anyhow::Result<PollFlags> {
 /// Urgent data, and errors that any receive call would take from the target.
 fn check_urgent(socket: &Socket<'_>) -> anyhow::Result<()> {
     let advice = "checkpoint when it has been read";
-    let events = events(socket.fd())?;
+    let copy = socket.copy()?;
+    let events = events(copy.as_fd())?;
     if events.contains(PollFlags::POLLERR) {
         return Err(socket.refuse("an error waits to be read").advise(advice).into());
     }
     // EINVAL: there is none. EAGAIN: it is announced and has not come.
     let peek = MsgFlags::MSG_OOB | MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
-    let oob = recv(socket.fd().as_raw_fd(), &mut [0], peek);
+    let oob = recv(copy.as_raw_fd(), &mut [0], peek);
     if events.contains(PollFlags::POLLPRI) || !matches!(oob, Err(Errno::EINVAL)) {
         return Err(socket.refuse("urgent data (MSG_OOB) waits to be read").advise(advice).into());
     }
@@ -272,7 +273,8 @@ fn check_urgent(socket: &Socket<'_>) -> anyhow::Result<()> {
 
 /// A copy of the receive queue.
 fn peek(socket: &Socket<'_>) -> anyhow::Result<Vec<u8>> {
-    let fd = socket.fd();
+    let copy = socket.copy()?;
+    let fd = copy.as_fd();
     let len = file::readable_bytes(fd)? as usize;
     if len == 0 {
         return Ok(Vec::new());
@@ -301,13 +303,14 @@ fn received(socket: &Socket<'_>) -> anyhow::Result<Option<Stream>> {
 /// A socket that is not connected: never was, or not any more.
 fn closed(socket: &Socket<'_>, isk: &mut InetSkEntry) -> anyhow::Result<Option<Stream>> {
     let hung_up = PollFlags::POLLHUP | PollFlags::POLLIN;
-    let events = events(socket.fd())?;
+    let copy = socket.copy()?;
+    let events = events(copy.as_fd())?;
     let error = events.contains(PollFlags::POLLERR);
     // A new socket is hung up too, but there is nothing to be read from it, not even the end.
     if !events.contains(PollFlags::POLLIN) && !error {
         return Ok(None);
     }
-    if error && !tcp::was_connected(socket.fd())? {
+    if error && !tcp::was_connected(copy.as_fd())? {
         let advice = "checkpoint when it has been read";
         return Err(socket.refuse("the error of a failed connect(2) waits to be read").advise(advice).into());
     }
@@ -323,7 +326,8 @@ fn closed(socket: &Socket<'_>, isk: &mut InetSkEntry) -> anyhow::Result<Option<S
 /// Reads a connection whose packets are locked out.
 fn read(socket: &Socket<'_>, now: u8) -> anyhow::Result<Stream> {
     const TCPI_OPT_WSCALE: u8 = 4;
-    let fd = socket.fd();
+    let copy = socket.copy()?;
+    let fd = copy.as_fd();
     let what = || format!("{}: {}", socket.open.subject, socket.what);
     let incoming = peek(socket)?;
     let info = tcp::info(fd)?;

@@ -16,7 +16,7 @@
 //! again, and both ends are in the states that they were in. Between two ends in the images this is all it takes.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::BTreeSet,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6},
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     time::{Duration, Instant},
@@ -40,7 +40,7 @@ use nix::{
 };
 
 use super::state;
-use crate::fd::{Opening, inet};
+use crate::fd::{Opening, inet, shelf::Shelf};
 
 /// Bytes of a queue that are put back by one call.
 const PIECE: u64 = 1 << 16;
@@ -173,6 +173,9 @@ pub(in crate::fd) fn restore(opening: &mut Opening<'_>, entries: &[&InetSkEntry]
                 fd
             }
         };
+        if opening.tcp.waiting.last().is_some_and(|w| w.id == isk.id) {
+            opening.hold(FileId(isk.id));
+        }
         opening.set_flags(fd.as_fd(), isk.flags)?;
         opening.keep(FileId(isk.id), fd)?;
     }
@@ -486,7 +489,7 @@ impl Connections {
     /// talk and some don't to tasks that run on; so a child does it, and comes to its end in any case.
     pub fn go_live(
         self,
-        files: &HashMap<u32, OwnedFd>,
+        files: &Shelf,
         set: &ImageSet,
         commit: impl FnOnce() -> anyhow::Result<()>,
         committed: impl FnOnce() -> bool,
@@ -501,12 +504,9 @@ impl Connections {
         })
     }
 
-    fn unlock_and_send(&self, files: &HashMap<u32, OwnedFd>, set: &ImageSet) -> anyhow::Result<()> {
+    fn unlock_and_send(&self, files: &Shelf, set: &ImageSet) -> anyhow::Result<()> {
         let Self { lock, left, waiting } = self;
-        let socket = |w: &Waiting| {
-            let fd = files.get(&w.id).with_context(|| format!("{} was not made", w.what))?;
-            anyhow::Ok(fd.as_fd())
-        };
+        let socket = |w: &Waiting| files.here(w.id).with_context(|| format!("{} was not made", w.what));
         if let Some(name) = left {
             nft::remove(name).with_context(|| format!("remove the lock {name} from the network"))?;
         }

@@ -60,7 +60,8 @@ impl World {
         let mut sockets = SockDiag::here().and_then(|diag| diag.unix()).context("enumerate unix sockets")?;
         let mut known = BTreeSet::new();
         for socket in open.iter().filter(|s| s.foreign.is_some_and(|network| known.insert(network))) {
-            let theirs = sock::network(socket.copy.as_fd())
+            let copy = socket.copy()?;
+            let theirs = sock::network(copy.as_fd())
                 .and_then(|network| SockDiag::within(network.as_fd()))
                 .and_then(|diag| diag.unix())
                 .with_context(|| {
@@ -329,7 +330,7 @@ fn decide(
 /// A connection inside the tree that has not been accepted: its far end has no descriptor anywhere, so what
 /// waits in it can't be read.
 fn check_unaccepted(socket: &Socket<'_>) -> anyhow::Result<()> {
-    let memory = sock::unread_memory(socket.copy.as_fd())?;
+    let memory = sock::unread_memory(socket.copy()?.as_fd())?;
     if memory == 0 {
         return Ok(());
     }
@@ -419,7 +420,7 @@ fn unsent(
     queued: Queued,
     warn: &dyn Fn(&str),
 ) -> anyhow::Result<Vec<Message>> {
-    let memory = sock::unread_memory(socket.copy.as_fd())?;
+    let memory = sock::unread_memory(socket.copy()?.as_fd())?;
     if memory == 0 || socket.diag.kind == libc::SOCK_DGRAM {
         return Ok(Vec::new());
     }
@@ -471,7 +472,8 @@ fn entry(
     let fits =
         |n: u64| u32::try_from(n).map_err(|_| socket.refuse("an inode that does not fit into the images"));
     let (file_perms, name_dir, deleted) = socket_file(socket)?;
-    let peek_off = sock::option(socket.copy.as_fd(), libc::SOL_SOCKET, libc::SO_PEEK_OFF).unwrap_or(-1);
+    let copy = socket.copy()?;
+    let peek_off = sock::option(copy.as_fd(), libc::SOL_SOCKET, libc::SO_PEEK_OFF).unwrap_or(-1);
     // The kernel calls a datagram socket connected too if another one has connected to it.
     let state = if diag.kind == libc::SOCK_DGRAM && diag.peer.is_none() { CLOSE } else { diag.state };
     let usk = UnixSkEntry {
@@ -500,7 +502,7 @@ fn entry(
         mnt_id: None,
         ckpt_external: external,
         ckpt_peek_off: u32::try_from(peek_off).ok(),
-        ckpt_peer_creds: unixsock::peer_credentials(socket.copy.as_fd())?.map(|c| SkCreds {
+        ckpt_peer_creds: unixsock::peer_credentials(copy.as_fd())?.map(|c| SkCreds {
             pid: c.pid,
             uid: c.ids.uid,
             gid: c.ids.gid,
@@ -531,7 +533,7 @@ fn socket_file(socket: &Socket<'_>) -> anyhow::Result<SocketFile> {
         let found = here(path(name));
         return Ok((found.as_ref().map(perms), None, found.is_none().then_some(true)));
     }
-    let file = unixsock::bound_file(socket.copy.as_fd()).ok();
+    let file = unixsock::bound_file(socket.copy()?.as_fd()).ok();
     let file = file.and_then(|file| std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd())).ok());
     let candidates = directories(socket, name, file.as_deref());
     let found = candidates.iter().find_map(|d| Some((d, here(&d.join(path(name)))?)));

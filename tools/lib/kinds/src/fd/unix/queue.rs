@@ -51,7 +51,8 @@ pub(super) struct Message {
 
 /// Everything in a socket's receive queue.
 pub(super) fn peek(socket: &Socket<'_>, sockets: &BTreeMap<u64, Socket<'_>>) -> anyhow::Result<Vec<Message>> {
-    let fd = socket.copy.as_fd();
+    let copy = socket.copy()?;
+    let fd = copy.as_fd();
     let stream = socket.diag.kind == libc::SOCK_STREAM;
     if stream && (socket.diag.state == CLOSE || socket.diag.rqueue == 0) {
         return Ok(Vec::new());
@@ -278,7 +279,7 @@ pub(super) fn check_nothing_hidden(
     }
     for (sender, receiver) in receivers {
         let Some(socket) = sockets.get(&sender) else { continue };
-        let charged = sock::unread_memory(socket.copy.as_fd())?;
+        let charged = sock::unread_memory(socket.copy()?.as_fd())?;
         let found = seen.get(&sender).copied().unwrap_or(0);
         if charged > found + unknown.get(&socket.diag.kind).copied().unwrap_or(0) {
             return Err(hidden(receiver, socket, charged, found).into());

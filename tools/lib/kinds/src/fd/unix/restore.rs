@@ -45,7 +45,7 @@ use nix::{
 
 use super::{ESTABLISHED, EXTERNAL, LISTEN, kind_name, others::Others, outside, shown};
 use crate::fd::{
-    Opening,
+    Lent, Opening,
     dump::path,
     socket::of,
     sockopt::{self, Class, When},
@@ -82,7 +82,10 @@ pub(in crate::fd) struct Sockets {
     entries: BTreeMap<u64, Rc<UnixSkEntry>>,
     /// Those that listen: few, and looked through for each connection with a name.
     listeners: Vec<Rc<UnixSkEntry>>,
+    /// Listeners, what was handed in, and what is about to be kept.
     made: HashMap<u64, OwnedFd>,
+    /// Those that are kept already.
+    kept: BTreeSet<u64>,
     /// Other ends that are not part of the images: to fill queues through, and to be closed then.
     pub(super) far: HashMap<u64, OwnedFd>,
     /// Handed in by the user: taken as they are.
@@ -104,6 +107,7 @@ pub(in crate::fd) fn restore(opening: &mut Opening<'_>, files: &[FileEntry]) -> 
         entries: BTreeMap::new(),
         listeners: Vec::new(),
         made: HashMap::new(),
+        kept: BTreeSet::new(),
         far: HashMap::new(),
         given: BTreeSet::new(),
         handles: HashMap::new(),
@@ -123,8 +127,11 @@ pub(in crate::fd) fn restore(opening: &mut Opening<'_>, files: &[FileEntry]) -> 
     sockets.listeners = sockets.entries.values().filter(listens).cloned().collect();
     sockets.make_all(opening)?;
     for (ino, usk) in &sockets.entries {
-        let fd = sockets.made.remove(ino).with_context(|| format!("unix socket {ino} was not made"))?;
-        opening.keep(FileId(usk.id), fd)?;
+        if let Some(fd) = sockets.made.remove(ino) {
+            opening.keep(FileId(usk.id), fd)?;
+        } else if !sockets.kept.contains(ino) {
+            bail!("unix socket {ino} was not made");
+        }
     }
     opening.unix = Some(sockets);
     Ok(())
@@ -140,7 +147,8 @@ pub(in crate::fd) fn settle(opening: &mut Opening<'_>) -> anyhow::Result<()> {
     }
     sockets.far.clear();
     for (&ino, usk) in &sockets.entries.clone() {
-        let fd = kept(opening, usk)?;
+        let lent = kept(opening, usk)?;
+        let fd = lent.as_fd();
         if !sockets.given.contains(&ino) {
             if usk.state == u32::from(LISTEN) {
                 let backlog = i32::try_from(usk.backlog).unwrap_or(i32::MAX);
@@ -163,8 +171,8 @@ pub(in crate::fd) fn settle(opening: &mut Opening<'_>) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn kept<'o>(opening: &'o Opening<'_>, usk: &UnixSkEntry) -> anyhow::Result<BorrowedFd<'o>> {
-    opening.kept(FileId(usk.id)).with_context(|| format!("{} was not made", what(usk)))
+fn kept<'o>(opening: &'o Opening<'_>, usk: &UnixSkEntry) -> anyhow::Result<Lent<'o>> {
+    opening.kept(FileId(usk.id))?.with_context(|| format!("{} was not made", what(usk)))
 }
 
 pub(super) fn what(usk: &UnixSkEntry) -> String {
@@ -234,9 +242,9 @@ impl Sockets {
             self.make(opening, usk).with_context(|| what(usk))?;
         }
         for usk in all.iter().filter(|u| is_external(u)) {
-            if !self.made.contains_key(&usk.ino.into()) {
+            if !self.is_made(usk.ino.into()) {
                 let fd = outside::connection(self, opening, usk).with_context(|| what(usk))?;
-                self.made.insert(usk.ino.into(), fd);
+                self.add(opening, usk, fd)?;
             }
         }
         self.fill_backlogs(opening, &all)
@@ -251,7 +259,7 @@ impl Sockets {
     /// Makes a socket, and its peer with it if that is in the images too.
     fn make(&mut self, opening: &mut Opening<'_>, usk: &Rc<UnixSkEntry>) -> anyhow::Result<()> {
         let ino = u64::from(usk.ino);
-        if self.made.contains_key(&ino) {
+        if self.is_made(ino) {
             return Ok(());
         }
         let peer = self.entries.get(&usk.peer.into()).cloned().filter(|p| usk.peer != 0 && p.ino != usk.ino);
@@ -260,8 +268,7 @@ impl Sockets {
                 bail!("its peer {} is of another type", peer.ino);
             }
             // A datagram socket without a name can only have been reached by the other half of its pair.
-            let was_pair =
-                peer.name.is_empty() && !self.made.contains_key(&peer.ino.into()) && !is_external(peer);
+            let was_pair = peer.name.is_empty() && !self.is_made(peer.ino.into()) && !is_external(peer);
             if peer.peer == usk.ino || (is_datagram(usk) && was_pair) {
                 return self.pair(opening, usk, peer);
             }
@@ -281,14 +288,29 @@ impl Sockets {
         if connected && usk.peer == 0 {
             // The peer has closed.
             let (fd, far) = self.alone(opening, usk)?;
-            self.made.insert(ino, fd);
+            self.add(opening, usk, fd)?;
             self.far.insert(ino, far);
             return Ok(());
         }
         let fd = new_socket(usk)?;
         self.bind(opening, usk, &fd)?;
-        self.made.insert(ino, fd);
-        Ok(())
+        self.add(opening, usk, fd)
+    }
+
+    /// Notes a socket that was made. There may be more than this process can have open, so it is kept at once unless it is
+    /// needed to make others.
+    fn add(&mut self, opening: &mut Opening<'_>, usk: &UnixSkEntry, fd: OwnedFd) -> anyhow::Result<()> {
+        let ino = u64::from(usk.ino);
+        if usk.state == u32::from(LISTEN) {
+            self.made.insert(ino, fd);
+            return Ok(());
+        }
+        self.kept.insert(ino);
+        opening.keep(FileId(usk.id), fd)
+    }
+
+    fn is_made(&self, ino: u64) -> bool {
+        self.made.contains_key(&ino) || self.kept.contains(&ino)
     }
 
     /// A connection whose other end belongs to nobody.
@@ -453,7 +475,7 @@ impl Sockets {
                 for (usk, peer) in [(a, b), (b, a)] {
                     let fd = new_socket(usk)?;
                     self.bind(opening, usk, &fd)?;
-                    self.made.insert(usk.ino.into(), fd);
+                    self.add(opening, usk, fd)?;
                     self.connect_later.push((usk.ino.into(), Some(peer.ino.into())));
                 }
                 return Ok(());
@@ -462,8 +484,8 @@ impl Sockets {
             let (fd_a, fd_b) = self.others.pair(creds, libc::SOCK_DGRAM)?;
             self.bind(opening, a, &fd_a)?;
             self.bind(opening, b, &fd_b)?;
-            self.made.insert(a.ino.into(), fd_a);
-            self.made.insert(b.ino.into(), fd_b);
+            self.add(opening, a, fd_a)?;
+            self.add(opening, b, fd_b)?;
             if b.peer != a.ino {
                 let to = Some(u64::from(b.peer)).filter(|&p| p != 0);
                 self.connect_later.push((b.ino.into(), to));
@@ -482,9 +504,8 @@ impl Sockets {
         } else {
             self.others.pair(server.ckpt_peer_creds.as_ref(), server.r#type.cast_signed())?
         };
-        self.made.insert(server.ino.into(), fd);
-        self.made.insert(client.ino.into(), other);
-        Ok(())
+        self.add(opening, server, fd)?;
+        self.add(opening, client, other)
     }
 
     fn listener(&mut self, opening: &mut Opening<'_>, usk: &Rc<UnixSkEntry>) -> anyhow::Result<()> {
@@ -508,7 +529,7 @@ impl Sockets {
         let mut waiting: Vec<(Rc<UnixSkEntry>, u64)> = all
             .iter()
             .filter_map(|usk| Some((usk.clone(), u64::from(self.waits_at(usk)?.ino))))
-            .filter(|(usk, _)| !self.made.contains_key(&usk.ino.into()))
+            .filter(|(usk, _)| !self.is_made(usk.ino.into()))
             .collect();
         waiting.sort_by_key(|(usk, listener)| {
             (*listener, order.get(&usk.ino).map_or(usize::MAX, |(i, _)| *i), usk.ino)
@@ -520,7 +541,7 @@ impl Sockets {
             self.listen_as(place, usk.ckpt_peer_creds.as_ref())?;
             self.connect_now(place, &fd, order.get(&usk.ino).map(|(_, creds)| creds))
                 .with_context(|| what(&usk))?;
-            self.made.insert(usk.ino.into(), fd);
+            self.add(opening, &usk, fd)?;
         }
         Ok(())
     }
@@ -532,7 +553,8 @@ impl Sockets {
         usk: &UnixSkEntry,
         to: Option<u64>,
     ) -> anyhow::Result<()> {
-        let fd = kept(opening, usk)?;
+        let lent = kept(opening, usk)?;
+        let fd = lent.as_fd();
         let Some(to) = to else {
             return Ok(unixsock::disconnect(fd)?);
         };
@@ -544,7 +566,7 @@ impl Sockets {
         sock::connect_unix(fd, &name)?;
         // The old peer of a pair is told by an error that it did not have.
         for other in self.entries.values().filter(|o| o.peer == usk.ino) {
-            let _ = sock::option(kept(opening, other)?, libc::SOL_SOCKET, libc::SO_ERROR);
+            let _ = sock::option(kept(opening, other)?.as_fd(), libc::SOL_SOCKET, libc::SO_ERROR);
         }
         Ok(())
     }
@@ -613,7 +635,7 @@ impl Sockets {
         let mut rights = Vec::new();
         for id in packet.scm.iter().flat_map(|scm| &scm.rights) {
             rights.push(
-                opening.kept(FileId(*id)).with_context(|| format!("file {id}, in flight, was not made"))?,
+                opening.kept(FileId(*id))?.with_context(|| format!("file {id}, in flight, was not made"))?,
             );
         }
         if let Some(creds) = &packet.ckpt_creds {
@@ -628,15 +650,21 @@ impl Sockets {
             Some(name) if known.is_none() => Some(self.stranger(usk, name)?),
             _ => None,
         };
-        let from = match (&own, known.as_ref().or_else(|| self.entries.get(&usk.peer.into()))) {
+        let lent = match known.as_ref().or_else(|| self.entries.get(&usk.peer.into())) {
+            _ if own.is_some() => None,
+            _ if unsent => Some(kept(opening, usk)?),
+            Some(entry) => Some(kept(opening, entry)?),
+            None => None,
+        };
+        let from = match (&own, &lent) {
             (Some(own), _) => own.as_fd(),
-            _ if unsent => kept(opening, usk)?,
-            (None, Some(entry)) => kept(opening, entry)?,
+            (None, Some(lent)) => lent.as_fd(),
             (None, None) => self.far.get(&ino).context("nobody is there who could have sent it")?.as_fd(),
         };
         sock::make_room(from, room);
         let mut creds = packet.ckpt_creds.as_ref().map(|c| (c.pid, c.uid, c.gid));
         let mut rest = bytes;
+        let mut rights: Vec<BorrowedFd<'_>> = rights.iter().map(AsFd::as_fd).collect();
         loop {
             let sent = match unixsock::send_message(from, rest, to.as_deref(), &rights, creds) {
                 Err(error) if creds.is_some() && matches!(error.errno, Errno::EPERM | Errno::ESRCH) => {
