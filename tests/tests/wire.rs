@@ -397,12 +397,27 @@ fn dump_of(name: &str) -> (Place, TestDir) {
 }
 
 fn agrees(name: &str) {
-    let (_place, dir) = dump_of(name);
     let theirs = view(&golden(&format!("{name}.criu")));
-    let ours = view(&dir.path().join("img"));
     assert!(theirs.len() > 200, "only {} fields", theirs.len());
+    let compared = theirs.keys().filter(|k| !may_differ(k)).count();
+    eprintln!("{name}: {compared} of {} fields compared", theirs.len());
+    // CRIU met all tasks in pause(2); we may meet one in the handler of its timer, with that signal blocked.
     let mut wrong = Vec::new();
-    for (key, value) in &theirs {
+    for _ in 0..5 {
+        wrong = differences(name, &theirs);
+        if !wrong.iter().any(|line| line.contains("tc.blk_sigset")) {
+            break;
+        }
+    }
+    assert!(wrong.is_empty(), "{} fields differ:\n{}", wrong.len(), wrong.join("\n"));
+}
+
+/// What a new dump of the program has otherwise.
+fn differences(name: &str, theirs: &BTreeMap<String, String>) -> Vec<String> {
+    let (_place, dir) = dump_of(name);
+    let ours = view(&dir.path().join("img"));
+    let mut wrong = Vec::new();
+    for (key, value) in theirs {
         match ours.get(key) {
             _ if may_differ(key) => {}
             None => wrong.push(format!("{key}: CRIU has {value:?}, we have nothing")),
@@ -413,9 +428,7 @@ fn agrees(name: &str) {
     for (key, value) in ours.iter().filter(|(key, _)| !theirs.contains_key(*key) && !may_differ(key)) {
         wrong.push(format!("{key}: CRIU has nothing, we have {value:?}"));
     }
-    let compared = theirs.keys().filter(|k| !may_differ(k)).count();
-    eprintln!("{name}: {compared} of {} fields compared", theirs.len());
-    assert!(wrong.is_empty(), "{} fields differ:\n{}", wrong.len(), wrong.join("\n"));
+    wrong
 }
 
 #[test]

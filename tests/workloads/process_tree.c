@@ -72,7 +72,9 @@ int main(int argc, char **argv)
 	ready();
 	wait_asked();
 	BREAK("member") kill(sh->m[0].pid, SIGKILL);
-	BREAK("group") setpgid(sh->m[0].pid, sh->m[0].pid);
+	BREAK("group")
+		for (int i = 0; i < sh->members; i++)
+			if (!strcmp(sh->m[i].name, "plain")) setpgid(sh->m[i].pid, sh->m[i].pid);
 	BREAK("zombie") waitpid(exited, 0, 0);
 	BREAK("stopped") kill(stopped, SIGCONT), usleep(20000);
 	BREAK("ids") sh->m[2].ppid = 1;
