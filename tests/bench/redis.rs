@@ -143,7 +143,11 @@ pub fn run(mib: u64) {
         let _end = End(&load);
         assert!(soon(|| load.written.load(Ordering::SeqCst) > HOT));
         let ((), alone) = load.during(|| std::thread::sleep(Duration::from_secs(5)));
-        let ((), series) = load.during(|| marks = checkpoints(&target, &images, &id, &load));
+        let (frozen, series) = load.during(|| {
+            let frozen;
+            (marks, frozen) = checkpoints(&target, &images, &id, &load);
+            frozen
+        });
         let (saves, saving) = load.during(|| saves(&socket));
         let row = |name: &str, felt: &Felt| {
             let share = felt.per_second / alone.per_second;
@@ -155,6 +159,12 @@ pub fn run(mib: u64) {
         };
         row("left alone", &alone);
         row(&format!("{CHECKPOINTS} checkpoints"), &series);
+        let (first, others) = frozen.split_first().expect("a first checkpoint");
+        println!(
+            "{:<22}{first:>9.1} ms the first, which is full;{:>6.1} ms the others (median)",
+            "frozen",
+            harness::median(others.to_vec())
+        );
         row(&format!("{saves} times BGSAVE"), &saving);
     });
     let bytes: u64 = pages_files(&images).iter().map(|p| p.metadata().map_or(0, |m| m.len())).sum();
@@ -223,15 +233,15 @@ fn connection(pid: i32) -> String {
     id.unwrap_or_else(|| panic!("no connection from outside in {text}")).to_owned()
 }
 
-/// Makes the series; gives what had been answered before it and after each number.
-fn checkpoints(target: &Target, images: &Path, id: &str, load: &Load) -> Vec<u64> {
+/// Makes the series; gives what had been answered before it and after each number, and how long each freeze took, ms.
+fn checkpoints(target: &Target, images: &Path, id: &str, load: &Load) -> (Vec<u64>, Vec<f64>) {
+    let said = target.path("series.err");
     let mut series = Command::new(tool("ckpt-series"))
-        .args(["-t", &target.pid.to_string(), "--every", PERIOD, "--count", &CHECKPOINTS.to_string()])
+        .args(["-v", "-t", &target.pid.to_string(), "--every", PERIOD, "--count", &CHECKPOINTS.to_string()])
         .args(["--external", id, "--queued", "drop", "-D"])
         .arg(images)
         .stdout(Stdio::piped())
-        // It tells of each unread request that is left out: dropping them was asked for.
-        .stderr(Stdio::null())
+        .stderr(fs::File::create(&said).expect("make a file"))
         .spawn()
         .expect("start ckpt-series");
     let mut marks = vec![load.written.load(Ordering::SeqCst)];
@@ -242,7 +252,9 @@ fn checkpoints(target: &Target, images: &Path, id: &str, load: &Load) -> Vec<u64
     }
     assert!(series.wait().expect("wait for ckpt-series").success());
     assert_eq!(marks.len(), CHECKPOINTS + 1);
-    marks
+    let said = fs::read_to_string(&said).expect("read what it says");
+    let frozen = |line: &str| line.split_once("frozen for ")?.1.strip_suffix(" ms")?.parse::<f64>().ok();
+    (marks, said.lines().filter_map(frozen).collect())
 }
 
 /// Has the server save itself as often as it can in a few seconds; how often that was.

@@ -13,7 +13,7 @@ use ckpt_proto::{
     Image,
     types::{MmEntry, PstreeEntry},
 };
-use ckpt_tests::{Outcome, Pipeline, Random, Target, process, soon, tool};
+use ckpt_tests::{Outcome, Pipeline, Random, Target, installed, process, skip, soon, tool};
 use nix::sys::signal::Signal;
 
 use crate::sockets::{accept, conversation, waiting};
@@ -173,7 +173,7 @@ pub fn same_as_live(dir: &Path) -> (u64, u64) {
     (own, all)
 }
 
-/// The same for shared anonymous memory, of which each process of these has one mapping: segments by what is in them.
+/// The same for shared memory, anonymous and of System V: segments by what is in them.
 fn shared_same_as_live(set: &ImageSet, tasks: &[PstreeEntry]) {
     let stored: Vec<Vec<u8>> = set
         .args(Image::ShmemPagemap)
@@ -193,48 +193,67 @@ fn shared_same_as_live(set: &ImageSet, tasks: &[PstreeEntry]) {
     for task in tasks {
         let pid = i32::try_from(task.pid).expect("a pid");
         let maps = process::text(pid, "maps");
-        let Some(line) = maps.lines().find(|l| l.ends_with("/dev/zero (deleted)")) else { continue };
-        let ends = line.split([' ', '-']).take(2).map(|n| u64::from_str_radix(n, 16).expect("an address"));
-        let [start, end] = ends.collect::<Vec<_>>()[..] else { panic!("{line}") };
-        let mut live = vec![0; usize::try_from(end - start).unwrap()];
-        let memory = File::open(format!("/proc/{pid}/mem")).expect("open the memory");
-        memory.read_exact_at(&mut live, start).expect("read shared memory");
-        let end = live.iter().rposition(|&b| b != 0).map_or(0, |last| last + 1);
-        let same = |bytes: &Vec<u8>| {
-            bytes.iter().rposition(|&b| b != 0).map_or(0, |last| last + 1) == end
-                && bytes[..end] == live[..end]
-        };
-        assert!(
-            stored.iter().any(same),
-            "pid {pid}: its shared memory is not among {} segments",
-            stored.len()
-        );
+        let shared = maps.lines().filter(|l| l.ends_with("/dev/zero (deleted)") || l.contains(" /SYSV"));
+        shared.for_each(|line| one_shared_as_live(&stored, pid, line));
     }
+}
+
+fn one_shared_as_live(stored: &[Vec<u8>], pid: i32, line: &str) {
+    let ends = line.split([' ', '-']).take(2).map(|n| u64::from_str_radix(n, 16).expect("an address"));
+    let [start, end] = ends.collect::<Vec<_>>()[..] else { panic!("{line}") };
+    let mut live = vec![0; usize::try_from(end - start).unwrap()];
+    let memory = File::open(format!("/proc/{pid}/mem")).expect("open the memory");
+    memory.read_exact_at(&mut live, start).expect("read shared memory");
+    let end = live.iter().rposition(|&b| b != 0).map_or(0, |last| last + 1);
+    let same = |bytes: &Vec<u8>| {
+        bytes.iter().rposition(|&b| b != 0).map_or(0, |last| last + 1) == end && bytes[..end] == live[..end]
+    };
+    assert!(stored.iter().any(same), "pid {pid}: its shared memory is not among {} segments", stored.len());
 }
 
 /// Thousands of operations on memory between checkpoints, each of which is compared page by page.
 #[test]
 fn no_write_is_ever_missed() {
-    let rounds: usize = std::env::var("CKPT_STORM_ROUNDS").ok().and_then(|n| n.parse().ok()).unwrap_or(30);
+    let rounds: usize = std::env::var("CKPT_STORM_ROUNDS").ok().and_then(|n| n.parse().ok()).unwrap_or(15);
     let seed = std::env::var("CKPT_STORM_SEED").unwrap_or_else(|_| std::process::id().to_string());
     println!("CKPT_STORM_SEED={seed}");
     let target = Target::start_with("memory_storm", &[&seed]);
     let tracker = Tracker::start(&target);
     let (mut stored, mut total) = (0, 0);
-    for round in 1..=rounds {
+    let mut worked = 0;
+    let mut work = || {
+        worked += 1;
         target.signal(Signal::SIGUSR1);
-        target.wait_log(&format!("round {round}"));
+        target.wait_log(&format!("round {worked}"));
+    };
+    let mut parent: Option<String> = None;
+    for round in 1..=rounds {
+        work();
+        // Whoever stores memory, from wherever: it is the same chain.
+        let how = How { stage: round % 4 < 2, snapshot: round % 2 == 1 };
+        if round % 3 == 0 {
+            // A full one, from a snapshot, of a tree that goes on all the time: what is written while the copy is
+            // being read must be in the next.
+            let name = format!("{round}-live");
+            let how = How { snapshot: true, ..how };
+            let outcome = std::thread::scope(|scope| {
+                let dumping = scope.spawn(|| dump_so(&target, &tracker.address, &name, None, how));
+                while !dumping.is_finished() {
+                    work();
+                }
+                dumping.join().expect("a dump")
+            });
+            let outcome = outcome.ok("dump a tree that runs");
+            assert!(!outcome.said.contains("warning"), "{how:?}: {outcome}");
+            parent = Some(name);
+        }
         let pids = process::tree(target.pid);
         pids.iter().for_each(|&pid| stop(pid));
         let name = round.to_string();
-        let parent = (round - 1).to_string();
-        // Whoever stores memory, from wherever: it is the same chain.
-        let how = How { stage: round % 4 < 2, snapshot: round % 2 == 1 };
-        let parent = (round > 1).then_some(parent.as_str());
-        let outcome = dump_so(&target, &tracker.address, &name, parent, how).ok("dump");
+        let outcome = dump_so(&target, &tracker.address, &name, parent.as_deref(), how).ok("dump");
         assert!(!outcome.said.contains("warning"), "{how:?}: {outcome}");
         let (own, all) = same_as_live(&target.path(&name));
-        if round > 1 {
+        if parent.replace(name).is_some() {
             stored += own;
             total += all;
         }
@@ -242,7 +261,7 @@ fn no_write_is_ever_missed() {
             nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), Signal::SIGCONT).expect("go on");
         }
     }
-    println!("{stored} of {total} pages stored in {} increments", rounds - 1);
+    println!("{stored} of {total} pages stored in {} increments, {worked} rounds of work", rounds - 1);
     assert!(stored * 10 < total * 9, "{stored} of {total} pages stored: nothing is tracked");
     // An increment restores like any other checkpoint.
     let last = rounds.to_string();
@@ -516,41 +535,156 @@ fn old_checkpoints_are_folded_and_go() {
     }
 }
 
+/// Every numbered directory of a series is a whole checkpoint, whichever others it needs.
+fn all_whole(series: &Path) {
+    for entry in fs::read_dir(series).expect("list the series") {
+        let path = entry.expect("an entry").path();
+        let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default().to_owned();
+        if !name.bytes().all(|b| b.is_ascii_digit()) {
+            continue;
+        }
+        let set = ImageSet::from_chain(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+        set.verify_pages().unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    }
+}
+
 /// Killed at any instant: what was printed can be restored, the target does not notice, the next series goes on.
 #[test]
 fn killed_series_leaves_all_that_it_printed() {
+    const KEPT: usize = 5;
+    let rounds: usize = std::env::var("CKPT_KILL_ROUNDS").ok().and_then(|n| n.parse().ok()).unwrap_or(24);
     let target = Target::start("counting");
+    let images = target.path("series");
+    let mut random = Random::new("killed_series");
     let mut made: Vec<(String, u64)> = Vec::new();
-    for round in 0..12_u64 {
-        let mut series = Series::start(&target, &["--keep", "5"]);
-        for _ in 0..round % 4 {
+    let there = |number: &str| images.join(number).is_dir();
+    for round in 0..rounds {
+        let mut args = vec!["--keep", "5", "--full-every", "3"];
+        // All ways to make a full one.
+        args.extend([None, Some("--pre-dump"), Some("--no-snapshot")][round % 3]);
+        let mut series = Series::start(&target, &args);
+        for _ in 0..random.below(4) {
             let count = count_of(&target);
             made.push((series.make().expect("a checkpoint"), count));
         }
         // Somewhere in the middle of the next one, or of what is done for --keep behind it.
         let count = count_of(&target);
         let pid = nix::unistd::Pid::from_raw(i32::try_from(series.child.id()).expect("a pid"));
+        let after = std::time::Duration::from_micros(random.below(100_000));
         let killer = std::thread::spawn(move || {
-            std::thread::sleep(std::time::Duration::from_millis(7 * round));
+            std::thread::sleep(after);
             let _ = nix::sys::signal::kill(pid, Signal::SIGKILL);
         });
         made.extend(series.make().map(|number| (number, count)));
         killer.join().expect("the killer");
         drop(series);
         assert!(soon(|| process::asleep(target.pid)));
+        if images.is_dir() {
+            all_whole(&images);
+        }
+        assert!(
+            made.iter().rev().take(KEPT).all(|(number, _)| there(number)),
+            "round {round}: {made:?}, {:?}",
+            fs::read_dir(&images).map(|entries| entries.flatten().map(|e| e.file_name()).collect::<Vec<_>>())
+        );
     }
     target.passes("the target");
     let uw =
         process::text(target.pid, "smaps").lines().any(|l| l.starts_with("VmFlags") && l.contains(" uw"));
     assert!(!uw && process::text(target.pid, "status").contains("TracerPid:\t0"));
+    assert_eq!(process::tree(target.pid), [target.pid], "a copy of it is left");
     target.end();
     assert!(made.len() > 3, "{made:?}");
-    let there = |number: &str| target.path("series").join(number).is_dir();
-    assert!(made.iter().rev().take(5).all(|(number, _)| there(number)), "{made:?}");
     for (number, count) in made.iter().rev().filter(|(number, _)| there(number)).take(6) {
         target.restore_ok(&format!("series/{number}"));
         assert_eq!(count_of(&target), count + 1, "restored from {number}");
         target.end();
+    }
+}
+
+/// Full ones that are copied ahead of the freeze are increments of that copy, which goes with them.
+#[test]
+fn pre_dumps_of_a_series_stay_as_long_as_they_are_needed() {
+    let target = Target::start("counting");
+    let mut series = Series::start(&target, &["--keep", "4", "--full-every", "3", "--pre-dump"]);
+    let mut made = Vec::new();
+    for _ in 0..11 {
+        let count = count_of(&target);
+        made.push((series.make().expect("a checkpoint"), count));
+    }
+    assert_eq!(series.end(), Some(0));
+    let mut names: Vec<_> = fs::read_dir(target.path("series"))
+        .expect("list")
+        .map(|e| e.expect("an entry").file_name().into_string().expect("a name"))
+        .collect();
+    names.sort();
+    assert!(names.iter().any(|name| name == "before-000010"), "{names:?}");
+    let (before, numbers): (Vec<_>, Vec<_>) = names.iter().partition(|name| name.starts_with("before-"));
+    for name in before {
+        let number = name.trim_start_matches("before-").to_owned();
+        assert!(numbers.contains(&&number), "{name} is needed by nobody: {names:?}");
+    }
+    all_whole(&target.path("series"));
+    target.end();
+    for name in numbers {
+        let (_, count) = made.iter().find(|(number, _)| number == name).expect("a number that was printed");
+        target.restore_ok(&format!("series/{name}"));
+        assert_eq!(count_of(&target), count + 1, "restored from {name}");
+        target.passes("the restored one");
+        target.end();
+    }
+}
+
+/// A number is printed when a power cut can no longer lose its directory: each file of it has been synced before it got
+/// its name, and the name before the number.
+#[test]
+fn what_is_printed_has_been_synced() {
+    if !installed("strace") {
+        return skip("the order of syncs", "no strace");
+    }
+    let target = Target::start("counting");
+    let trace = target.path("trace");
+    let output = Command::new("strace")
+        .args(["-f", "-y", "-e", "trace=fsync,rename,renameat2,write", "-o"])
+        .arg(&trace)
+        .arg(tool("ckpt-series"))
+        .args(["-t", &target.pid.to_string(), "--every", "20ms", "--count", "4", "--keep", "2", "-D"])
+        .arg(target.path("series"))
+        .output()
+        .expect("run strace");
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "000001\n000002\n000003\n000004\n", "{output:?}");
+    let trace = fs::read_to_string(&trace).expect("read the trace");
+    let lines: Vec<&str> = trace.lines().collect();
+    let find = |what: &dyn Fn(&str) -> bool| lines.iter().position(|line| what(line));
+    let series = target.path("series").display().to_string();
+    for number in ["000003", "000004"] {
+        // Number 3 has been folded: it was renamed twice.
+        let staging = format!("/.{number}.ckpt-partial-");
+        let is_rename = |line: &str| line.contains("rename") && line.contains(&staging);
+        let mut from = 0;
+        while let Some(next) = lines.iter().skip(from).position(|line| is_rename(line)) {
+            let renamed = from + next;
+            let at = lines[renamed].find(&staging).expect("it is there");
+            let partial = lines[renamed][at..].split('"').next().expect("a name");
+            let before = |name: &str| {
+                let synced = format!("{partial}{name}>");
+                lines[from..renamed].iter().any(|line| line.contains("fsync(") && line.contains(&synced))
+            };
+            assert!(before(""), "{partial} itself");
+            for entry in fs::read_dir(target.path("series").join(number)).expect("list").flatten() {
+                if entry.file_type().expect("a type").is_file() {
+                    let name = format!("/{}", entry.file_name().display());
+                    assert!(before(&name), "{partial}{name} was not synced");
+                }
+            }
+            let synced = format!("{series}>");
+            let named = lines.iter().skip(renamed).position(|l| l.contains("fsync(") && l.contains(&synced));
+            let named = renamed + named.expect("the directory is synced");
+            let printed = find(&|line| line.contains("write(") && line.contains(&format!("\"{number}\\n\"")));
+            assert!(from > 0 || printed.expect("a number") > named, "{number} was printed too early");
+            from = named;
+        }
+        assert!(from > 0, "{number} was never renamed");
     }
 }
 

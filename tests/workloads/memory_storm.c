@@ -3,18 +3,24 @@
  * compares its memory, from outside, with what the images say. Ways to go wrong are of the tracking, not ours,
  * so there is nothing to BREAK. */
 #include "workload.h"
+#include <sys/ipc.h>
+#include <sys/shm.h>
 #include <sys/uio.h>
 
 #define ROUND 150
 #define REGIONS 48
 
-struct region { char *at; size_t pages; int prot; };
+struct region { char *at; size_t pages; int prot, huge; };
 static struct region regions[REGIONS];
 static uint64_t seed;
 static int file, zero, depth;
 static char *page_of_noise, *calm, *common;
 #define CALM 1500
 #define COMMON 64
+
+#define ODD 64
+static char *guarded, *split, *holey, *sysv;
+static char is_guard[ODD], is_read_only[ODD], is_hole[ODD];
 
 static uint64_t rnd(void)
 {
@@ -29,7 +35,7 @@ static void touch(char *p)
 
 static void new_region(struct region *r)
 {
-	int what = rnd() % 8;
+	int what = rnd() % 9;
 	r->pages = 1 + rnd() % 64;
 	r->prot = PROT_READ | PROT_WRITE;
 	if (what == 0) { /* room for a huge page, aligned */
@@ -38,6 +44,14 @@ static void new_region(struct region *r)
 		if (p == MAP_FAILED) { r->at = 0; return; }
 		r->at = p;
 		madvise(p, 4 << 20, MADV_HUGEPAGE);
+	} else if (what == 8) { /* of huge pages, if there are any; too few for all of them to stay */
+		r->pages = 512;
+		r->at = mmap(0, 2 << 20, r->prot, MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB, -1, 0);
+		if (r->at == MAP_FAILED) { r->at = 0; return; }
+		touch(r->at + rnd() % 512 * PAGE);
+		if (rnd() % 2) { munmap(r->at, 2 << 20); r->at = 0; return; }
+		r->huge = 1;
+		return;
 	} else if (what <= 2) {
 		r->pages = 1 + rnd() % 16;
 		r->at = mmap(0, r->pages * PAGE, r->prot, MAP_PRIVATE, file, (rnd() % 4) * PAGE);
@@ -55,10 +69,52 @@ static __attribute__((noinline)) uint64_t deep(int n)
 	return n ? deep(n - 1) + (uint64_t)room[3] : (uint64_t)room[1];
 }
 
+/* Areas of which each page is treated in a way of its own, so that mappings are cut and joined again. */
+static void operate_oddly(void)
+{
+	size_t i = rnd() % ODD, n = 1 + rnd() % (ODD - i < 8 ? ODD - i : 8), k;
+	switch (rnd() % 4) {
+	case 0:
+		if (rnd() % 2) { if (!madvise(guarded + i * PAGE, n * PAGE, 102 /* MADV_GUARD_INSTALL */)) memset(is_guard + i, 1, n); }
+		else if (!madvise(guarded + i * PAGE, n * PAGE, 103 /* MADV_GUARD_REMOVE */)) memset(is_guard + i, 0, n);
+		for (k = 0; k < ODD; k++) if (!is_guard[k] && rnd() % 8 == 0) touch(guarded + k * PAGE);
+		break;
+	case 1: {
+		int ro = rnd() % 2;
+		if (!mprotect(split + i * PAGE, n * PAGE, ro ? PROT_READ : PROT_READ | PROT_WRITE)) memset(is_read_only + i, ro, n);
+		for (k = 0; k < ODD; k++) if (!is_read_only[k] && rnd() % 8 == 0) touch(split + k * PAGE);
+		break;
+	}
+	case 2:
+		/* Not unmapped: other mappings would come to lie there. */
+		if (rnd() % 2) { mmap(holey + i * PAGE, n * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0); memset(is_hole + i, 1, n); }
+		else {
+			int flags = MAP_PRIVATE | MAP_FIXED | (rnd() % 4 ? MAP_ANONYMOUS : 0);
+			mmap(holey + i * PAGE, n * PAGE, PROT_READ | PROT_WRITE, flags, flags & MAP_ANONYMOUS ? -1 : file, 0);
+			memset(is_hole + i, 0, n);
+		}
+		for (k = 0; k < ODD; k++) if (!is_hole[k] && rnd() % 8 == 0) touch(holey + k * PAGE);
+		break;
+	case 3:
+		if (rnd() % 2) { if (!mlock(split + i * PAGE, n * PAGE)) munlock(split + i * PAGE, n * PAGE); }
+		else madvise(calm + i * PAGE, n * PAGE, 23 /* MADV_POPULATE_WRITE */);
+		if (sysv) touch(sysv + rnd() % 16 * PAGE);
+		break;
+	}
+}
+
 static void operate(void)
 {
+	if (rnd() % 6 == 0) { operate_oddly(); return; }
 	struct region *r = &regions[rnd() % REGIONS];
 	if (!r->at) { new_region(r); return; }
+	if (r->huge) {
+		int what = rnd() % 8;
+		if (what == 0) { munmap(r->at, 2 << 20); r->at = 0; r->huge = 0; }
+		else if (what == 1) { madvise(r->at, 2 << 20, MADV_DONTNEED); }
+		else if (what <= 4) touch(r->at + rnd() % 512 * PAGE);
+		return;
+	}
 	size_t i = rnd() % r->pages, n = 1 + rnd() % (r->pages - i);
 	char *p = r->at + i * PAGE;
 	switch (rnd() % 24) {
@@ -122,7 +178,7 @@ static void operate(void)
 		waitpid(pid, 0, 0);
 		break;
 	}
-	case 22: madvise(r->at, r->pages * PAGE, rnd() % 2 ? MADV_HUGEPAGE : MADV_NOHUGEPAGE); break;
+	case 22: madvise(r->at, r->pages * PAGE, rnd() % 3 ? rnd() % 2 ? MADV_HUGEPAGE : MADV_NOHUGEPAGE : 25 /* MADV_COLLAPSE */); break;
 	case 23: /* zeros written, zeros read */
 		if (r->prot & PROT_WRITE) memset(p, 0, PAGE);
 		break;
@@ -160,7 +216,16 @@ int main(int argc, char **argv)
 	if (!depth) for (int i = 0; i < 24; i++) { memset(page_of_noise, i + 1, PAGE); NEED(pwrite(file, page_of_noise, PAGE, i * PAGE) == PAGE); }
 	/* Shared by the tree, but for who calls exec. It is written, and given back, by all of them. */
 	common = map(COMMON * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED);
-	if (!depth) ready();
+	guarded = map(ODD * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE);
+	split = map(ODD * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE);
+	holey = map(ODD * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE);
+	if (!depth) {
+		int id = shmget(IPC_PRIVATE, 16 * PAGE, IPC_CREAT | 0600);
+		NEED(id >= 0);
+		sysv = shmat(id, 0, 0);
+		NEED(sysv != (void *)-1 && !shmctl(id, IPC_RMID, 0));
+		ready();
+	}
 	for (int round = 1;; round++) {
 		sigset_t set;
 		sigemptyset(&set);

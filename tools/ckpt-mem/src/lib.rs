@@ -14,10 +14,7 @@ use anyhow::{Context, bail};
 use ckpt_cli::stats;
 use ckpt_hold::Hold;
 use ckpt_images::recode::{self, Behind, Codec, Recode};
-use ckpt_kinds::mem::{
-    dump::private_vmas,
-    early::{self, Early},
-};
+use ckpt_kinds::mem::early::Early;
 use ckpt_pages::{Memory, Private, Tracking, snapshot};
 use ckpt_proto::{
     Image, MAX_MESSAGE, Message,
@@ -212,7 +209,7 @@ impl Tree {
     }
 
     /// Sees to it that the writes of a process are tracked, if they are to be, and by us.
-    fn track(&mut self, p: &mut Private, tracking: &mut Tracking) -> anyhow::Result<()> {
+    fn track(&mut self, p: &Private, tracking: &mut Tracking) -> anyhow::Result<()> {
         let hold = self.hold()?;
         let answer = hold.ask(&format!("TRACKED {}", p.pid))?.map_err(anyhow::Error::msg)?;
         if answer.0 == "yes" {
@@ -223,7 +220,6 @@ impl Tree {
                     .advise("if a ckpt-track is at work, say ckpt-mem --track ADDRESS")
                     .into());
             }
-            p.watched = private_vmas(&early::smaps(p.pid)?).1;
         }
         tracking.watch(p.pid, || {
             let (_, uffd) = hold.ask(&format!("ARM {}", p.pid))?.map_err(anyhow::Error::msg)?;

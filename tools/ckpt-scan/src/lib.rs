@@ -139,7 +139,7 @@ pub fn run(args: &Args, output: File) -> anyhow::Result<()> {
     let output = lending(output, &holder);
     let processors = task::processors();
     let mut early = match (args.snapshot, tracking.on()) {
-        // Twins do not tell which mappings are tracked.
+        // An increment is likely to have no twins, and a series is not to end because of an madvise(2).
         (_, true) => Early::at_rest(args.tree),
         (true, false) => Early::for_twins(args.tree),
         (false, false) => Early::default(),
@@ -575,7 +575,7 @@ fn dump(
         tracking.watch(process.pid, || Ok(arm(frozen, process)?));
         let mut watched = Vec::new();
         // With --no-mem it is ckpt-mem that knows whether they are ours.
-        let ours = (args.no_mem || tracking.of(process.pid, &[]).is_some()).then_some(&mut watched);
+        let ours = (args.no_mem || tracking.of(process.pid).is_some()).then_some(&mut watched);
         let vmas = process::dump(
             frozen,
             process,

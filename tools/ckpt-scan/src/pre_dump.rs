@@ -80,8 +80,8 @@ fn look(mut frozen: Frozen, tracking: &mut Tracking) -> anyhow::Result<Vec<Plan>
         let pid = process.pid;
         tracking.watch(pid, || Ok(arm(&mut frozen, process)?));
         let look = |pages_id| -> anyhow::Result<Option<Plan>> {
-            let (vmas, watched) = private_vmas(&early::smaps(pid)?);
-            let Some(tracked) = tracking.of(pid, &watched) else { return Ok(None) };
+            let vmas = private_vmas(&early::smaps(pid)?).0;
+            let Some(tracked) = tracking.of(pid) else { return Ok(None) };
             Ok(Some(Plan::new(pid, &vmas, pages_id, Some(tracked))?.while_running(tracked)?))
         };
         let pages_id = u32::try_from(plans.len() + 1)?;

@@ -27,6 +27,23 @@ use nix::fcntl::{Flock, FlockArg};
 
 /// Beginning of the names of directories that are being removed.
 const GONE: &str = ".gone-";
+/// Beginning of the names of pre-dumps, each with the number of the checkpoint that is an increment of it.
+const BEFORE: &str = "before-";
+
+/// Of a checkpoint's directory.
+fn name(number: u64) -> String {
+    format!("{number:06}")
+}
+
+/// Of the directory of its pre-dump.
+fn before_name(number: u64) -> String {
+    format!("{BEFORE}{number:06}")
+}
+
+/// The part of a name that is to be a number.
+fn number_of(name: &str) -> &str {
+    name.strip_prefix(BEFORE).unwrap_or(name)
+}
 
 fn is_number(name: &str) -> bool {
     name.len() >= 6 && name.bytes().all(|b| b.is_ascii_digit())
@@ -54,6 +71,7 @@ impl Series {
             .map_err(|(_, errno)| errno)
             .with_context(|| format!("{}: lock (is there another ckpt-series at work?)", dir.display()))?;
         let mut numbers = BTreeSet::new();
+        let mut before = BTreeSet::new();
         for entry in fs::read_dir(dir).with_context(what)? {
             let entry = entry.with_context(what)?;
             let name = entry.file_name();
@@ -61,18 +79,41 @@ impl Series {
             let hidden = name.strip_prefix('.').and_then(|name| name.split_once('.'));
             if name.starts_with(GONE) {
                 fs::remove_dir_all(entry.path()).with_context(what)?;
-            } else if let Some((number, _)) = hidden.filter(|(number, _)| is_number(number)) {
+            } else if let Some((number, _)) = hidden.filter(|(name, _)| is_number(number_of(name))) {
                 DirWriter::remove_abandoned(&dir.join(number));
+            } else if name.starts_with(BEFORE) {
+                before.extend(number_of(name).parse::<u64>().ok());
             } else if is_number(name) {
                 numbers.extend(name.parse::<u64>().ok());
             }
         }
         let next = numbers.last().map_or(1, |last| last + 1);
-        Ok(Self { dir: dir.to_owned(), numbers, next, _lock: lock })
+        let series = Self { dir: dir.to_owned(), numbers, next, _lock: lock };
+        // Of checkpoints that came to nothing, or are gone.
+        before.difference(&series.numbers).try_for_each(|&number| series.remove(&before_name(number)))?;
+        Ok(series)
+    }
+
+    /// The directory of a pre-dump for the checkpoint that is to be made next.
+    #[must_use]
+    pub fn before(&self) -> PathBuf {
+        self.dir.join(before_name(self.next))
+    }
+
+    /// Removes a directory, if it is there. While that is being done it is no checkpoint any more: it loses its name
+    /// first.
+    fn remove(&self, name: &str) -> anyhow::Result<()> {
+        let path = self.dir.join(name);
+        let gone = self.dir.join(format!("{GONE}{name}"));
+        match fs::rename(&path, &gone) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(error).with_context(|| format!("{}: rename", path.display())),
+            Ok(()) => fs::remove_dir_all(&gone).with_context(|| format!("{}: remove", gone.display())),
+        }
     }
 
     fn path(&self, number: u64) -> PathBuf {
-        self.dir.join(format!("{number:06}"))
+        self.dir.join(name(number))
     }
 
     /// The directory that is to be made next.
@@ -105,13 +146,11 @@ impl Series {
         let Some(&first) = self.numbers.iter().rev().nth(keep - 1) else { return Ok(()) };
         self.fold(first)?;
         let old: Vec<u64> = self.numbers.range(..first).copied().collect();
+        self.remove(&before_name(first))?;
         for number in old.into_iter().rev() {
-            // A directory that is being removed is no checkpoint any more: it loses its name first.
-            let gone = self.dir.join(format!("{GONE}{number:06}"));
-            let path = self.path(number);
-            fs::rename(&path, &gone).with_context(|| format!("{}: rename", path.display()))?;
+            self.remove(&name(number))?;
             self.numbers.remove(&number);
-            fs::remove_dir_all(&gone).with_context(|| format!("{}: remove", gone.display()))?;
+            self.remove(&before_name(number))?;
         }
         Ok(())
     }
@@ -150,6 +189,10 @@ mod tests {
             ".gone-000003",
             ".000007.ckpt-partial-0123456789abcdef",
             ".1000001.ckpt-partial-0123456789abcdef",
+            ".before-1000001.ckpt-partial-0123456789abcdef",
+            "before-000012",
+            "before-000011",
+            "before-1000001",
             "notes",
             "12",
         ] {
@@ -163,7 +206,10 @@ mod tests {
             .unwrap()
             .map(|e| e.unwrap().file_name().into_string().unwrap())
             .collect();
-        assert_eq!(left.into_iter().collect::<Vec<_>>(), ["000007", "000012", "1000000", "12", "notes"]);
+        assert_eq!(
+            left.into_iter().collect::<Vec<_>>(),
+            ["000007", "000012", "1000000", "12", "before-000012", "notes"]
+        );
     }
 
     /// A checkpoint of `pages` pages, of which `own` are its own and the others in its parent.

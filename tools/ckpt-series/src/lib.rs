@@ -5,6 +5,10 @@
 //! tree runs on when ckpt-scan and ckpt-sk are done with it, not when the disk is. The tracker
 //! (`ckpt-tracking`) is one more thread.
 //!
+//! A full checkpoint stores everything, and the tree is not to stand still for that: its memory is forked
+//! (`--snapshot` of ckpt-scan), or for `--pre-dump` copied before the freeze into a directory of its own, on which the
+//! checkpoint is an increment.
+//!
 //! Directories are numbered from 1, or from behind what is there. A number is printed when its directory is
 //! durable, and not before. Nothing that was printed depends on what comes later: a directory needs only
 //! earlier ones, and each is whole or absent. So killing this process, or the machine, costs the checkpoint
@@ -70,6 +74,12 @@ pub struct Args {
     /// Keep the last N checkpoints, and at most half as many more
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub keep: Option<u64>,
+    /// Read the pages of full checkpoints while the tree is frozen: no fork of its memory
+    #[arg(long)]
+    pub no_snapshot: bool,
+    /// Copy the pages of full checkpoints while the tree runs, and those written meanwhile in the freeze
+    #[arg(long, conflicts_with = "no_snapshot")]
+    pub pre_dump: bool,
     /// The far end is outside the tree: ID[:PATH] of a socket, pipe:[ID] or shm:[ID]
     #[arg(long, value_name = "RESOURCE")]
     pub external: Vec<OsString>,
@@ -132,12 +142,22 @@ pub fn run(args: &Args, input: File, mut output: File) -> anyhow::Result<()> {
     while args.count.is_none_or(|count| made < count) && clock.next(root.as_fd())? {
         let due = made % args.full_every == 0;
         let dir = series.next();
-        let result = checkpoint(args, &tracking.address, &dir, parent.filter(|_| !due).as_deref(), &begun);
+        let from = parent.take().filter(|_| !due);
+        let stage = |what: What<'_>, dir: &Path| {
+            checkpoint(args, &tracking.address, what, dir, &begun).with_context(|| dir.display().to_string())
+        };
+        let result = if args.pre_dump && from.is_none() {
+            let before = series.before();
+            stage(What::Memory, &before)
+                .and_then(|()| stage(What::Checkpoint { parent: Some(&before) }, &dir))
+        } else {
+            stage(What::Checkpoint { parent: from.as_deref() }, &dir)
+        };
         // A task that is being killed fails calls with ESRCH a moment before its pidfd tells.
         if result.is_err() && ended(root.as_fd(), PollTimeout::from(1000_u16))? {
             break;
         }
-        result.with_context(|| dir.display().to_string())?;
+        result?;
         let number = series.made()?;
         writeln!(output, "{number:06}").context("standard output")?;
         made += 1;
@@ -247,20 +267,36 @@ impl Tracking {
     }
 }
 
-/// One checkpoint: the three stages, each in a thread, joined by pipes.
+/// What is made.
+#[derive(Debug, Clone, Copy)]
+enum What<'a> {
+    /// A checkpoint; an increment if it has a parent.
+    Checkpoint { parent: Option<&'a Path> },
+    /// A pre-dump, of which a checkpoint is to be an increment.
+    Memory,
+}
+
+/// One checkpoint: its stages, each in a thread, joined by pipes.
 fn checkpoint(
     args: &Args,
     tracker: &str,
+    what: What<'_>,
     dir: &Path,
-    parent: Option<&Path>,
     begun: &Mutex<Option<Cleanup>>,
 ) -> anyhow::Result<()> {
-    let (scan, sk, write) = stages(args, tracker, dir, parent)?;
+    let (scan, sk, write) = stages(args, tracker, what, dir)?;
     let pipe = || pipe2(OFlag::O_CLOEXEC).map(|(r, w)| (File::from(r), File::from(w))).context("pipe2");
-    let (sk_in, scan_out) = pipe()?;
-    let (write_in, sk_out) = pipe()?;
+    let (mut write_in, scan_out) = pipe()?;
+    // There are no sockets in a pre-dump.
+    let between = match what {
+        What::Memory => None,
+        What::Checkpoint { .. } => {
+            let (last, sk_out) = pipe()?;
+            Some((std::mem::replace(&mut write_in, last), sk_out))
+        }
+    };
     let (scanned, completed, written) = thread::scope(|scope| {
-        let sk = scope.spawn(move || ckpt_sk::run(&sk, sk_in, sk_out));
+        let sk = between.map(|(input, output)| scope.spawn(move || ckpt_sk::run(&sk, input, output)));
         let write = scope.spawn(move || {
             ckpt_write::store(&write, write_in, |cleanup| {
                 *begun.lock().unwrap_or_else(PoisonError::into_inner) = Some(cleanup);
@@ -268,7 +304,7 @@ fn checkpoint(
             })
         });
         // The tracer is this thread in every checkpoint.
-        (ckpt_scan::run(&scan, scan_out), sk.join(), write.join())
+        (ckpt_scan::run(&scan, scan_out), sk.map_or(Ok(Ok(())), |sk| sk.join()), write.join())
     });
     begun.lock().unwrap_or_else(PoisonError::into_inner).take();
     let flat = |joined: thread::Result<anyhow::Result<()>>| {
@@ -292,8 +328,8 @@ fn checkpoint(
 fn stages(
     args: &Args,
     tracker: &str,
+    what: What<'_>,
     dir: &Path,
-    parent: Option<&Path>,
 ) -> anyhow::Result<(ckpt_scan::Args, ckpt_sk::Args, ckpt_write::Args)> {
     let is_socket = |resource: &OsString| {
         let bytes = resource.as_encoded_bytes();
@@ -304,11 +340,18 @@ fn stages(
     scan.extend(["--track".into(), tracker.into()]);
     let mut sk: Vec<OsString> = vec!["ckpt-sk".into()];
     let mut write: Vec<OsString> = vec!["ckpt-write".into()];
-    for resource in &args.external {
+    let is_checkpoint = matches!(what, What::Checkpoint { .. });
+    for resource in args.external.iter().filter(|_| is_checkpoint) {
         let words = if is_socket(resource) { &mut sk } else { &mut scan };
         words.extend(["--external".into(), resource.clone()]);
     }
-    if let Some(parent) = parent {
+    match what {
+        What::Memory => scan.push("--pre-dump".into()),
+        // Of an increment too, which is full if the tracking is lost, and may be large.
+        What::Checkpoint { .. } if !args.no_snapshot && !args.pre_dump => scan.push("--snapshot".into()),
+        What::Checkpoint { .. } => {}
+    }
+    if let What::Checkpoint { parent: Some(parent) } = what {
         for words in [&mut scan, &mut write] {
             words.extend(["--parent".into(), parent.into()]);
         }
@@ -316,7 +359,9 @@ fn stages(
     let option = |words: &mut Vec<OsString>, name: &str, value: &Option<OsString>| {
         words.extend(value.iter().flat_map(|value| [name.into(), value.clone()]));
     };
-    option(&mut scan, "--ghost-limit", &args.ghost_limit);
+    if is_checkpoint {
+        option(&mut scan, "--ghost-limit", &args.ghost_limit);
+    }
     option(&mut scan, "--freeze-timeout", &args.freeze_timeout);
     option(&mut sk, "--queued", &args.queued);
     option(&mut write, "--compress", &args.compress);

@@ -48,7 +48,7 @@ pub struct Private {
     pub comm: String,
     /// Its mappings.
     pub vmas: Vec<VmaEntry>,
-    /// Those that our tracking watched already.
+    /// Those that a userfaultfd watches, as far as is known.
     pub watched: Vec<Range<u64>>,
     /// Number of its pages image.
     pub pages_id: u32,
@@ -81,14 +81,30 @@ impl Memory {
         writer: &mut Writer<Output>,
         run_on: impl FnOnce() -> anyhow::Result<()>,
     ) -> anyhow::Result<()> {
-        let mut plans = self.private.iter().map(|p| p.plan(tracking)).collect::<anyhow::Result<Vec<_>>>()?;
+        let mut plans = self.plans(tracking)?;
         self.share(&mut plans)?;
         for plan in &plans {
             plan.emit(writer)?;
         }
+        self.copy_found(&plans, awaited, writer, run_on)
+    }
+
+    /// What to store of each process, found by looking at it.
+    fn plans(&self, tracking: &Tracking) -> anyhow::Result<Vec<Plan>> {
+        self.private.iter().map(|p| p.plan(tracking)).collect()
+    }
+
+    /// Writes the pages of `plans`, whose pagemaps are written; see [`Self::copy`].
+    fn copy_found(
+        &self,
+        plans: &[Plan],
+        awaited: bool,
+        writer: &mut Writer<Output>,
+        run_on: impl FnOnce() -> anyhow::Result<()>,
+    ) -> anyhow::Result<()> {
         writer.bulk().context("write the stream")?;
         self.copy_shared(writer)?;
-        let total = plans.iter().map(Plan::bytes).sum();
+        let total = bytes(plans);
         let mut progress = ckpt_cli::Progress::new("pages", Some(total));
         if total <= AT_ONCE {
             if awaited {
@@ -102,6 +118,10 @@ impl Memory {
     }
 }
 
+fn bytes(plans: &[Plan]) -> u64 {
+    plans.iter().map(Plan::bytes).sum()
+}
+
 impl Private {
     fn what(&self) -> String {
         format!("pid {} ({})", self.pid, self.comm)
@@ -109,7 +129,7 @@ impl Private {
 
     /// What to store, found by looking at the process itself.
     fn plan(&self, tracking: &Tracking) -> anyhow::Result<Plan> {
-        let tracked = tracking.of(self.pid, &self.watched);
+        let tracked = tracking.of(self.pid);
         Plan::new(self.pid, &self.vmas, self.pages_id, tracked).with_context(|| self.what())
     }
 }

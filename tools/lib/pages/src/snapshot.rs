@@ -7,6 +7,12 @@
 //! Which have been written since the parent checkpoint only the originals know: that is asked
 //! in the freeze, and is quick.
 //!
+//! An increment is asked first, since it mostly stores so little that to read it at once is quicker than to fork. It has
+//! twins if it is more than that.
+//!
+//! With tracking, pages are protected in the freeze in which they are forked: what is written from then on, while the
+//! twin is being read, counts as written for the next checkpoint.
+//!
 //! A process that can't be forked has its pages read within the freeze, as without the option, and
 //! a warning says why. Others have their twins all the same.
 
@@ -19,7 +25,7 @@ use ckpt_proto::stream::Writer;
 use ckpt_remote::{Frozen, NoTwin, RemoteError, Twin};
 use ckpt_sys::{Pid, transfer::Output};
 
-use crate::{Memory, Private, Tracking};
+use crate::{AT_ONCE, Memory, Private, Tracking, bytes};
 
 /// A frozen tree, as the one sees it who stores its memory.
 pub trait Tree {
@@ -54,20 +60,41 @@ pub fn copy<T: Tree>(
         Plan::emit_head(p.pid, p.pages_id, writer)?;
     }
     writer.output().flush().context("write the stream")?;
+    let mut found = None;
+    if tracking.increment() {
+        let mut plans = memory.plans(tracking)?;
+        if bytes(&plans) <= AT_ONCE {
+            memory.share(&mut plans)?;
+            plans.iter().try_for_each(|plan| plan.emit_runs(writer))?;
+            return memory.copy_found(&plans, true, writer, || tree.let_go());
+        }
+        found = Some(plans);
+    }
     let mut twins = tree.twins(memory)?;
     memory.copy_shared(writer)?;
-    let plain = memory.private.iter().filter(|p| !twins.contains_key(&p.pid));
-    let mut plans = plain.map(|p| p.plan(tracking)).collect::<anyhow::Result<Vec<_>>>()?;
+    // Without tracking the twins are asked.
+    let mut plans = Vec::new();
+    let mut tracked = HashMap::new();
+    let mut found = found.into_iter().flatten();
+    for p in &memory.private {
+        let twin = twins.get(&p.pid).map(|(twin, _)| *twin);
+        if twin.is_none() {
+            early.check(p.pid, p.pid).with_context(|| p.what())?;
+        }
+        let plan = match found.next() {
+            Some(plan) => plan,
+            None if twin.is_some() && tracking.of(p.pid).is_none() => continue,
+            None => p.plan(tracking)?,
+        };
+        match twin {
+            Some(twin) => drop(tracked.insert(p.pid, plan.from_copy(twin))),
+            None => plans.push(plan),
+        }
+    }
     memory.share(&mut plans)?;
     for plan in &plans {
         plan.emit_runs(writer)?;
         plan.copy(writer, |_| ())?;
-    }
-    let mut tracked = HashMap::new();
-    for p in memory.private.iter().filter(|p| tracking.of(p.pid, &[]).is_some()) {
-        if let Some((twin, _)) = twins.get(&p.pid) {
-            tracked.insert(p.pid, p.plan(tracking)?.from_copy(*twin));
-        }
     }
     writer.output().flush().context("write the stream")?;
     tree.let_go()?;
@@ -85,7 +112,7 @@ pub fn copy<T: Tree>(
         plan.emit_runs(writer)?;
     }
     writer.bulk().context("write the stream")?;
-    let mut progress = Progress::new("pages", Some(plans.iter().map(Plan::bytes).sum()));
+    let mut progress = Progress::new("pages", Some(bytes(&plans)));
     for ((p, twin), plan) in with_twins.into_iter().zip(plans) {
         plan.copy(writer, |n| progress.inc(n)).with_context(|| lost(p))?;
         drop(twin);

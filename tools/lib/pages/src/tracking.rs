@@ -80,11 +80,17 @@ impl Tracking {
         }
     }
 
-    /// How the writes of `pid` are tracked. `watched`: its mappings that were already when it was frozen.
+    /// Whether a checkpoint is to be an increment.
     #[must_use]
-    pub fn of<'a>(&'a self, pid: Pid, watched: &'a [std::ops::Range<u64>]) -> Option<Tracked<'a>> {
+    pub fn increment(&self) -> bool {
+        self.parent.is_some()
+    }
+
+    /// How the writes of `pid` are tracked.
+    #[must_use]
+    pub fn of(&self, pid: Pid) -> Option<Tracked<'_>> {
         let uffd = self.session.as_ref()?.uffd(pid)?;
-        Some(Tracked { uffd, watched, increment: self.parent.is_some() })
+        Some(Tracked { uffd, increment: self.increment() })
     }
 
     /// The checkpoint is durable, or not known to be.

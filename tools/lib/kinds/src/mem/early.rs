@@ -104,7 +104,7 @@ impl Early {
     /// /proc can't be read.
     pub fn mappings(&mut self, process: &Process, now: Option<&[Mapping]>) -> anyhow::Result<Vec<Mapping>> {
         let pid = process.pid;
-        if let (Some(known), Some(now)) = (self.known.get(&pid), now) {
+        if let (Some(known), Some(now)) = (self.known.remove(&pid), now) {
             let same =
                 |a: &Mapping, b: &Mapping| *b == Mapping { flags: Vec::new(), page_kib: 0, ..a.clone() };
             let unchanged =
@@ -112,9 +112,10 @@ impl Early {
             let locked: u64 = known.mappings.iter().filter(|m| m.has(b"lo")).map(Mapping::len).sum();
             let still = locked == process.threads.first().map_or(0, |t| t.status.locked_kib * 1024);
             if unchanged && still && (!self.at_rest || known.rested(process)) {
-                return Ok(known.mappings.clone());
+                let mappings = known.mappings.clone();
+                self.known.insert(pid, known);
+                return Ok(mappings);
             }
-            self.known.remove(&pid);
         }
         smaps(pid)
     }
@@ -125,7 +126,7 @@ impl Early {
     /// They differ: what has been stored is not the state of one instant.
     pub fn check(&self, pid: Pid, twin: Pid) -> anyhow::Result<()> {
         let Some(Known { mappings: known, .. }) = self.known.get(&pid) else { return Ok(()) };
-        let found: HashMap<u64, Mapping> = smaps(twin)?.into_iter().map(|m| (m.start, m)).collect();
+        let found = smaps(twin)?;
         let lasting = |m: &Mapping| {
             let mut flags = m.flags.clone();
             flags.retain(|flag| !FLEETING.contains(&flag) && flag != b"dc");
@@ -133,9 +134,12 @@ impl Early {
             flags
         };
         for mapping in known.iter().filter(|m| !m.has(b"dc") && m.name != b"[vsyscall]") {
-            let same = found
-                .get(&mapping.start)
-                .is_some_and(|m| m.end == mapping.end && lasting(m) == lasting(mapping) && !m.has(b"dc"));
+            // It may be one with a neighbour by now, from which only the tracking kept it apart.
+            let at = found.partition_point(|m| m.end <= mapping.start);
+            let same = found.get(at).is_some_and(|m| {
+                let within = m.start <= mapping.start && m.end >= mapping.end;
+                within && lasting(m) == lasting(mapping) && !m.has(b"dc")
+            });
             if !same {
                 bail!(
                     "memory {:#x}-{:#x}: its advice (madvise) changed while the process was being frozen; try again",

@@ -7,7 +7,7 @@
 //! - Its mapping was watched before this checkpoint: a new mapping, one that mremap(2) moved, all of a
 //!   forked child, all of a program after exec(2) is not (the kernel drops the watch), and is stored
 //!   in full. So is one made by munmap and mmap at the same addresses: the watch is asked of the
-//!   mapping (VmFlags `uw`), not remembered by address.
+//!   mapping (PAGE_IS_WPALLOWED, in the freeze), not remembered by address.
 //! - It is watched by *our* userfaultfd: registering it again says so, or EBUSY.
 //! - It is present. In a private mapping of a file, a page that was dropped (MADV_DONTNEED) leaves a marker that
 //!   PAGEMAP_SCAN reports as swapped out and not written, while its contents are the file's again.
@@ -25,7 +25,6 @@
 
 use std::{
     fs::File,
-    ops::Range,
     os::fd::{AsFd, BorrowedFd},
 };
 
@@ -38,15 +37,13 @@ use ckpt_sys::{
 };
 use nix::errno::Errno;
 
-use super::status;
+use super::{dump::PAGE, status};
 
 /// How the writes of a process are tracked.
 #[derive(Debug, Clone, Copy)]
 pub struct Tracked<'a> {
     /// Its userfaultfd.
     pub uffd: BorrowedFd<'a>,
-    /// Mappings that were watched when the process was frozen, in order of address.
-    pub watched: &'a [Range<u64>],
     /// The last protection belongs to the parent of this checkpoint.
     pub increment: bool,
 }
@@ -72,12 +69,17 @@ pub(crate) fn private_pages(vma: &VmaEntry, report: Page) -> Scan {
     Scan { inverted: none, all: none, any: Page::PRESENT | Page::SWAPPED, report }
 }
 
-impl Tracked<'_> {
-    fn was_watched(&self, vma: &VmaEntry) -> bool {
-        let at = self.watched.partition_point(|range| range.end <= vma.start);
-        self.watched.get(at).is_some_and(|range| range.start <= vma.start && range.end >= vma.end)
-    }
+/// Whether a userfaultfd tracks writes to `vma`, which is a mapping or a part of one.
+fn is_watched(pagemap: &File, vma: &VmaEntry) -> anyhow::Result<bool> {
+    let watched = Page::WPALLOWED;
+    let scan = Scan { inverted: Page::empty(), all: watched, any: Page::empty(), report: Page::empty() };
+    let mut first = Vec::new();
+    let start = RemoteAddr(vma.start);
+    memory::pagemap_scan(pagemap.as_fd(), start, start.plus(PAGE), scan, &mut first)?;
+    Ok(!first.is_empty())
+}
 
+impl Tracked<'_> {
     /// Finds the private pages of `vma` and protects them for the next time.
     ///
     /// # Errors
@@ -85,6 +87,8 @@ impl Tracked<'_> {
     pub(crate) fn look(&self, pid: Pid, pagemap: &File, vma: &VmaEntry) -> anyhow::Result<Vec<Found>> {
         let (start, end) = (RemoteAddr(vma.start), RemoteAddr(vma.end));
         let what = || format!("pid {pid} memory {:#x}-{:#x}", vma.start, vma.end);
+        // Asked first: afterwards it is.
+        let before = is_watched(pagemap, vma).with_context(what)?;
         match uffd::register(self.uffd, start, end) {
             Ok(()) => {}
             Err(error) if error.errno == Errno::EBUSY => {
@@ -93,7 +97,6 @@ impl Tracked<'_> {
             }
             Err(error) => return Err(error).with_context(what),
         }
-        let before = self.was_watched(vma);
         let mut pages: Vec<PageRange> = Vec::new();
         let of_file = vma.status & status::FILE_PRIVATE != 0;
         let scan = private_pages(vma, Page::WRITTEN | Page::PRESENT);
