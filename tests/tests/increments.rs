@@ -680,7 +680,8 @@ fn what_is_printed_has_been_synced() {
             let synced = format!("{series}>");
             let named = lines.iter().skip(renamed).position(|l| l.contains("fsync(") && l.contains(&synced));
             let named = renamed + named.expect("the directory is synced");
-            let printed = find(&|line| line.contains("write(") && line.contains(&format!("\"{number}\\n\"")));
+            let said = format!(r#""{number}\n""#);
+            let printed = find(&|line| line.contains("write(") && line.contains(&said));
             assert!(from > 0 || printed.expect("a number") > named, "{number} was printed too early");
             from = named;
         }

@@ -212,14 +212,10 @@ impl Tree {
     fn track(&mut self, p: &Private, tracking: &mut Tracking) -> anyhow::Result<()> {
         let hold = self.hold()?;
         let answer = hold.ask(&format!("TRACKED {}", p.pid))?.map_err(anyhow::Error::msg)?;
-        if answer.0 == "yes" {
-            if !tracking.on() {
-                let subject = format!("pid {} ({})", p.pid, p.comm);
-                let refused = Refused::new(subject, "its memory is watched by userfaultfd");
-                return Err(refused
-                    .advise("if a ckpt-track is at work, say ckpt-mem --track ADDRESS")
-                    .into());
-            }
+        if answer.0 == "yes" && !tracking.on() {
+            let subject = format!("pid {} ({})", p.pid, p.comm);
+            let refused = Refused::new(subject, "its memory is watched by userfaultfd");
+            return Err(refused.advise("if a ckpt-track is at work, say ckpt-mem --track ADDRESS").into());
         }
         tracking.watch(p.pid, || {
             let (_, uffd) = hold.ask(&format!("ARM {}", p.pid))?.map_err(anyhow::Error::msg)?;

@@ -159,7 +159,8 @@ pub fn run(args: &Args, input: File, mut output: File) -> anyhow::Result<()> {
         }
         result?;
         let number = series.made()?;
-        writeln!(output, "{number:06}").context("standard output")?;
+        // In one call, so that a number is never cut short by our death.
+        output.write_all(format!("{number:06}\n").as_bytes()).context("standard output")?;
         made += 1;
         parent = Some(dir);
         if let Some(keep) = args.keep {
