@@ -120,6 +120,29 @@ fn restore_without_a_call_works_or_leaves_no_process() {
     target.passes("the restored one");
 }
 
+/// What no call tells is refused where the kernel's memory can't be looked into.
+#[test]
+fn without_a_look_into_the_kernel_there_is_a_reason() {
+    for (workload, words) in [
+        ("unaccepted", ["not accepted yet", "nobody can read", "CAP_BPF", "--skip-in-flight"]),
+        ("packet_transmit", ["packet socket", "at which frame of its transmit ring", "CAP_BPF", "as root"]),
+    ] {
+        let target = Target::start(workload);
+        let before = target.at_rest();
+        let img = target.path("img");
+        let stages = vec![
+            ("ckpt-scan", vec!["-t".into(), target.pid.to_string().into()]),
+            ("ckpt-sk", vec![]),
+            ("ckpt-write", vec![img.clone().into_os_string()]),
+        ];
+        let outcome = pipeline(target.dir.path(), stages, ("ckpt-sk", libc::SYS_bpf, Errno::EPERM));
+        let _ = outcome.fails("ckpt-sk", 3, &words);
+        assert!(!img.exists());
+        target.unchanged(&before);
+        target.passes("the target");
+    }
+}
+
 /// What a file system or a pipe answers where it can't do such a thing: then bytes go another way.
 #[test]
 fn pages_go_another_way_where_a_call_is_not_supported() {

@@ -118,18 +118,65 @@ fn an_occupied_path_stops_a_restore_that_leaves_nothing() {
     }
 }
 
+/// What was sent before the server accepts arrives when it does; and messages of no bytes, which a peek shows
+/// once, are there in every checkpoint.
 #[test]
-fn data_that_nobody_can_read_yet_is_refused() {
-    let target = crate::inet::python(
-        "unaccepted",
-        "s = socket.socket(socket.AF_UNIX)\n\
-         s.bind('server')\n\
-         s.listen()\n\
-         c = socket.socket(socket.AF_UNIX)\n\
-         c.connect('server')\n\
-         c.send(b'early')",
+fn data_that_nobody_can_read_yet_comes_back() {
+    let target = Target::start("unaccepted");
+    let before = target.at_rest();
+    target.dump_ok("first");
+    target.dump_ok("second");
+    target.unchanged(&before);
+    target.passes("the original");
+    for round in 0..2 {
+        let name = format!("img{round}");
+        target.dump_ok(&name);
+        target.dump_ok(&format!("{name}-again"));
+        target.end();
+        target.restore_ok(&format!("{name}-again"));
+        target.passes("the restored one");
+    }
+}
+
+/// A client that sent something, whose server is restored without having seen it.
+const EARLY: &str = "import array\n\
+     s = socket.socket(socket.AF_UNIX)\n\
+     s.bind('server')\n\
+     s.listen()\n\
+     c = socket.socket(socket.AF_UNIX)\n\
+     c.connect('server')\n";
+
+#[test]
+fn connections_not_accepted_are_left_out_if_wanted() {
+    let code = format!(
+        "{EARLY}c.send(b'early')\n\
+         def check(*_):\n\
+         \x20   s.setblocking(False)\n\
+         \x20   try: s.accept(); fine = False\n\
+         \x20   except BlockingIOError: fine = True\n\
+         \x20   fine = fine and c.recv(9) == b''\n\
+         \x20   try: c.send(b'x'); fine = False\n\
+         \x20   except BrokenPipeError: pass\n\
+         \x20   open('log', 'a').write('PASS\\n' if fine else 'BROKEN\\n')\n\
+         signal.signal(signal.SIGUSR1, check)\n\
+         pause = signal.pause\n\
+         def forever():\n\
+         \x20   while True: pause()\n\
+         signal.pause = forever"
     );
-    crate::inet::refused(&target, &["not accepted yet", "nobody can read"]);
+    let target = crate::inet::python("left_out", &code);
+    let _ = target.dumping("img", &[], &["--skip-in-flight"]).run().ok("dump --skip-in-flight");
+    target.end();
+    target.restore_ok("img");
+    target.passes("the restored one");
+}
+
+#[test]
+fn descriptors_in_a_backlog_are_refused() {
+    let code =
+        format!("{EARLY}c.sendmsg([b'x'], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array('i', [0]))])");
+    let target = crate::inet::python("rights_in_backlog", &code);
+    crate::inet::refused(&target, &["not accepted yet", "SCM_RIGHTS", "--skip-in-flight"]);
 }
 
 #[test]

@@ -1,5 +1,5 @@
 /* Rings of packet sockets of all three versions, mapped: the program has been around in each, has frames that it has not
- * read, and goes on where it was. It can be asked again and again, for a restored ring can be checkpointed too. */
+ * read, and goes on where it was; in one the times do not tell where that is, as if the clock had been set back. It can be asked again and again, for a restored ring can be checkpointed too. */
 #include "workload.h"
 #include <arpa/inet.h>
 #include <linux/filter.h>
@@ -9,7 +9,7 @@
 #include <poll.h>
 #include <sys/socket.h>
 
-enum { OURS = 0x88b6, BLOCK = 4096, BLOCKS = 4, FRAME = 2048, FRAMES = 8, RINGS = 4 };
+enum { OURS = 0x88b6, BLOCK = 4096, BLOCKS = 4, FRAME = 2048, FRAMES = 8, RINGS = 5 };
 
 static struct ring { int fd, version, at, sent, taken; char *map; } rings[RINGS];
 static int sender;
@@ -58,6 +58,15 @@ static int take(struct ring *r)
 	return good ? n : -1;
 }
 
+/* Times of a clock that goes back and forth. */
+static void scramble(struct ring *r)
+{
+	for (int n = 0; n < FRAMES; n++) {
+		struct tpacket2_hdr *h = (void *)(r->map + n / (BLOCK / FRAME) * BLOCK + n % (BLOCK / FRAME) * FRAME);
+		h->tp_sec = 1000 - n % 2;
+	}
+}
+
 int main(int argc, char **argv)
 {
 	begin(argc, argv);
@@ -68,7 +77,7 @@ int main(int argc, char **argv)
 	NEED(sender >= 0 && !bind(sender, (void *)&to, sizeof to));
 	for (int i = 0; i < RINGS; i++) {
 		struct ring *r = &rings[i];
-		r->version = i < 3 ? i : TPACKET_V3;
+		r->version = i < 3 ? i : i == 3 ? TPACKET_V3 : TPACKET_V2;
 		r->fd = socket(AF_PACKET, SOCK_RAW, 0);
 		/* Ours, for this ring, and not what lo shows when it is sent. */
 		struct sock_filter code[] = {
@@ -96,12 +105,16 @@ int main(int argc, char **argv)
 	for (int n = 0; n < 6; n++) { post(full); NEED(take(full) == 1); }
 	for (int n = 0; n < 8 * BLOCKS; n++) post(full);
 	NEED(SOON(*status(full) & TP_STATUS_USER));
+	struct ring *clocks = &rings[4];
+	for (int n = 0; n < 11; n++) { post(clocks); NEED(take(clocks) == 1); }
+	scramble(clocks);
 	ready();
 	for (;;) {
 		wait_asked();
 		BREAK("behind") *status(&rings[0]) = TP_STATUS_KERNEL;
 		BREAK("ahead") for (int n = 0; n < 2 * FRAMES; n++) post(&rings[1]);
 		BREAK("block") *status(blocks) = TP_STATUS_KERNEL;
+		BREAK("clock") clocks->at = (clocks->at + 1) % FRAMES;
 		BREAK("full") *status(full) = TP_STATUS_KERNEL;
 		for (struct ring *r = rings; r < rings + 2; r++) {
 			CHECK(take(r) == 1 && take(r) == 1, "version %d: two frames from before", r->version);
@@ -111,6 +124,8 @@ int main(int argc, char **argv)
 		for (int n = 0; n < 21; n++) { post(blocks); while (blocks->sent - blocks->taken > 8) CHECK(take(blocks) > 0, "frame %d in blocks", blocks->taken); }
 		for (int n = 0; n < BLOCKS; n++) CHECK(take(full) > 0, "block %d of a full ring", n);
 		full->taken = full->sent;
+		for (int n = 0; n < 2 * FRAMES + 3; n++) { post(clocks); CHECK(take(clocks) == 1, "frame %d by a clock that was set back", clocks->taken); }
+		scramble(clocks);
 		for (int n = 0; n < 6; n++) { post(full); CHECK(take(full) == 1, "frame %d of a ring that was full", full->taken); }
 		for (int n = 0; n < 8 * BLOCKS; n++) post(full);
 		CHECK(SOON(*status(full) & TP_STATUS_USER), "a full ring");

@@ -21,6 +21,7 @@ use anyhow::{Context, bail};
 use ckpt_hold::{Hold, HoldError, PipeId};
 use ckpt_images::stage;
 use ckpt_kinds::fd::{
+    Look,
     socket::{self, Completion, Queued, Say, SkOptions},
     sockopt,
     tcp::TcpOptions,
@@ -73,7 +74,7 @@ pub struct Args {
     /// Dump all TCP connections as closed
     #[arg(long, conflicts_with = "tcp_established")]
     pub tcp_close: bool,
-    /// Leave out TCP connections that have not been accepted yet
+    /// Leave out connections that a listener of the tree has not accepted yet
     #[arg(long)]
     pub skip_in_flight: bool,
     /// List the sockets of a process and its descendants, or of the stream, and what a checkpoint would do
@@ -248,7 +249,8 @@ impl Stage<'_> {
         let say = Say { warn: &ckpt_cli::warn, note: &|text| ckpt_cli::note!(1, "{text}") };
         let net_ns = |pid: Pid| self.net_ns.get(&pid).copied();
         let defaults = &sockopt::Defaults::default();
-        let completion = Completion { net_ns: &net_ns, options: &options, say, defaults };
+        let completion =
+            Completion { net_ns: &net_ns, options: &options, say, defaults, look: &Look::default() };
         socket::complete(&self.stubs, completion, writer)?;
         ckpt_cli::note!(1, "{} sockets completed", self.stubs.len());
         if let Some(hold) = self.hold.take() {

@@ -6,6 +6,7 @@
 
 #![allow(unsafe_code)]
 
+pub mod btf;
 pub mod capability;
 pub mod clone;
 pub mod cpu;
@@ -16,6 +17,7 @@ pub mod file;
 pub mod gift;
 pub mod ids;
 pub mod kcmp;
+pub mod kernel;
 mod lent;
 pub mod limits;
 pub mod memory;

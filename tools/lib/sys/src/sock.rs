@@ -431,6 +431,18 @@ pub fn bind_to(fd: BorrowedFd<'_>, address: &[u8]) -> Result<(), SysError> {
     if ret < 0 { Err(SysError::last("bind", on(fd))) } else { Ok(()) }
 }
 
+/// sendto(2) to an address of any family, as the kernel has it. Bytes sent.
+///
+/// # Errors
+/// ENETDOWN, EMSGSIZE, EPERM and others.
+pub fn send_to(fd: BorrowedFd<'_>, bytes: &[u8], address: &[u8]) -> Result<usize, SysError> {
+    let len = libc::socklen_t::try_from(address.len()).unwrap_or(0);
+    let (data, to) = (bytes.as_ptr().cast(), address.as_ptr().cast());
+    // SAFETY: the kernel reads as many bytes as `bytes` and `address` have.
+    let sent = unsafe { libc::sendto(fd.as_raw_fd(), data, bytes.len(), libc::MSG_NOSIGNAL, to, len) };
+    usize::try_from(sent).map_err(|_| SysError::last("sendto", on(fd)))
+}
+
 /// Lets a datagram socket be connected to nobody. It stays bound to its port, but to no device.
 ///
 /// # Errors

@@ -27,6 +27,7 @@ pub mod fown;
 mod inet;
 pub mod inotify;
 pub mod lock;
+mod look;
 pub mod memfd;
 mod multicast;
 mod netlink;
@@ -54,6 +55,7 @@ use ckpt_sys::FileId;
 use nix::sys::stat::SFlag;
 
 pub use dump::{Descriptor, DumpOptions, External, FileTable, Shmem, ShmemSegment, Survey, comm};
+pub use look::Look;
 pub use restore::{OpenFiles, Opening, RestoreOptions};
 pub use shelf::Lent;
 

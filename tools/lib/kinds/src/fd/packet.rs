@@ -7,9 +7,11 @@
 //! `--queued=drop` is a fair answer.
 //!
 //! Rings (`PACKET_RX_RING`, `PACKET_TX_RING`) are made again with their measures; what is in a receive ring
-//! is the business of [`ring`]. CRIU's images know of mapped rings, not of what is in them.
+//! is the business of [`ring`], and of [`transmit`] what is in the other. CRIU's images know of mapped rings, not of
+//! what is in them.
 
 mod ring;
+mod transmit;
 
 use std::{
     collections::{HashMap, HashSet},
@@ -101,20 +103,37 @@ pub(super) fn complete(
         let mut psk = entry(socket, diag, &what, completion)?;
         let mut unread = Vec::new();
         if let Some(rx) = &psk.rx_ring {
-            let found = ring::read(socket.copy()?.as_fd(), psk.version, rx, psk.tx_ring.as_ref());
+            let copy = socket.copy()?;
+            let heads = || completion.look.at_packets(|kernel| kernel.packet_heads(copy.as_fd()));
+            let head = || heads().map(|(receive, _)| receive);
+            let found = ring::read(copy.as_fd(), psk.version, rx, psk.tx_ring.as_ref(), &head);
             let found = found.with_context(|| format!("{}: its ring", socket.subject))?;
             let contents = found.map_err(|why| socket.refuse(&what, why))?;
             psk.ckpt_rx_head = Some(contents.head).filter(|&head| head != 0);
             unread = contents.unread;
         }
+        let mut blocks = Vec::new();
+        if let Some(tx) = &psk.tx_ring {
+            let copy = socket.copy()?;
+            let heads = || completion.look.at_packets(|kernel| kernel.packet_heads(copy.as_fd()));
+            let head = || heads().map(|(_, transmit)| transmit);
+            let found = transmit::read(copy.as_fd(), psk.version, psk.rx_ring.as_ref(), tx, &head);
+            let found = found.with_context(|| format!("{}: its transmit ring", socket.subject))?;
+            let contents = found.map_err(|(why, advice)| socket.refuse(&what, why).advise(advice))?;
+            psk.ckpt_tx_head = Some(contents.head).filter(|&head| head != 0);
+            blocks = contents.unread;
+        }
         let kind = FdTypes::Packetsk.into();
         let entry = FileEntry { r#type: kind, id: socket.file_id, psk: Some(psk), ..FileEntry::default() };
         emit(sink, Image::Files, 0, &entry)?;
-        for (slot, bytes) in unread {
+        let all = unread.into_iter().map(|(slot, bytes)| (None, slot, bytes));
+        for (transmit, slot, bytes) in all.chain(blocks.into_iter().map(|(n, bytes)| (Some(true), n, bytes)))
+        {
             let packet = SkPacketEntry {
                 id_for: socket.file_id,
                 length: u32::try_from(bytes.len()).context("length of a frame")?,
                 ckpt_ring_slot: Some(slot),
+                ckpt_ring_transmit: transmit,
                 ..SkPacketEntry::default()
             };
             emit(sink, Image::SkQueues, 0, &packet)?;
@@ -163,15 +182,9 @@ pub(super) fn add_mapped(
     let all = SockDiag::here()?.packet().context("enumerate packet sockets")?;
     let socket =
         all.into_iter().find(|s| s.id == id).with_context(|| format!("{subject}: it is not listed"))?;
-    if socket.tx_ring.is_some() {
-        return Err(refuse(
-            "the kernel does not tell at which frame of a transmit ring (PACKET_TX_RING) it is",
-        )
-        .into());
-    }
-    let whole = self::ring(socket.rx_ring).map_or(0, |rx| ring::bytes(&rx));
-    if (offset, len) != (0, whole) {
-        return Err(refuse("only a part of its ring is mapped").into());
+    let bytes = |of: Option<diag::PacketRing>| self::ring(of).map_or(0, |measures| ring::bytes(&measures));
+    if (offset, len) != (0, bytes(socket.rx_ring) + bytes(socket.tx_ring)) {
+        return Err(refuse("only a part of its rings is mapped").into());
     }
     Ok(file)
 }
@@ -257,6 +270,7 @@ fn entry(
         ns_id: (completion.net_ns)(socket.pid()),
         ckpt_ifname: name(diag.interface)?,
         ckpt_rx_head: None,
+        ckpt_tx_head: None,
     })
 }
 
@@ -277,15 +291,20 @@ pub(super) fn restore(opening: &mut Opening<'_>, files: &[FileEntry]) -> anyhow:
         let psk = socket::of(file, file.psk.as_ref(), "packet socket")?;
         let what = format!("packet socket of file {}", psk.id);
         let mut contents = ring::Contents { head: psk.ckpt_rx_head.unwrap_or(0), unread: Vec::new() };
+        let mut transmit = ring::Contents { head: psk.ckpt_tx_head.unwrap_or(0), unread: Vec::new() };
         if rings.contains(&psk.id) {
             for (index, packet) in packets.iter().enumerate().filter(|(_, p)| p.id_for == psk.id) {
                 let Some(slot) = packet.ckpt_ring_slot else { continue };
-                let limit = psk.rx_ring.as_ref().map_or(0, |rx| rx.block_size).into();
+                let (ring, contents) = match packet.ckpt_ring_transmit {
+                    Some(true) => (&psk.tx_ring, &mut transmit),
+                    _ => (&psk.rx_ring, &mut contents),
+                };
+                let limit = ring.as_ref().map_or(0, |ring| ring.block_size).into();
                 let bytes = opening.set.payload_bytes(Image::SkQueues, 0, index, limit)?;
                 contents.unread.push((slot, bytes));
             }
         }
-        restore_one(opening, psk, &contents, &what).with_context(|| what.clone())?;
+        restore_one(opening, psk, &contents, &transmit, &what).with_context(|| what.clone())?;
     }
     Ok(())
 }
@@ -294,6 +313,7 @@ fn restore_one(
     opening: &mut Opening<'_>,
     psk: &PacketSockEntry,
     contents: &ring::Contents,
+    transmit: &ring::Contents,
     what: &str,
 ) -> anyhow::Result<()> {
     let kind = match i32::try_from(psk.r#type) {
@@ -330,6 +350,9 @@ fn restore_one(
         ring::refill(fd_ref, psk.version, rx, psk.tx_ring.as_ref(), contents)
             .context("what was received into its ring")?;
         sock::detach_filter(fd_ref)?;
+    }
+    if let Some(tx) = psk.tx_ring.as_ref().filter(|_| transmit.head != 0 || !transmit.unread.is_empty()) {
+        transmit::refill(fd_ref, psk, tx, transmit).context("its transmit ring")?;
     }
     sockopt::restore(fd_ref, what, class, &options, When::Last)?;
     for membership in &psk.mclist {

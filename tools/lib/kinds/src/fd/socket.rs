@@ -17,7 +17,7 @@ use ckpt_proto::types::{FdTypes, FileEntry, SocketStub};
 use ckpt_sys::{FileId, Pid, Refused, TargetFd, pidfd, sock};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 
-use super::{Descriptor, dump::comm, netlink, packet, raw, sockopt::Defaults, tcp, udp, unix};
+use super::{Descriptor, Look, dump::comm, netlink, packet, raw, sockopt::Defaults, tcp, udp, unix};
 use crate::Sink;
 
 /// What to do with what an external connection has received and not read.
@@ -63,6 +63,8 @@ pub struct Completion<'a> {
     pub say: Say<'a>,
     /// Options of new sockets.
     pub defaults: &'a Defaults,
+    /// For what no call tells.
+    pub look: &'a Look,
 }
 
 /// One socket of the frozen tree.

@@ -34,7 +34,7 @@ use nix::{
 };
 
 use super::{
-    DumpOptions, External, FileTable, OpenFiles, RestoreOptions,
+    DumpOptions, External, FileTable, Look, OpenFiles, RestoreOptions,
     socket::{self, Completion, Queued, Say, SkOptions},
     sockopt::Defaults,
     unix::{self, ExternalSocket},
@@ -92,7 +92,13 @@ impl Dump {
         let stubs = std::mem::take(&mut sink.stubs);
         let say = Say { warn: &warned, note: &|_| () };
         let defaults = &Defaults::default();
-        let completion = Completion { net_ns: &|_| Some(2), options: &self.sockets, say, defaults };
+        let completion = Completion {
+            net_ns: &|_| Some(2),
+            options: &self.sockets,
+            say,
+            defaults,
+            look: &Look::default(),
+        };
         socket::complete(&stubs, completion, &mut sink)?;
         let mut stream = sink.writer.end()?;
         stream.rewind()?;

@@ -14,7 +14,8 @@
 //! are written where they were, and the kernel goes on behind them. Ways not chosen: an interface made for
 //! this would be seen by whoever watches interfaces.
 //!
-//! A transmit ring tells nothing about the kernel's place in it, so one that is mapped is refused.
+//! Where times do not tell, for the clock was set back or the program has written there, the kernel's memory is looked
+//! into ([`ckpt_sys::kernel`]), if that is possible.
 
 use std::{
     hash::{BuildHasher, RandomState},
@@ -37,9 +38,9 @@ const USER: u32 = 1;
 /// `TP_STATUS_BLK_TMO`: handed over because its time was up.
 const TIMED_OUT: u32 = 1 << 5;
 /// Local experiments (IEEE 802); what is fed is told apart by the filter.
-const ETHERTYPE: u16 = 0x88b5;
+pub(super) const ETHERTYPE: u16 = 0x88b5;
 /// How long a frame may take through the loopback interface.
-const PATIENCE: Duration = Duration::from_secs(2);
+pub(super) const PATIENCE: Duration = Duration::from_secs(2);
 /// Payload of frames that fill blocks; the MTU of lo is 65536.
 const LARGE: usize = 60_000;
 
@@ -149,22 +150,31 @@ pub(super) fn read(
     version: u32,
     rx: &PacketRing,
     tx: Option<&PacketRing>,
+    told: &dyn Fn() -> Result<u32, String>,
 ) -> anyhow::Result<Result<Contents, String>> {
     let ring = Ring::map(fd, version, rx, tx)?;
-    if ring.is_v3() { read_blocks(&ring).map(Ok) } else { read_frames(&ring) }
+    if ring.is_v3() { read_blocks(&ring).map(Ok) } else { read_frames(&ring, told) }
 }
 
-fn read_frames(ring: &Ring) -> anyhow::Result<Result<Contents, String>> {
+fn read_frames(
+    ring: &Ring,
+    told: &dyn Fn() -> Result<u32, String>,
+) -> anyhow::Result<Result<Contents, String>> {
     let mut frames = Vec::with_capacity(ring.count);
     for slot in 0..ring.count {
         frames.push((ring.is_users(slot)?, ring.time(slot)?));
     }
     let head = match next_frame(&frames) {
         Some(head) => u32::try_from(head).context("number of a frame")?,
-        None => {
-            let why = "the clock was set back while frames came into its ring, and the kernel does not tell where it goes on";
-            return Ok(Err(why.to_owned()));
-        }
+        None => match told() {
+            Ok(head) if (head as usize) < ring.count => head,
+            Ok(head) => bail!("the kernel goes on at frame {head} of {}", ring.count),
+            Err(why) => {
+                return Ok(Err(format!(
+                    "the clock was set back while frames came into its ring, and the kernel does not tell where it goes on: {why}"
+                )));
+            }
+        },
     };
     let mut unread = Vec::new();
     for (slot, _) in frames.iter().enumerate().filter(|(_, (users, _))| *users) {

@@ -4,7 +4,7 @@
 //! received is peeked at outside of repair mode; the send queue can only be read in it.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashMap, hash_map::Entry},
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
 };
 
@@ -17,6 +17,7 @@ use ckpt_sys::{
     Refused,
     diag::InetSocket,
     file,
+    kernel::Unaccepted,
     nft::Connection,
     sock,
     tcp::{self, Queue, Repair},
@@ -31,7 +32,7 @@ use super::state;
 use crate::{
     Sink,
     fd::{
-        inet,
+        Look, inet,
         socket::{self, Completion, Say},
     },
     sink::emit,
@@ -110,6 +111,7 @@ pub fn complete(
         .map(|s| Connection::new(s.local, s.remote))
         .collect();
     let options = completion.options.tcp;
+    let mut backlogs: HashMap<u64, Vec<Unaccepted>> = HashMap::new();
     for socket in &sockets {
         let mut isk = inet::entry(&socket.open, socket.diag.as_ref(), &socket.what, completion)?;
         let mut stream = None;
@@ -127,6 +129,11 @@ pub fn complete(
                     stream = Some(read(socket, now)?);
                 } else if fate == Fate::Again {
                     isk.state = state::SYN_SENT.into();
+                    if now != state::ESTABLISHED || tcp::has_sent(socket.copy()?.as_fd())? {
+                        let waiting = unaccepted(socket, &sockets, &mut backlogs, completion.look)?;
+                        stream = sent_again(socket, now, waiting)?;
+                        isk.shutdown = state::fin_sent(now).then_some(SkShutdown::Write.into());
+                    }
                 } else {
                     isk.state = state::CLOSE.into();
                     isk.ckpt_closed = Some(match fate {
@@ -203,10 +210,59 @@ fn fate(
     Err(socket.refuse(reason).advise(advice).into())
 }
 
-/// Connections that wait to be accepted. The server has not seen them: one from outside stays with the
-/// original, which runs on and accepts it. If the tree is to be killed it would be lost. One whose client is in the
-/// tree is made again, if nothing was sent over it yet: what was sent has arrived where nobody has a descriptor
-/// to read it by.
+/// What has come over a connection that waits to be accepted, to where nobody has a descriptor to read it by; `None` if
+/// it does not wait for that yet, because the backlog is full.
+fn unaccepted<'b>(
+    client: &Socket<'_>,
+    sockets: &[Socket<'_>],
+    backlogs: &'b mut HashMap<u64, Vec<Unaccepted>>,
+    look: &Look,
+) -> anyhow::Result<Option<&'b Unaccepted>> {
+    let refuse = |why: String| {
+        let reason = format!(
+            "it has sent data over a connection that is not accepted yet, where nobody can read them: {why}"
+        );
+        let advice = "checkpoint when it has been accepted, or pass --skip-in-flight to have it reset";
+        client.refuse(reason).advise(advice)
+    };
+    let Some(there) = client.connection().map(Connection::reversed) else { return Ok(None) };
+    let Some(listener) = sockets.iter().find(|s| s.listens_for(&there)) else { return Ok(None) };
+    let backlog = match backlogs.entry(listener.open.stub.ino) {
+        Entry::Occupied(known) => known.into_mut(),
+        Entry::Vacant(new) => {
+            let copy = listener.copy()?;
+            let read = look.at_sockets(|kernel| kernel.tcp_backlog(copy.as_fd())).map_err(refuse)?;
+            new.insert(read)
+        }
+    };
+    let found = backlog.iter().find(|waiting| waiting.remote == there.remote);
+    if found.is_some_and(|waiting| waiting.urgent) {
+        return Err(refuse("urgent data (MSG_OOB) is among them".to_owned()).into());
+    }
+    Ok(found)
+}
+
+/// What a client that connects once more has to send then: all that it ever sent.
+fn sent_again(socket: &Socket<'_>, now: u8, waiting: Option<&Unaccepted>) -> anyhow::Result<Option<Stream>> {
+    let Stream { entry, queues: [_, outgoing] } = read(socket, now)?;
+    let mut bytes = Vec::new();
+    if let Some(waiting) = waiting {
+        bytes.clone_from(&waiting.bytes);
+        // Some of it may not be acknowledged yet.
+        let first = entry.outq_seq.wrapping_sub(state::fin_sent(now).into()).wrapping_sub(entry.outq_len);
+        let known = waiting.received.wrapping_sub(first) as usize;
+        bytes.extend_from_slice(outgoing.get(known..).unwrap_or_default());
+    } else {
+        bytes = outgoing;
+    }
+    let outq_len = u32::try_from(bytes.len()).context("length of a send queue")?;
+    let entry =
+        TcpStreamEntry { outq_len, unsq_len: Some(outq_len), mss_clamp: 536, ..TcpStreamEntry::default() };
+    Ok((outq_len > 0).then_some(Stream { entry, queues: [Vec::new(), bytes] }))
+}
+
+/// Connections from outside that wait to be accepted. The server has not seen them: one stays with the
+/// original, which runs on and accepts it. If the tree is to be killed it would be lost.
 fn check_backlog(
     socket: &Socket<'_>,
     inside: &BTreeMap<Connection, &Socket<'_>>,
@@ -216,22 +272,7 @@ fn check_backlog(
 ) -> anyhow::Result<()> {
     let mut outside = 0;
     for connection in in_flight.iter().filter(|c| socket.listens_for(c)) {
-        match inside.get(&connection.reversed()) {
-            Some(client)
-                if !options.skip_in_flight
-                    && (client.state() != state::ESTABLISHED || tcp::has_sent(client.copy()?.as_fd())?) =>
-            {
-                let reason = format!(
-                    "has not accepted the connection from {}, over which something was sent that nobody can read there",
-                    client.open.subject
-                );
-                let advice =
-                    "checkpoint when it has been accepted, or pass --skip-in-flight to have it reset";
-                return Err(socket.refuse(reason).advise(advice).into());
-            }
-            Some(_) => {}
-            None => outside += 1,
-        }
+        outside += usize::from(!inside.contains_key(&connection.reversed()));
     }
     if outside == 0 {
         return Ok(());

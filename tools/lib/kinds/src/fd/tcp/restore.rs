@@ -26,7 +26,7 @@ use anyhow::{Context, bail, ensure};
 use ckpt_images::ImageSet;
 use ckpt_proto::{
     Image,
-    types::{ClosedConnection, InetSkEntry, InventoryEntry, TcpStreamEntry},
+    types::{ClosedConnection, InetSkEntry, InventoryEntry, SkShutdown, TcpStreamEntry},
 };
 use ckpt_sys::{
     FileId, Refused, SysError, clone, file,
@@ -76,6 +76,10 @@ enum Next {
         to: SocketAddr,
         /// The one who listens is in the images too: it takes no time.
         inside: bool,
+        /// What it sends then: where in which stream image, and whether that is the end.
+        ino: u32,
+        unsent: std::ops::Range<u64>,
+        fin: bool,
     },
     Live {
         reuse: bool,
@@ -161,7 +165,10 @@ pub(in crate::fd) fn restore(opening: &mut Opening<'_>, entries: &[&InetSkEntry]
                     let here = l.ip().to_canonical();
                     l.port() == to.port() && (here.is_unspecified() || here == ip)
                 });
-                let what_next = Next::Connect { to, inside };
+                let stream: Vec<TcpStreamEntry> = opening.set.all(Image::TcpStream, isk.ino.into())?;
+                let unsent = 0..stream.first().map_or(0, |stream| stream.outq_len.into());
+                let fin = isk.shutdown == Some(SkShutdown::Write.into());
+                let what_next = Next::Connect { to, inside, ino: isk.ino, unsent, fin };
                 opening.tcp.waiting.push(Waiting { id: isk.id, what: what.clone(), what_next });
                 fd
             }
@@ -250,6 +257,7 @@ fn put(set: &ImageSet, ino: u32, range: std::ops::Range<u64>, fd: BorrowedFd<'_>
     let image = || Image::TcpStream.file_name(ino.into());
     let place = set.payload(Image::TcpStream, ino.into(), 0).with_context(image)?;
     ensure!(range.end <= place.len, "{}: its contents are {} bytes, not {}", image(), place.len, range.end);
+    let end = Instant::now() + HANDSHAKE;
     let mut at = range.start;
     while at < range.end {
         let mut buffer = vec![0; usize::try_from((range.end - at).min(PIECE)).unwrap_or(0)];
@@ -259,7 +267,14 @@ fn put(set: &ImageSet, ino: u32, range: std::ops::Range<u64>, fd: BorrowedFd<'_>
         let mut rest = buffer.get(..n).unwrap_or_default();
         while !rest.is_empty() {
             let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
-            let n = send(fd.as_raw_fd(), rest, flags).context("put bytes into its queue")?;
+            let n = match send(fd.as_raw_fd(), rest, flags) {
+                // What was sent before may be on its way to a socket of this host.
+                Err(Errno::EAGAIN) if Instant::now() < end => {
+                    std::thread::sleep(Duration::from_micros(100));
+                    continue;
+                }
+                sent => sent.context("put bytes into its queue")?,
+            };
             rest = rest.get(n..).unwrap_or_default();
         }
         at += n as u64;
@@ -532,7 +547,7 @@ impl Connections {
                         shutdown(fd.as_raw_fd(), Shutdown::Write).with_context(|| w.what.clone())?;
                     }
                 }
-                Next::Connect { to, inside } => {
+                Next::Connect { to, inside, ino, unsent, fin } => {
                     let flags = file::flags(fd)?;
                     file::set_flags(fd, flags | libc::O_NONBLOCK.cast_unsigned())?;
                     let connected = connect_to(fd, *to);
@@ -541,9 +556,15 @@ impl Connections {
                         connected.with_context(|| format!("{}: connect to {to}", w.what))?;
                     }
                     // If its backlog is full, it takes some time after all.
-                    let end = Instant::now() + HANDSHAKE;
+                    let talks = *fin || !unsent.is_empty();
+                    let end = Instant::now() + if talks { PATIENCE } else { HANDSHAKE };
                     while *inside && tcp::info(fd)?.state == state::SYN_SENT && Instant::now() < end {
                         std::thread::sleep(Duration::from_micros(100));
+                    }
+                    put(set, *ino, unsent.clone(), fd)
+                        .with_context(|| format!("{}: send again what it had sent", w.what))?;
+                    if *fin {
+                        shutdown(fd.as_raw_fd(), Shutdown::Write).with_context(|| w.what.clone())?;
                     }
                 }
             }

@@ -33,6 +33,7 @@ use super::{
 use crate::{
     Sink,
     fd::{
+        Look,
         dump::{find_holders, kernel_dev, path},
         socket::{self, Completion, Queued, Say, SkOptions},
         sockopt,
@@ -135,7 +136,7 @@ pub fn complete(
     completion: Completion<'_>,
     sink: &mut dyn Sink,
 ) -> anyhow::Result<()> {
-    let Completion { net_ns, options, say, defaults } = completion;
+    let Completion { net_ns, options, say, defaults, look } = completion;
     if open.is_empty() && options.external.is_empty() {
         return Ok(());
     }
@@ -161,7 +162,8 @@ pub fn complete(
     let mut queues: Vec<(&Socket<'_>, Vec<Message>)> = Vec::new();
     for socket in sockets.values() {
         let external = decide(socket, &sockets, &mut world, options, &mut used)?;
-        let backlog = backlog(socket, &sockets, say)?;
+        let skip = options.tcp.skip_in_flight;
+        let backlog = backlog(socket, &sockets, skip, say)?;
         let mut messages = Vec::new();
         if socket.diag.state != LISTEN
             && (external.is_none() || keep_received(socket, options.queued, say.warn)?)
@@ -169,10 +171,20 @@ pub fn complete(
             messages = queue::peek(socket, &sockets)?;
         }
         if external.is_some() {
-            messages.extend(unsent(socket, &mut world, options.queued, say.warn)?);
+            messages.extend(unsent(socket, &mut world, options.queued, say.warn, look)?);
         }
         let is_external = external.is_some();
-        let waits_at = world.waits_at(socket.diag.id).map(|l| l.id).filter(|l| sockets.contains_key(l));
+        let mut waits_at = world.waits_at(socket.diag.id).map(|l| l.id).filter(|l| sockets.contains_key(l));
+        if waits_at.is_some() && skip {
+            (say.warn)(&format!(
+                "{}: {}: its connection, not accepted yet, will have been closed",
+                socket.subject,
+                socket.what()
+            ));
+            waits_at = None;
+        } else if waits_at.is_some() {
+            messages.extend(unaccepted(socket, look)?);
+        }
         emit(
             sink,
             Image::Files,
@@ -192,7 +204,7 @@ pub fn complete(
             outside(&sockets, &mut world)
         );
     }
-    queue::check_nothing_hidden(&queues, &sockets)?;
+    queue::add_hidden(&mut queues, &sockets, look)?;
     for (socket, messages) in queues {
         for message in messages {
             let entry = SkPacketEntry {
@@ -274,7 +286,6 @@ fn decide(
         match world.waits_at(id).map(|listener| listener.id) {
             None => return inside("its peer has closed"),
             Some(listener) if sockets.contains_key(&listener) => {
-                check_unaccepted(socket)?;
                 return inside("its peer is inside the tree");
             }
             Some(listener) => listener,
@@ -327,17 +338,43 @@ fn decide(
     }))
 }
 
-/// A connection inside the tree that has not been accepted: its far end has no descriptor anywhere, so what
-/// waits in it can't be read.
-fn check_unaccepted(socket: &Socket<'_>) -> anyhow::Result<()> {
+/// What was sent over a connection that is not accepted yet. Its far end has no descriptor anywhere.
+fn far_queue(socket: &Socket<'_>, look: &Look) -> Result<Vec<Message>, String> {
+    let copy = socket.copy().map_err(|error| format!("{error:#}"))?;
+    let queue = look.at_sockets(|kernel| kernel.unix_peer_queue(copy.as_fd()))?;
+    if queue.iter().any(|message| message.rights) {
+        return Err("descriptors (SCM_RIGHTS) are among them, which can't be followed there".to_owned());
+    }
+    let most = if socket.diag.kind == libc::SOCK_STREAM { queue::STREAM_PIECE } else { usize::MAX };
+    let messages = queue.into_iter().flat_map(|message| {
+        let creds = message.credentials.and_then(queue::noted);
+        let mut pieces: Vec<Vec<u8>> = message.bytes.chunks(most).map(<[u8]>::to_vec).collect();
+        if pieces.is_empty() && most == usize::MAX {
+            pieces.push(Vec::new());
+        }
+        pieces.into_iter().map(move |bytes| Message {
+            bytes,
+            creds: creds.clone(),
+            unsent: true,
+            ..Message::default()
+        })
+    });
+    Ok(messages.collect())
+}
+
+/// The same for one inside the tree: it will be sent again.
+fn unaccepted(socket: &Socket<'_>, look: &Look) -> anyhow::Result<Vec<Message>> {
     let memory = sock::unread_memory(socket.copy()?.as_fd())?;
     if memory == 0 {
-        return Ok(());
+        return Ok(Vec::new());
     }
-    let reason = format!(
-        "it has sent data ({memory} bytes of memory) over a connection that is not accepted yet, where nobody can read them"
-    );
-    Err(socket.refuse(reason).advise("checkpoint when it has been accepted").into())
+    far_queue(socket, look).map_err(|why| {
+        let reason = format!(
+            "it has sent data ({memory} bytes of memory) over a connection that is not accepted yet, where nobody can read them: {why}"
+        );
+        let advice = "checkpoint when it has been accepted, or pass --skip-in-flight to have it closed";
+        socket.refuse(reason).advise(advice).into()
+    })
 }
 
 /// What waits in a listener's backlog: gives the connections from inside, in their order. The server has
@@ -346,6 +383,7 @@ fn check_unaccepted(socket: &Socket<'_>) -> anyhow::Result<()> {
 fn backlog(
     socket: &Socket<'_>,
     sockets: &BTreeMap<u64, Socket<'_>>,
+    skip: bool,
     say: Say<'_>,
 ) -> anyhow::Result<Vec<(u32, SkCreds)>> {
     if socket.diag.state != LISTEN {
@@ -371,7 +409,7 @@ fn backlog(
             socket.what(),
         ));
     }
-    let clients = inside.iter().filter_map(|id| sockets.get(id));
+    let clients = inside.iter().filter(|_| !skip).filter_map(|id| sockets.get(id));
     clients.map(|client| Ok((client.ino()?, credentials_of(client.pid())?))).collect()
 }
 
@@ -419,14 +457,21 @@ fn unsent(
     world: &mut World,
     queued: Queued,
     warn: &dyn Fn(&str),
+    look: &Look,
 ) -> anyhow::Result<Vec<Message>> {
     let memory = sock::unread_memory(socket.copy()?.as_fd())?;
     if memory == 0 || socket.diag.kind == libc::SOCK_DGRAM {
         return Ok(Vec::new());
     }
     let peer = socket.diag.peer.filter(|&p| p != 0);
-    let bytes = peer.and_then(|p| world.sockets.get(&p)).map_or(0, |p| p.rqueue);
-    let what = format!("{bytes} bytes sent ({memory} of memory) and not read yet by its peer outside");
+    let what = match peer.and_then(|p| world.sockets.get(&p)) {
+        Some(peer) => {
+            format!("{} bytes sent ({memory} of memory) and not read yet by its peer outside", peer.rqueue)
+        }
+        None => {
+            format!("data sent ({memory} bytes of memory) to a listener outside that has not accepted it")
+        }
+    };
     match queued {
         Queued::Refuse => Err(socket
             .refuse(what)
@@ -441,6 +486,9 @@ fn unsent(
                 let refused = socket.refuse(format!("{what}, which can't be kept: {why}"));
                 refused.advise("checkpoint when they have been read, or pass --queued=drop").into()
             };
+            if peer.is_none() && world.waits_at(socket.diag.id).is_some() {
+                return far_queue(socket, look).map_err(|why| cannot(&why));
+            }
             if socket.diag.kind != libc::SOCK_STREAM {
                 return Err(cannot("packets of somebody else's queue can't be told apart"));
             }

@@ -10,13 +10,14 @@
 //! it back if ckpt-sk is killed meanwhile ([`ckpt_sys::sock::LentOption`]). The child has ckpt-sk's
 //! connection to ckpt-scan open too, so that the hold ends, and the tree runs on, only after that. A
 //! message of no bytes behind others can be peeked once in its life: a second checkpoint does not
-//! see it, but sees that memory is taken by something, and refuses.
+//! see it, but sees that memory is taken by something, and looks into the kernel's ([`super::Look`]).
 //!
 //! **What it does not tell.** A connection that has not been accepted yet has a socket on its far side that
 //! nobody has a descriptor of. If its client is outside the tree it is passed over: under load
 //! there is always one, as clients go on connecting while the tree stands still, and the server has
-//! not seen it. If its client is in the tree it is made again; if something has been sent over it, it is refused: the only
-//! call that reaches that queue is accept(2), which takes the connection out of the backlog of a tree that may run on.
+//! not seen it. If its client is in the tree it is made again, and sends again what it had sent. The only call that reaches
+//! that queue is accept(2), which takes the connection out of the backlog of a tree that may run on; so it is read
+//! from the kernel's memory, or refused where that can't be looked into.
 
 pub mod complete;
 mod in_flight;

@@ -30,6 +30,7 @@ use nix::{
 };
 
 use super::{CLOSE, complete::Socket};
+use crate::fd::Look;
 
 /// Bytes of a stream in one queue entry.
 pub(super) const STREAM_PIECE: usize = 1 << 15;
@@ -113,21 +114,25 @@ impl<'q, R: Iterator<Item = &'q [u32]>> Queue<'q, '_, R> {
             };
             message.rights = known.to_vec();
         }
-        message.creds = received
-            .credentials
-            .filter(|&who| who != (0, NOBODY, NOBODY))
-            .map(|(pid, uid, gid)| SkCreds { pid, uid, gid, groups: Vec::new() });
-        if self.socket.diag.kind == libc::SOCK_DGRAM {
-            let sender = received.sender.as_deref().unwrap_or_default();
-            let peer = self.socket.diag.peer.and_then(|p| self.sockets.get(&p));
-            // A peer that is gone has been the sender of everything.
-            let by_peer =
-                self.socket.diag.peer == Some(0) || peer.is_some_and(|p| trim_path(&p.diag.name) == sender);
-            message.sender = (!by_peer).then(|| sender.to_vec());
-        }
+        message.creds = received.credentials.and_then(noted);
+        let sender = received.sender.as_deref().unwrap_or_default();
+        message.sender = sender_of(self.socket, self.sockets, sender);
         self.found.push(message);
         Ok(())
     }
+}
+
+/// Who has sent a message, if that was noted.
+pub(super) fn noted((pid, uid, gid): (u32, u32, u32)) -> Option<SkCreds> {
+    ((pid, uid, gid) != (0, NOBODY, NOBODY)).then(|| SkCreds { pid, uid, gid, groups: Vec::new() })
+}
+
+/// The address `name` of a datagram's sender, if that is not the peer of its receiver.
+fn sender_of(socket: &Socket<'_>, sockets: &BTreeMap<u64, Socket<'_>>, name: &[u8]) -> Option<Vec<u8>> {
+    let peer = socket.diag.peer.and_then(|p| sockets.get(&p));
+    // A peer that is gone has been the sender of everything.
+    let by_peer = socket.diag.peer == Some(0) || peer.is_some_and(|p| trim_path(&p.diag.name) == name);
+    (socket.diag.kind == libc::SOCK_DGRAM && !by_peer).then(|| name.to_vec())
 }
 
 /// What is given each message of a queue, or piece of a stream.
@@ -241,13 +246,45 @@ fn peek_message(fd: BorrowedFd<'_>, buffer: &mut Vec<u8>) -> anyhow::Result<Opti
     }
 }
 
+/// Adds messages that no peek has shown, read from the kernel's memory.
+pub(super) fn add_hidden(
+    queues: &mut [(&Socket<'_>, Vec<Message>)],
+    sockets: &BTreeMap<u64, Socket<'_>>,
+    look: &Look,
+) -> anyhow::Result<()> {
+    let Some(refused) = something_hidden(queues, sockets)? else { return Ok(()) };
+    for (socket, messages) in queues.iter_mut().filter(|(s, _)| s.diag.kind != libc::SOCK_STREAM) {
+        let copy = socket.copy()?;
+        let there = look.at_sockets(|kernel| kernel.unix_queue(copy.as_fd()));
+        let there = there
+            .map_err(|why| Refused { reason: format!("{}: {why}", refused.reason), ..refused.clone() })?;
+        let mut found = std::mem::take(messages).into_iter().peekable();
+        for message in there {
+            if found.peek().is_some_and(|f| !f.unsent && f.bytes.len() == message.bytes.len()) {
+                messages.extend(found.next());
+            } else if message.bytes.is_empty() && !message.rights {
+                let sender = message.sender.unwrap_or_default();
+                messages.push(Message {
+                    creds: message.credentials.and_then(noted),
+                    sender: sender_of(socket, sockets, trim_path(&sender)),
+                    ..Message::default()
+                });
+            } else {
+                return Err(refused.into());
+            }
+        }
+        messages.extend(found);
+    }
+    something_hidden(queues, sockets)?.map_or(Ok(()), |refused| Err(refused.into()))
+}
+
 /// Whether the messages found are all that there are. A message of no bytes behind others shows in one peek
 /// of its life only; but it takes memory, which the sender is charged with, and the same messages sent
 /// once more take the same.
-pub(super) fn check_nothing_hidden(
+fn something_hidden(
     queues: &[(&Socket<'_>, Vec<Message>)],
     sockets: &BTreeMap<u64, Socket<'_>>,
-) -> anyhow::Result<()> {
+) -> anyhow::Result<Option<Refused>> {
     // By the sender's inode: memory of its messages that were found. Whose the others are is not known.
     let mut seen: HashMap<u64, u32> = HashMap::new();
     let mut unknown: HashMap<i32, u32> = HashMap::new();
@@ -282,10 +319,10 @@ pub(super) fn check_nothing_hidden(
         let charged = sock::unread_memory(socket.copy()?.as_fd())?;
         let found = seen.get(&sender).copied().unwrap_or(0);
         if charged > found + unknown.get(&socket.diag.kind).copied().unwrap_or(0) {
-            return Err(hidden(receiver, socket, charged, found).into());
+            return Ok(Some(hidden(receiver, socket, charged, found)));
         }
     }
-    Ok(())
+    Ok(None)
 }
 
 fn hidden(receiver: &Socket<'_>, sender: &Socket<'_>, charged: u32, found: u32) -> Refused {
