@@ -259,6 +259,47 @@ impl SockDiag {
         self.dump(&request(libc::AF_NETLINK, NDIAG_PROTO_ALL, 0, &[0, SHOW, 0, 0]), parse_netlink)
     }
 
+    /// Has the kernel forget a TCP socket that nobody holds (SOCK_DESTROY): of one in TIME_WAIT nothing but a note of its
+    /// addresses. Nothing is sent to its peer then.
+    ///
+    /// # Errors
+    /// EPERM without CAP_NET_ADMIN, EOPNOTSUPP (no CONFIG_INET_DIAG_DESTROY, or an older kernel), ENOENT: it is gone.
+    pub fn destroy(&self, of: &InetSocket) -> Result<(), SysError> {
+        const SOCK_DESTROY: u16 = 21;
+        const NLM_F_REQUEST_ACK: u16 = 5;
+        let family = if of.local.is_ipv6() { libc::AF_INET6 } else { libc::AF_INET };
+        // inet_diag_req_v2: family, protocol, extensions, pad, states; then ports, addresses, interface, cookie.
+        let mut message = request(family, of.protocol, 0, &[u32::MAX]);
+        message[4..6].copy_from_slice(&SOCK_DESTROY.to_ne_bytes());
+        message[6..8].copy_from_slice(&NLM_F_REQUEST_ACK.to_ne_bytes());
+        for side in [of.local, of.remote] {
+            message.extend(side.port().to_be_bytes());
+        }
+        for side in [of.local, of.remote] {
+            let mut address = match side.ip() {
+                IpAddr::V4(v4) => v4.octets().to_vec(),
+                IpAddr::V6(v6) => v6.octets().to_vec(),
+            };
+            address.resize(16, 0);
+            message.extend(address);
+        }
+        message.extend(of.interface.to_ne_bytes());
+        // Whatever its cookie is.
+        message.extend([0xff; 8]);
+        let len = u32::try_from(message.len()).unwrap_or(0);
+        message[..4].copy_from_slice(&len.to_ne_bytes());
+        send(self.0.as_raw_fd(), &message, MsgFlags::empty()).map_err(|errno| failed("send", errno))?;
+        let mut answer = [0; 256];
+        let n = recv(self.0.as_raw_fd(), &mut answer, MsgFlags::empty())
+            .map_err(|errno| failed("recv", errno))?;
+        // nlmsgerr, behind the header: an errno, or 0.
+        match u32_at(answer.get(..n).unwrap_or_default(), 16).map(u32::cast_signed) {
+            Some(0) => Ok(()),
+            Some(errno) => Err(failed("SOCK_DESTROY", Errno::from_raw(errno.saturating_neg()))),
+            None => Err(failed("SOCK_DESTROY", Errno::EBADMSG)),
+        }
+    }
+
     fn dump<T>(&self, request: &[u8], parse: impl Fn(&[u8]) -> Option<T> + Copy) -> Result<Vec<T>, SysError> {
         send(self.0.as_raw_fd(), request, MsgFlags::empty()).map_err(|errno| failed("send", errno))?;
         let mut found = Vec::new();

@@ -296,21 +296,39 @@ pub(super) fn sockaddr(address: SocketAddr) -> Box<dyn SockaddrLike> {
     }
 }
 
-/// Whether nobody has a TCP port but closed connections that the kernel remembers.
-fn only_remembered(fd: BorrowedFd<'_>, address: SocketAddr) -> bool {
+/// The closed connections that the kernel remembers at a TCP port, if nobody else has that.
+fn remembered(fd: BorrowedFd<'_>, address: SocketAddr) -> Vec<InetSocket> {
     const TIME_WAIT: u8 = 6;
     let tcp = sock::option(fd, libc::SOL_SOCKET, libc::SO_PROTOCOL).is_ok_and(|p| p == libc::IPPROTO_TCP);
-    let here = |s: &InetSocket| s.local.port() == address.port();
-    tcp && table(libc::IPPROTO_TCP).is_ok_and(|(open, loose)| {
-        !open.values().any(here) && loose.iter().any(|s| here(s) && s.state == TIME_WAIT)
-    })
+    let here = |s: &&InetSocket| s.local.port() == address.port();
+    let Some((open, loose)) = Some(()).filter(|()| tcp).and_then(|()| table(libc::IPPROTO_TCP).ok()) else {
+        return Vec::new();
+    };
+    let all: Vec<InetSocket> = loose.iter().filter(here).copied().collect();
+    let only = !open.values().any(|s| here(&s)) && all.iter().all(|s| s.state == TIME_WAIT);
+    if only { all } else { Vec::new() }
+}
+
+/// Binds `fd`, and lets the kernel forget closed connections (TIME_WAIT) that are in the way. They are those of the original,
+/// which had the port without SO_REUSEADDR; setting that now would be of no use, for it counts only if they had it
+/// too (inet_csk_bind_conflict in net/ipv4/inet_connection_sock.c), and repair mode, which binds regardless,
+/// can't be left by a listener. A late packet of theirs is answered with RST instead of with silence.
+fn bind_anyway(fd: BorrowedFd<'_>, address: SocketAddr) -> Result<(), Errno> {
+    let bind = || nix::sys::socket::bind(fd.as_raw_fd(), &*sockaddr(address));
+    let result = bind();
+    if result != Err(Errno::EADDRINUSE) {
+        return result;
+    }
+    let in_the_way = remembered(fd, address);
+    let Some(diag) = SockDiag::here().ok().filter(|_| !in_the_way.is_empty()) else { return result };
+    if in_the_way.iter().all(|socket| diag.destroy(socket).is_ok()) { bind() } else { result }
 }
 
 /// Binds `fd`. An address in use is the most likely failure of all, and says so.
 pub(super) fn bind(fd: BorrowedFd<'_>, what: &str, address: SocketAddr) -> anyhow::Result<()> {
-    match nix::sys::socket::bind(fd.as_raw_fd(), &*sockaddr(address)) {
+    match bind_anyway(fd, address) {
         Ok(()) => Ok(()),
-        Err(Errno::EADDRINUSE) if only_remembered(fd, address) => {
+        Err(Errno::EADDRINUSE) if !remembered(fd, address).is_empty() => {
             let reason = format!(
                 "{address} is held by connections that its original has closed (TIME_WAIT), as it had not set SO_REUSEADDR"
             );
