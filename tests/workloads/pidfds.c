@@ -1,7 +1,9 @@
-/* pidfds of a child, of a thread, of one that has ended, of one that is gone, of the parent; shared, polled, waited by. */
+/* pidfds of a child, of a thread, of one that has ended, of one that is gone, of the parent; shared, polled, waited by, in
+ * flight between other messages. */
 #include "workload.h"
 #include <poll.h>
 #include <sys/epoll.h>
+#include <sys/socket.h>
 
 #ifndef P_PIDFD
 #define P_PIDFD 3
@@ -25,6 +27,28 @@ static int readable(int fd)
 {
 	struct pollfd p = { fd, POLLIN, 0 };
 	return poll(&p, 1, 0) == 1;
+}
+
+static int post(int s, const char *text, int fd)
+{
+	char control[CMSG_SPACE(sizeof(int))] = { 0 };
+	struct iovec iov = { (char *)text, strlen(text) };
+	struct msghdr m = { .msg_iov = &iov, .msg_iovlen = 1, .msg_control = control, .msg_controllen = fd < 0 ? 0 : sizeof control };
+	*(struct cmsghdr *)control = (struct cmsghdr){ .cmsg_len = CMSG_LEN(sizeof(int)), .cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS };
+	memcpy(CMSG_DATA((struct cmsghdr *)control), &fd, sizeof fd);
+	return sendmsg(s, &m, 0) == (int)strlen(text);
+}
+
+/* The next message; the descriptor that came with it, or -1; -2 if it is another message. */
+static int fetch(int s, const char *text)
+{
+	char control[CMSG_SPACE(sizeof(int))], b[16];
+	struct iovec iov = { b, sizeof b };
+	struct msghdr m = { .msg_iov = &iov, .msg_iovlen = 1, .msg_control = control, .msg_controllen = sizeof control };
+	int n = recvmsg(s, &m, MSG_DONTWAIT), fd = -1;
+	if (n != (int)strlen(text) || memcmp(b, text, n)) return -2;
+	if (CMSG_FIRSTHDR(&m)) memcpy(&fd, CMSG_DATA(CMSG_FIRSTHDR(&m)), sizeof fd);
+	return fd;
 }
 
 static void *idle(void *tid) { *(volatile pid_t *)tid = gettid(); while (pause()) {} return 0; }
@@ -55,6 +79,11 @@ int main(int argc, char **argv)
 	int set = epoll_create1(0);
 	struct epoll_event event = { EPOLLIN, { .u64 = 11 } }, got;
 	NEED(!epoll_ctl(set, EPOLL_CTL_ADD, fd_living, &event));
+	int packets[2], bytes[2];
+	NEED(!socketpair(AF_UNIX, SOCK_SEQPACKET, 0, packets) && !socketpair(AF_UNIX, SOCK_STREAM, 0, bytes));
+	int alone = open_pid(getpid(), O_NONBLOCK);
+	NEED(post(packets[0], "one", -1) && post(packets[0], "two", fd_living) && post(packets[0], "three", alone) && post(packets[0], "four", -1));
+	NEED(post(bytes[0], "five", fd_gone) && post(bytes[0], "six", fd_self) && !shutdown(bytes[0], SHUT_WR) && !close(alone));
 	/* One that has its parent's, and shares all others. */
 	pid_t friend = fork();
 	NEED(friend >= 0);
@@ -78,6 +107,17 @@ int main(int argc, char **argv)
 	BREAK("flags") fcntl(fd_self, F_SETFD, FD_CLOEXEC);
 	BREAK("shared") fd_living = far = twice = open_pid(living, 0);
 	BREAK("epoll") epoll_ctl(set, EPOLL_CTL_DEL, fd_living, 0);
+	BREAK("flight") fetch(packets[1], "one"), fetch(packets[1], "two");
+	BREAK("bytes") fetch(bytes[1], "five");
+	int flown, end;
+	CHECK(fetch(packets[1], "one") == -1 && (flown = fetch(packets[1], "two")) >= 0 && stands_for(flown) == living, "the living, in flight");
+	CHECK(syscall(SYS_kcmp, getpid(), getpid(), 0, flown, fd_living) == 0, "the same file in flight");
+	CHECK((end = fetch(packets[1], "three")) >= 0 && stands_for(end) == getpid() && fcntl(end, F_GETFL) & O_NONBLOCK, "one that was in flight only");
+	CHECK(fetch(packets[1], "four") == -1 && fetch(packets[1], "") == -2, "the messages behind");
+	close(flown), close(end);
+	CHECK((flown = fetch(bytes[1], "five")) >= 0 && stands_for(flown) == -1 && (end = fetch(bytes[1], "six")) >= 0 && stands_for(end) == getpid(), "in a stream");
+	CHECK(recv(bytes[1], &c, 1, MSG_DONTWAIT) == 0, "the end of the stream");
+	close(flown), close(end);
 	CHECK(stands_for(fd_living) == living && stands_for(again) == living && stands_for(far) == living, "the living");
 	CHECK(stands_for(fd_self) == getpid() && stands_for(fd_ended) == ended && stands_for(fd_gone) == -1, "the others");
 	CHECK(fd_thread < 0 || stands_for(fd_thread) == tid, "the thread");

@@ -365,7 +365,7 @@ fn build(
     let lazy = memory.finish(&mut family)?;
     stats::phase("finish");
     signals.check()?;
-    family.finish(tree, files, &own_root)?;
+    family.finish(tree, set, files, &own_root)?;
     if let Some(lazy) = lazy {
         family.serve(lazy.start(tree)?);
     }

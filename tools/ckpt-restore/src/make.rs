@@ -22,6 +22,7 @@ use std::{
 
 use anyhow::{Context, ensure};
 use ckpt_cli::Progress;
+use ckpt_images::ImageSet;
 use ckpt_kinds::{
     fd::OpenFiles,
     mem::restore::{self as mem, vdso},
@@ -269,7 +270,13 @@ impl Family {
     ///
     /// # Errors
     /// The kernel's.
-    pub fn finish(&mut self, tree: &Tree, files: &mut OpenFiles, own_root: &[u8]) -> anyhow::Result<()> {
+    pub fn finish(
+        &mut self,
+        tree: &Tree,
+        set: &ImageSet,
+        files: &mut OpenFiles,
+        own_root: &[u8],
+    ) -> anyhow::Result<()> {
         self.progress.end();
         for (process, body) in bodies(tree) {
             self.place_files(process, body, files, own_root).with_context(|| process.name())?;
@@ -282,7 +289,7 @@ impl Family {
                 self.tasks.insert(thread.tid.0, new);
             }
         }
-        files.open_late()?;
+        files.open_late(set)?;
         ckpt_sys::prctl::allow_tracer(tree.root().pid);
         for (process, body) in bodies(tree) {
             let task = self.task(process.pid.0)?;

@@ -10,6 +10,7 @@
 use std::{collections::BTreeMap, fs, os::fd::AsFd};
 
 use anyhow::Context;
+use ckpt_images::ImageSet;
 use ckpt_proc::{fdinfo::Special, status};
 use ckpt_proto::types::{FdTypes, FileEntry, PidfdEntry};
 use ckpt_sys::{FileId, Pid, Refused, Tid, clone, file, pidfd};
@@ -100,11 +101,11 @@ impl Late {
 }
 
 impl OpenFiles {
-    /// Opens those, when all tasks are there.
+    /// Opens those, when all tasks are there, and puts them where they are in flight.
     ///
     /// # Errors
     /// There is no such task.
-    pub fn open_late(&mut self) -> anyhow::Result<()> {
+    pub fn open_late(&mut self, set: &ImageSet) -> anyhow::Result<()> {
         for (&id, entry) in &self.late.0 {
             let fd = match entry.flags & THREAD {
                 0 => pidfd::open(Pid(entry.nspid)),
@@ -117,6 +118,9 @@ impl OpenFiles {
             }
             self.files.insert(FileId(id), fd)?;
         }
-        Ok(())
+        match self.unix.take() {
+            Some(sockets) => sockets.deliver(set, &self.files).context("pidfds in flight"),
+            None => Ok(()),
+        }
     }
 }

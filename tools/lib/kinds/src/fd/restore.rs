@@ -96,7 +96,7 @@ pub struct Opening<'a> {
     aliases: HashSet<u32>,
     /// Files that stand behind some task's descriptor.
     described: HashSet<u32>,
-    shelf: Shelf,
+    pub(super) shelf: Shelf,
     owners: HashMap<u32, (u32, FownEntry)>,
     created: Vec<Option<Created>>,
     asked: BTreeSet<String>,
@@ -226,6 +226,8 @@ pub struct OpenFiles {
     owners: HashMap<u32, (u32, FownEntry)>,
     locks: Vec<FileLockEntry>,
     created: Vec<PathBuf>,
+    /// Sockets with queues that wait for pidfds.
+    pub(super) unix: Option<unix::Sockets>,
     tcp: tcp::Connections,
 }
 
@@ -302,6 +304,7 @@ impl OpenFiles {
             owners,
             locks: set.all(Image::FileLocks, 0)?,
             created: opening.sockets,
+            unix: opening.unix,
             tcp: opening.tcp,
         })
     }

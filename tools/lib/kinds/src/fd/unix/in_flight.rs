@@ -83,10 +83,6 @@ impl FileTable {
                     let (id, kind, info) = self
                         .add_descriptor(own, &comm, task.as_fd(), number, sink)
                         .with_context(|| comm.clone())?;
-                    if kind == FdTypes::Pidfd {
-                        let refused = Refused::new(subject, "a pidfd is in flight to it");
-                        return Err(refused.advise("checkpoint when it has been received").into());
-                    }
                     if self.next_id != before {
                         let why = if kind == FdTypes::Eventpoll {
                             "an epoll set"

@@ -25,7 +25,7 @@ pub(super) struct Others {
     by_pid: HashMap<u32, (Ids, Option<StandIn>)>,
     /// One that binds apart; `Some(None)` if there can't be one.
     apart: Option<Option<StandIn>>,
-    warn: fn(&str),
+    pub(super) warn: fn(&str),
 }
 
 fn sys(call: &'static str, errno: Errno) -> SysError {

@@ -10,6 +10,7 @@
 //! 3. When files of all kinds are open ([`settle`]), for any of them may be in flight: queues are filled, through
 //!    the other end while buffers are as large as need be; then come datagram sockets that send to one that
 //!    does not answer to them, shutdowns, options and flags.
+//! 4. A queue in which a pidfd of the tree is in flight waits, whole, until there are tasks ([`Sockets::deliver`]).
 //!
 //! Sockets are reached through a descriptor of their file, `/proc/self/fd/N`, which works whatever has
 //! become of the path. Calls that the kernel takes note of are made by stand-ins ([`super::others`]).
@@ -29,6 +30,7 @@ use std::{
 };
 
 use anyhow::{Context, bail};
+use ckpt_images::ImageSet;
 use ckpt_proto::{
     Image,
     types::{FileEntry, SkCreds, SkPacketEntry, SkShutdown, UnixSkEntry},
@@ -47,6 +49,7 @@ use super::{ESTABLISHED, EXTERNAL, LISTEN, kind_name, others::Others, outside, s
 use crate::fd::{
     Lent, Opening,
     dump::path,
+    shelf::Shelf,
     socket::of,
     sockopt::{self, Class, When},
 };
@@ -99,7 +102,23 @@ pub(in crate::fd) struct Sockets {
     pub(super) strangers: HashMap<Place, Vec<OwnedFd>>,
     /// Datagram sockets that get another peer when all queues are filled; `None`: no peer.
     connect_later: Vec<(u64, Option<u64>)>,
+    /// Messages, by their number in the image, of queues that wait for pidfds.
+    late: Vec<(usize, SkPacketEntry, usize)>,
     pub(super) others: Others,
+}
+
+/// What it takes to fill queues.
+#[derive(Clone, Copy)]
+struct Filling<'a> {
+    /// Open files by number in FILES.
+    files: &'a Shelf,
+    warn: fn(&str),
+}
+
+impl<'a> Filling<'a> {
+    fn kept(self, usk: &UnixSkEntry) -> anyhow::Result<Lent<'a>> {
+        self.files.lend(FileId(usk.id))?.with_context(|| format!("{} was not made", what(usk)))
+    }
 }
 
 pub(in crate::fd) fn restore(opening: &mut Opening<'_>, files: &[FileEntry]) -> anyhow::Result<()> {
@@ -115,6 +134,7 @@ pub(in crate::fd) fn restore(opening: &mut Opening<'_>, files: &[FileEntry]) -> 
         listen: HashMap::new(),
         strangers: HashMap::new(),
         connect_later: Vec::new(),
+        late: Vec::new(),
         others: Others::new(opening.options.warn),
     };
     for file in files {
@@ -141,15 +161,14 @@ pub(in crate::fd) fn restore(opening: &mut Opening<'_>, files: &[FileEntry]) -> 
 pub(in crate::fd) fn settle(opening: &mut Opening<'_>) -> anyhow::Result<()> {
     let Some(mut sockets) = opening.unix.take() else { return Ok(()) };
     sockets.fill_queues(opening)?;
-    for (ino, to) in std::mem::take(&mut sockets.connect_later) {
-        let usk = sockets.entry(ino)?;
-        sockets.change_peer(opening, &usk, to).with_context(|| what(&usk))?;
-    }
-    sockets.far.clear();
+    let wait = sockets.waiting();
+    let filling = filling(opening);
+    sockets.settle(filling, |ino| !wait.contains(&ino))?;
+    sockets.far.retain(|ino, _| wait.contains(ino));
     for (&ino, usk) in &sockets.entries.clone() {
         let lent = kept(opening, usk)?;
         let fd = lent.as_fd();
-        if !sockets.given.contains(&ino) {
+        if !sockets.given.contains(&ino) && !wait.contains(&ino) {
             if usk.state == u32::from(LISTEN) {
                 let backlog = i32::try_from(usk.backlog).unwrap_or(i32::MAX);
                 sockets
@@ -168,11 +187,20 @@ pub(in crate::fd) fn settle(opening: &mut Opening<'_>) -> anyhow::Result<()> {
             "{strangers} clients connected while the restore was under way and have to do it again"
         ));
     }
+    if !sockets.late.is_empty() {
+        // Their pids are those of the tasks.
+        sockets.others = Others::new(warn);
+        opening.unix = Some(sockets);
+    }
     Ok(())
 }
 
+fn filling<'a>(opening: &'a Opening<'_>) -> Filling<'a> {
+    Filling { files: &opening.shelf, warn: opening.options.warn }
+}
+
 fn kept<'o>(opening: &'o Opening<'_>, usk: &UnixSkEntry) -> anyhow::Result<Lent<'o>> {
-    opening.kept(FileId(usk.id))?.with_context(|| format!("{} was not made", what(usk)))
+    filling(opening).kept(usk)
 }
 
 pub(super) fn what(usk: &UnixSkEntry) -> String {
@@ -211,6 +239,58 @@ fn handle_name(handle: &OwnedFd) -> Vec<u8> {
 }
 
 impl Sockets {
+    /// Sockets that can't be finished yet: a queue waits for pidfds, or is filled by them.
+    fn waiting(&self) -> BTreeSet<u64> {
+        let receivers: BTreeSet<u32> = self.late.iter().map(|(_, packet, _)| packet.id_for).collect();
+        let receives = |usk: &UnixSkEntry| receivers.contains(&usk.id);
+        let of = |ino: u32| self.entries.get(&ino.into());
+        let waits = |usk: &UnixSkEntry| receives(usk) || of(usk.peer).is_some_and(|peer| receives(peer));
+        let mut all: BTreeSet<u64> =
+            self.entries.iter().filter(|(_, usk)| waits(usk)).map(|(&ino, _)| ino).collect();
+        // One may send to a receiver and be connected by it only.
+        let peers = all.iter().filter_map(|ino| self.entries.get(ino)).map(|usk| u64::from(usk.peer));
+        let peers: Vec<u64> = peers.filter(|ino| self.entries.contains_key(ino)).collect();
+        all.extend(peers);
+        all
+    }
+
+    /// Gives datagram sockets that are `ready` the peers that they shall have.
+    fn settle(&mut self, filling: Filling<'_>, ready: impl Fn(u64) -> bool) -> anyhow::Result<()> {
+        let (now, later) =
+            std::mem::take(&mut self.connect_later).into_iter().partition(|(ino, _)| ready(*ino));
+        self.connect_later = later;
+        let now: Vec<(u64, Option<u64>)> = now;
+        for (ino, to) in now {
+            let usk = self.entry(ino)?;
+            self.change_peer(filling, &usk, to).with_context(|| what(&usk))?;
+        }
+        Ok(())
+    }
+
+    /// Fills the queues that have waited for pidfds, and finishes their sockets.
+    ///
+    /// # Errors
+    /// The kernel's; malformed images.
+    pub(in crate::fd) fn deliver(mut self, set: &ImageSet, files: &Shelf) -> anyhow::Result<()> {
+        let filling = Filling { files, warn: self.others.warn };
+        let wait = self.waiting();
+        for (index, packet, room) in std::mem::take(&mut self.late) {
+            let usk = self.entries.values().find(|usk| usk.id == packet.id_for).cloned();
+            let usk = usk.context("a message for no socket")?;
+            let bytes = set.payload_bytes(Image::SkQueues, 0, index, packet.length.into())?;
+            self.put(filling, &usk, &packet, &bytes, room)
+                .with_context(|| format!("{}: put back what it has received", what(&usk)))?;
+        }
+        self.settle(filling, |_| true)?;
+        self.far.clear();
+        for usk in wait.iter().filter_map(|ino| self.entries.get(ino)) {
+            if !self.given.contains(&usk.ino.into()) {
+                finish(usk, filling.kept(usk)?.as_fd()).with_context(|| what(usk))?;
+            }
+        }
+        Ok(())
+    }
+
     fn entry(&self, ino: u64) -> anyhow::Result<Rc<UnixSkEntry>> {
         self.entries.get(&ino).cloned().with_context(|| format!("no unix socket {ino}"))
     }
@@ -549,11 +629,11 @@ impl Sockets {
     /// Gives a datagram socket the peer that it shall have.
     fn change_peer(
         &mut self,
-        opening: &Opening<'_>,
+        filling: Filling<'_>,
         usk: &UnixSkEntry,
         to: Option<u64>,
     ) -> anyhow::Result<()> {
-        let lent = kept(opening, usk)?;
+        let lent = filling.kept(usk)?;
         let fd = lent.as_fd();
         let Some(to) = to else {
             return Ok(unixsock::disconnect(fd)?);
@@ -566,7 +646,7 @@ impl Sockets {
         sock::connect_unix(fd, &name)?;
         // The old peer of a pair is told by an error that it did not have.
         for other in self.entries.values().filter(|o| o.peer == usk.ino) {
-            let _ = sock::option(kept(opening, other)?.as_fd(), libc::SOL_SOCKET, libc::SO_ERROR);
+            let _ = sock::option(filling.kept(other)?.as_fd(), libc::SOL_SOCKET, libc::SO_ERROR);
         }
         Ok(())
     }
@@ -604,6 +684,10 @@ impl Sockets {
             let total = totals.entry(packet.id_for).or_default();
             *total = total.saturating_add(packet.length as usize).saturating_add(OVERHEAD);
         }
+        let is_late = |packet: &SkPacketEntry| {
+            packet.scm.iter().flat_map(|scm| &scm.rights).any(|&id| opening.late.has(id))
+        };
+        let late: BTreeSet<u32> = packets.iter().filter(|p| is_late(p)).map(|p| p.id_for).collect();
         for (index, packet) in packets.iter().enumerate() {
             // Queues of other kinds of sockets are their own business.
             let Some(usk) = by_file.get(&packet.id_for).cloned() else { continue };
@@ -611,9 +695,13 @@ impl Sockets {
             if unsent && outside::is_closed(opening, &usk) && !self.given.contains(&usk.ino.into()) {
                 continue;
             }
-            let bytes = opening.set.payload_bytes(Image::SkQueues, 0, index, packet.length.into())?;
             let room = totals.get(&packet.id_for).copied().unwrap_or(0);
-            self.put(opening, &usk, packet, &bytes, room).with_context(|| {
+            if late.contains(&packet.id_for) {
+                self.late.push((index, packet.clone(), room));
+                continue;
+            }
+            let bytes = opening.set.payload_bytes(Image::SkQueues, 0, index, packet.length.into())?;
+            self.put(filling(opening), &usk, packet, &bytes, room).with_context(|| {
                 let doing =
                     if unsent { "send what its peer has not read" } else { "put back what it has received" };
                 format!("{}: {doing}", what(&usk))
@@ -625,7 +713,7 @@ impl Sockets {
     /// Puts one message into the queue of `usk` (or of its peer, if it is `ckpt_unsent`).
     fn put(
         &mut self,
-        opening: &Opening<'_>,
+        filling: Filling<'_>,
         usk: &UnixSkEntry,
         packet: &SkPacketEntry,
         bytes: &[u8],
@@ -634,9 +722,8 @@ impl Sockets {
         let ino = u64::from(usk.ino);
         let mut rights = Vec::new();
         for id in packet.scm.iter().flat_map(|scm| &scm.rights) {
-            rights.push(
-                opening.kept(FileId(*id))?.with_context(|| format!("file {id}, in flight, was not made"))?,
-            );
+            let file = filling.files.lend(FileId(*id))?;
+            rights.push(file.with_context(|| format!("file {id}, in flight, was not made"))?);
         }
         if let Some(creds) = &packet.ckpt_creds {
             self.others.ensure(creds.pid);
@@ -652,8 +739,8 @@ impl Sockets {
         };
         let lent = match known.as_ref().or_else(|| self.entries.get(&usk.peer.into())) {
             _ if own.is_some() => None,
-            _ if unsent => Some(kept(opening, usk)?),
-            Some(entry) => Some(kept(opening, entry)?),
+            _ if unsent => Some(filling.kept(usk)?),
+            Some(entry) => Some(filling.kept(entry)?),
             None => None,
         };
         let from = match (&own, &lent) {
@@ -668,8 +755,10 @@ impl Sockets {
         loop {
             let sent = match unixsock::send_message(from, rest, to.as_deref(), &rights, creds) {
                 Err(error) if creds.is_some() && matches!(error.errno, Errno::EPERM | Errno::ESRCH) => {
-                    let warn = opening.options.warn;
-                    warn(&format!("{}: credentials of unread messages are lost: {error}", what(usk)));
+                    (filling.warn)(&format!(
+                        "{}: credentials of unread messages are lost: {error}",
+                        what(usk)
+                    ));
                     creds = None;
                     continue;
                 }
