@@ -19,6 +19,7 @@
 //! - `crit`: CRIU's decoder reads all that we write
 //! - `equal`: equal pages of several checkpoints share their room
 //! - `programs`: bash, python, redis, sqlite, nginx
+//! - `ptys`: programs that have terminals of their own: script, tmux, a shell that Python talks to
 //! - `servers`: redis, nginx, gunicorn and asyncio, with clients that know every answer, inside and outside of the tree
 //! - `sundry`: other programs that keep themselves busy and count
 //! - `cli`: options, exit statuses, pipelines of other shapes
@@ -43,6 +44,7 @@ mod postgres;
 mod predumps;
 mod privileges;
 mod programs;
+mod ptys;
 mod rewrite;
 mod servers;
 mod sharing;

@@ -12,7 +12,12 @@
 //! - [`outcome`]: signals meanwhile and afterwards
 
 use std::{
-    ffi::OsString, fs::File, io::Write, os::unix::ffi::OsStrExt, path::PathBuf, process::ExitCode,
+    ffi::OsString,
+    fs::File,
+    io::Write,
+    os::{fd::AsRawFd, unix::ffi::OsStrExt},
+    path::PathBuf,
+    process::ExitCode,
     time::Duration,
 };
 
@@ -357,8 +362,10 @@ fn build(
     stats::phase("tasks");
     let bytes = make::bodies(tree).map(|(_, body)| body.space.pages.own_bytes()).sum();
     let mut family = Family::new(area, Box::new(ids::spare_pids(tree.numbers())), bytes)?;
+    let terminals = files.controlling_terminals();
+    let terminals = terminals.into_iter().map(|(sid, fd)| (sid, fd.as_raw_fd())).collect();
     let mut memory = Builder::new(tree, set, files, &region, bulk, lazy, steps)?;
-    family.fork_all(steps, &mut memory)?;
+    family.fork_all(steps, &mut memory, &terminals)?;
     family.bury(tree)?;
     signals.check()?;
     stats::phase("pages");

@@ -105,10 +105,16 @@ impl Family {
     }
 
     /// Makes all processes, with the memory that their children are to inherit, and ends those that only helped.
+    /// `terminals`: which descriptor becomes the controlling terminal of a session, by its leader.
     ///
     /// # Errors
     /// A pid is taken; what reading memory meets; the kernel's.
-    pub fn fork_all(&mut self, steps: &[Step], memory: &mut Builder<'_>) -> anyhow::Result<()> {
+    pub fn fork_all(
+        &mut self,
+        steps: &[Step],
+        memory: &mut Builder<'_>,
+        terminals: &BTreeMap<i32, i32>,
+    ) -> anyhow::Result<()> {
         for &step in steps {
             match step {
                 Step::Fork { parent: 0, child } => self.fork_root(Pid(child))?,
@@ -124,7 +130,14 @@ impl Family {
                     let args = [libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0].map(Arg::from);
                     self.call(pid, Call::new("prctl(PR_SET_CHILD_SUBREAPER)", libc::SYS_prctl, args))?;
                 }
-                Step::Setsid(pid) => self.call(pid, Call::new("setsid", libc::SYS_setsid, []))?,
+                Step::Setsid(pid) => {
+                    self.call(pid, Call::new("setsid", libc::SYS_setsid, []))?;
+                    if let Some(&fd) = terminals.get(&pid) {
+                        let args = [Arg::from(fd), Arg::Val(libc::TIOCSCTTY), Arg::Val(0)];
+                        // One that was handed in may be another session's.
+                        self.call(pid, Call::new("ioctl(TIOCSCTTY)", libc::SYS_ioctl, args).may_fail())?;
+                    }
+                }
                 Step::Join { pid, pgid } => {
                     let args = [Arg::from(0), Arg::from(pgid)];
                     self.call(pid, Call::new(format!("setpgid({pgid})"), libc::SYS_setpgid, args))?;

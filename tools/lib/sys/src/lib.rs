@@ -27,6 +27,7 @@ pub mod prctl;
 pub mod probe;
 pub mod procfs;
 pub mod ptrace;
+pub mod pty;
 pub mod ring;
 pub mod rseq;
 pub mod sched;

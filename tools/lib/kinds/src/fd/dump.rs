@@ -504,6 +504,7 @@ impl FileTable {
             emit(sink, Image::Files, 0, &entry)?;
         }
         pipe::finish(&mut self, sink)?;
+        tty::check(&self)?;
         self.locks.finish(sink)?;
         self.remaps.finish(sink)?;
         Ok(self.flying)

@@ -136,11 +136,6 @@ pub const KINDS: &[Kind] = &[
     full!("signalfd", Signalfd, signalfd),
     full!("memfd", Memfd, memfd),
     full!("terminal", Tty, tty),
-    refused!(
-        "pseudo-terminal master",
-        |d| d.is_device(5, 2),
-        "terminals made inside the tree are not supported yet"
-    ),
     full!("inotify", Inotify, inotify),
     refused!("fanotify", |d| d.is_anon("[fanotify]"), "not supported yet"),
     refused!("io_uring", |d| d.is_anon("[io_uring]"), "not supported yet"),

@@ -340,8 +340,8 @@ impl OpenFiles {
             if let Some((flags, fown)) = self.owners.remove(&entry.id) {
                 calls.extend(fown::calls(entry.fd, flags, &fown));
             }
-            for terminal in self.terminals.iter().filter(|t| t.is(entry.id)) {
-                calls.extend(terminal.calls(entry.fd, pid.0));
+            for terminal in self.terminals.iter_mut().filter(|t| t.is(entry.id)) {
+                calls.extend(terminal.calls(entry.fd, pid));
             }
         }
         for lock in self.locks.iter().filter(|l| l.pid == pid.0) {
@@ -376,6 +376,14 @@ impl OpenFiles {
         group_of: impl Fn(i32) -> Option<nix::unistd::Pid>,
     ) -> anyhow::Result<()> {
         self.terminals.iter_mut().try_for_each(|terminal| terminal.take_over(stays, &group_of))
+    }
+
+    /// Sessions that are to have a controlling terminal, by leader, and a descriptor of it: for
+    /// ioctl(TIOCSCTTY) in the leader, before it forks, so that its children have it too.
+    #[must_use]
+    pub fn controlling_terminals(&self) -> BTreeMap<i32, BorrowedFd<'_>> {
+        let found = self.terminals.iter().filter_map(tty::Restored::controls);
+        found.filter_map(|(sid, file)| Some((sid, self.files.here(file)?))).collect()
     }
 
     /// When all tasks run: has them draw again what they show on terminals.

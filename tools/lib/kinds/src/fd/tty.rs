@@ -1,8 +1,8 @@
-//! Terminals that the tree shares with the outside: a shell's, or a console.
+//! Terminals. Pseudo-terminals that are the tree's own, with both ends: see [`pty`]. Here those that it shares
+//! with the outside: a shell's, or a console.
 //!
 //! Such a terminal is not the tree's own: the restored tasks get the terminal that ckpt-restore has, or the
-//! one handed in by `--inherit-fd fd[N]:tty[RDEV:DEV]` (numbers in hexadecimal). A terminal whose master is
-//! inside the tree is refused with the master.
+//! one handed in by `--inherit-fd fd[N]:tty[RDEV:DEV]` (numbers in hexadecimal).
 //!
 //! An editor that was dumped in the foreground has switched its terminal to single keys without echo, and
 //! would be of no use on one that waits for lines. So a terminal gets the settings from the images where a
@@ -13,8 +13,10 @@
 //! A session whose leader is in the tree gets the terminal as its controlling terminal again if it is no
 //! other session's (a new pseudo-terminal, handed in); one session's terminal can't be another's too.
 
+mod pty;
+
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     time::Duration,
 };
@@ -28,8 +30,9 @@ use ckpt_proto::{
 };
 use ckpt_remote::{Arg, Call};
 use ckpt_sys::{
-    FileId, Refused,
+    FileId, Pid, Refused,
     file::{self, Terminal},
+    pty as sys_pty,
 };
 use nix::{
     errno::Errno,
@@ -38,8 +41,9 @@ use nix::{
         stat::{SFlag, major, minor},
         termios::{ControlFlags, InputFlags, LocalFlags, OutputFlags, SetArg, Termios, tcgetattr, tcsetattr},
     },
-    unistd::{Pid as NixPid, getpgrp, tcgetpgrp, tcsetpgrp},
+    unistd::{Pid as NixPid, getpgrp, getsid, tcgetpgrp, tcsetpgrp},
 };
+pub(super) use pty::check;
 
 use super::{
     Descriptor, FileTable, Opening,
@@ -51,15 +55,19 @@ use crate::{Sink, sink::emit};
 /// Control characters that the kernel has; the C library's array is longer.
 const CONTROL_CHARACTERS: usize = 19;
 
-/// Terminals met so far, by device: the number of their TTY_INFO entry.
+/// Terminals met so far.
 #[derive(Debug, Default)]
 pub(super) struct Terminals {
-    known: HashMap<u64, u32>,
+    /// By device, and number of a master's pair: the number of their TTY_INFO entry.
+    known: HashMap<(u64, u32), u32>,
+    /// Ends of pseudo-terminals by number; of slaves the first that was met.
+    masters: BTreeMap<u32, pty::End>,
+    slaves: BTreeMap<u32, pty::End>,
 }
 
 fn kind(rdev: u64) -> Option<TtyType> {
     match (major(rdev), minor(rdev)) {
-        (136..=143, _) => Some(TtyType::Pty),
+        (136..=143, _) | (5, 2) => Some(TtyType::Pty),
         (5, 0) => Some(TtyType::Ctty),
         (5, 1) => Some(TtyType::Console),
         (4, 0..=63) => Some(TtyType::Vt),
@@ -78,15 +86,36 @@ pub(super) fn dump(
     id: FileId,
     sink: &mut dyn Sink,
 ) -> anyhow::Result<Option<FileEntry>> {
+    let rdev = d.stat.st_rdev;
+    let (is_master, is_slave) = (pty::is_master(rdev), pty::is_slave(rdev));
+    let index = if is_master { sys_pty::number(d.copy.as_fd())? } else { pty::index_of(rdev) };
+    let terminal = match file::terminal(d.copy.as_fd()) {
+        Ok(terminal) => Some(terminal),
+        // A slave whose master is gone: nothing is left of it but that.
+        Err(e) if e.errno == Errno::EIO && is_slave => None,
+        Err(e) if e.errno == Errno::EIO => return Err(d.refuse("this terminal was hung up").into()),
+        Err(e) => return Err(e).with_context(|| d.subject()),
+    };
     let next = u32::try_from(table.terminals.known.len()).context("too many terminals")? + 1;
-    let info_id = *table.terminals.known.entry(d.stat.st_rdev).or_insert(next);
+    // One that was hung up may have a successor of the same number.
+    let key = if terminal.is_some() { (rdev, index) } else { (rdev, u32::MAX) };
+    let info_id = *table.terminals.known.entry(key).or_insert(next);
     if info_id == next {
-        let terminal = match file::terminal(d.copy.as_fd()) {
-            Ok(terminal) => terminal,
-            Err(e) if e.errno == Errno::EIO => return Err(d.refuse("this terminal was hung up").into()),
-            Err(e) => return Err(e).with_context(|| d.subject()),
-        };
-        emit(sink, Image::TtyInfo, 0, &info(d, info_id, &terminal)?)?;
+        let end = if is_master || is_slave { Some(pty::End::of(d)?) } else { None };
+        let mut info = info(table, d, (info_id, index), terminal.as_ref())?;
+        if is_master {
+            info.locked = sys_pty::is_locked(d.copy.as_fd())?;
+            info.packet_mode = sys_pty::in_packets(d.copy.as_fd())?;
+            info.ckpt_hung_up = end.as_ref().filter(|end| end.is_hung_up()).map(|_| true);
+        }
+        if is_master || is_slave && terminal.is_some() {
+            info.exclusive = sys_pty::is_exclusive(d.copy.as_fd())?;
+        }
+        emit(sink, Image::TtyInfo, 0, &info)?;
+        if let Some(end) = end.filter(|_| terminal.is_some()) {
+            let ends = if is_master { &mut table.terminals.masters } else { &mut table.terminals.slaves };
+            ends.insert(index, end);
+        }
     }
     let fown = d.fown()?;
     // The name, where it can be reached; nothing depends on it.
@@ -112,21 +141,32 @@ pub(super) fn dump(
     Ok(Some(FileEntry { r#type: FdTypes::Tty.into(), id: id.0, tty: Some(tty), ..FileEntry::default() }))
 }
 
-/// Session and foreground group of the terminal, if it is the controlling one of the task that has it: the
-/// terminal itself tells them to members of that session only.
-fn owners(d: &Descriptor) -> anyhow::Result<(u32, u32)> {
-    let at = format!("/proc/{}/stat", d.pid);
-    let stat = ckpt_proc::stat::parse(&std::fs::read(&at).with_context(|| at.clone())?).context(at)?;
-    // Both pack the device's number in the same way, new_encode_dev() in linux/kdev_t.h.
-    let controls = u64::from(stat.tty_nr.cast_unsigned()) == d.stat.st_rdev;
-    let number = |n: i32| u32::try_from(n).unwrap_or(0);
-    Ok(if controls { (number(stat.session), number(stat.tpgid)) } else { (0, 0) })
+fn stat_of(pid: Pid) -> anyhow::Result<ckpt_proc::stat::Stat> {
+    let at = format!("/proc/{pid}/stat");
+    ckpt_proc::stat::parse(&std::fs::read(&at).with_context(|| at.clone())?).context(at)
 }
 
-fn info(d: &Descriptor, id: u32, terminal: &Terminal) -> anyhow::Result<TtyInfoEntry> {
-    let (sid, pgrp) = owners(d)?;
-    let t = &terminal.termios;
-    let w = &terminal.winsize;
+/// Session and foreground group of the terminal, if it is the controlling one of a task of the tree: the
+/// terminal itself tells them to members of that session only.
+fn owners(table: &FileTable, d: &Descriptor) -> anyhow::Result<(u32, u32)> {
+    for &pid in std::iter::once(&d.pid).chain(&table.tree) {
+        let stat = stat_of(pid)?;
+        // Both pack the device's number in the same way, new_encode_dev() in linux/kdev_t.h.
+        if u64::from(stat.tty_nr.cast_unsigned()) == d.stat.st_rdev {
+            let number = |n: i32| u32::try_from(n).unwrap_or(0);
+            return Ok((number(stat.session), number(stat.tpgid)));
+        }
+    }
+    Ok((0, 0))
+}
+
+fn info(
+    table: &FileTable,
+    d: &Descriptor,
+    (id, index): (u32, u32),
+    terminal: Option<&Terminal>,
+) -> anyhow::Result<TtyInfoEntry> {
+    let (sid, pgrp) = if terminal.is_some() { owners(table, d)? } else { (0, 0) };
     let kind = kind(d.stat.st_rdev).unwrap_or(TtyType::Unknown);
     Ok(TtyInfoEntry {
         id,
@@ -137,7 +177,7 @@ fn info(d: &Descriptor, id: u32, terminal: &Terminal) -> anyhow::Result<TtyInfoE
         sid,
         pgrp,
         rdev: u32::try_from(d.stat.st_rdev).unwrap_or(0),
-        termios: Some(TermiosEntry {
+        termios: terminal.map(|Terminal { termios: t, .. }| TermiosEntry {
             c_iflag: t.c_iflag,
             c_oflag: t.c_oflag,
             c_cflag: t.c_cflag,
@@ -148,17 +188,17 @@ fn info(d: &Descriptor, id: u32, terminal: &Terminal) -> anyhow::Result<TtyInfoE
             c_cc: t.c_cc.iter().take(CONTROL_CHARACTERS).map(|&c| c.into()).collect(),
         }),
         termios_locked: None,
-        winsize: Some(WinsizeEntry {
+        winsize: terminal.map(|Terminal { winsize: w, .. }| WinsizeEntry {
             ws_row: w.ws_row.into(),
             ws_col: w.ws_col.into(),
             ws_xpixel: w.ws_xpixel.into(),
             ws_ypixel: w.ws_ypixel.into(),
         }),
-        pty: (kind == TtyType::Pty)
-            .then(|| TtyPtyEntry { index: u32::try_from(minor(d.stat.st_rdev)).unwrap_or(0) }),
+        pty: (kind == TtyType::Pty).then_some(TtyPtyEntry { index }),
         dev: u32::try_from(d.stat.st_dev).ok(),
         uid: Some(d.stat.st_uid),
         gid: Some(d.stat.st_gid),
+        ckpt_hung_up: None,
     })
 }
 
@@ -171,6 +211,10 @@ pub(super) struct Restored {
     files: Vec<u32>,
     /// Handed in by the user for this purpose.
     given: bool,
+    /// Made for the tasks.
+    own: bool,
+    /// A task has been told to give the foreground to the group that had it.
+    told: bool,
     /// When it has been taken over: its settings before, and the group in its foreground.
     taken: Option<(Termios, NixPid)>,
 }
@@ -178,12 +222,17 @@ pub(super) struct Restored {
 pub(super) fn restore(opening: &mut Opening<'_>, entries: &[FileEntry]) -> anyhow::Result<()> {
     let infos: Vec<TtyInfoEntry> = opening.set.all(Image::TtyInfo, 0)?;
     let mut terminals: HashMap<u32, Restored> = HashMap::new();
+    let mut pairs = Vec::new();
     for entry in entries {
         let tty = entry.tty.as_ref().context("a terminal without its entry")?;
         let info = infos
             .iter()
             .find(|i| i.id == tty.tty_info_id)
             .with_context(|| format!("file {}: no terminal {}", entry.id, tty.tty_info_id))?;
+        if pty::is_own(info, &infos) {
+            pairs.push((entry, tty, info));
+            continue;
+        }
         let terminal = match terminals.entry(info.id) {
             std::collections::hash_map::Entry::Occupied(known) => known.into_mut(),
             std::collections::hash_map::Entry::Vacant(new) => new.insert(find_terminal(opening, info)?),
@@ -197,15 +246,18 @@ pub(super) fn restore(opening: &mut Opening<'_>, entries: &[FileEntry]) -> anyho
             Err(_) => terminal.fd.try_clone().context("dup")?,
         };
         terminal.files.push(entry.id);
+        opening.hold(FileId(entry.id));
         opening.keep(FileId(entry.id), fd)?;
     }
     opening.terminals = terminals.into_values().collect();
+    let own = pty::restore(opening, &pairs)?;
+    opening.terminals.extend(own);
     Ok(())
 }
 
 fn find_terminal(opening: &mut Opening<'_>, info: &TtyInfoEntry) -> anyhow::Result<Restored> {
     let key = format!("tty[{:x}:{:x}]", info.rdev, info.dev.unwrap_or(0));
-    let restored = |fd, given| Restored { fd, info: info.clone(), files: Vec::new(), given, taken: None };
+    let restored = |fd, given| Restored { given, ..Restored::new(info, fd) };
     if let Some(given) = opening.inherited(&key)? {
         if !nix::unistd::isatty(&given).unwrap_or(false) {
             bail!("{key}: the descriptor given with --inherit-fd is no terminal");
@@ -227,6 +279,11 @@ fn find_terminal(opening: &mut Opening<'_>, info: &TtyInfoEntry) -> anyhow::Resu
 }
 
 impl Restored {
+    fn new(info: &TtyInfoEntry, fd: OwnedFd) -> Self {
+        let (info, files) = (info.clone(), Vec::new());
+        Self { fd, info, files, given: false, own: false, told: false, taken: None }
+    }
+
     /// Whether open file `id` leads to it.
     pub(super) fn is(&self, id: u32) -> bool {
         self.files.contains(&id)
@@ -241,7 +298,7 @@ impl Restored {
         group_of: impl Fn(i32) -> Option<NixPid>,
     ) -> anyhow::Result<()> {
         let Some(group) = i32::try_from(self.info.pgrp).ok().and_then(group_of) else { return Ok(()) };
-        if !(self.given || stays && is_foreground(self.fd.as_fd())) {
+        if self.own || !(self.given || stays && is_foreground(self.fd.as_fd())) {
             return Ok(());
         }
         let now = tcgetattr(&self.fd).context("tcgetattr")?;
@@ -282,19 +339,24 @@ impl Restored {
         }
     }
 
-    /// In a task that has the terminal as `fd`: makes it the controlling terminal again of the session that `pid` leads.
-    pub(super) fn calls(&self, fd: u32, pid: i32) -> Vec<Call> {
-        if !self.given || self.info.sid.cast_signed() != pid {
+    /// The session that has it as its controlling terminal, if that is for us to make so, and an open file of it.
+    pub(super) fn controls(&self) -> Option<(i32, u32)> {
+        let sid = i32::try_from(self.info.sid).ok().filter(|&sid| sid > 0 && (self.given || self.own))?;
+        Some((sid, *self.files.first()?))
+    }
+
+    /// In task `pid`, which has the terminal as `fd`: gives the foreground to the group that had it. Once, in a
+    /// task whose controlling terminal it is; signals are blocked, so one in the background may.
+    pub(super) fn calls(&mut self, fd: u32, pid: Pid) -> Vec<Call> {
+        let is_member = |sid: i32| getsid(Some(pid.nix())).is_ok_and(|own| own.as_raw() == sid);
+        if self.told || self.info.pgrp == 0 || !self.controls().is_some_and(|(sid, _)| is_member(sid)) {
             return Vec::new();
         }
-        let ioctl = |name: &str, request: u64, argument| {
-            Call::new(name, libc::SYS_ioctl, [Arg::Val(fd.into()), Arg::Val(request), argument]).may_fail()
-        };
+        self.told = true;
         let group = Arg::In(self.info.pgrp.to_le_bytes().to_vec());
-        vec![
-            ioctl("ioctl(TIOCSCTTY)", libc::TIOCSCTTY, Arg::Val(0)),
-            ioctl("ioctl(TIOCSPGRP)", libc::TIOCSPGRP, group),
-        ]
+        let args = [Arg::Val(fd.into()), Arg::Val(libc::TIOCSPGRP), group];
+        // The group may have ended.
+        vec![Call::new("ioctl(TIOCSPGRP)", libc::SYS_ioctl, args).may_fail()]
     }
 }
 
