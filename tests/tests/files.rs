@@ -16,7 +16,6 @@ crate::survives! {
     file_locks_stay_with_their_owners: "file_locks";
     descriptors_of_any_number_come_back: "descriptors_many";
     inotify_watches_keep_their_numbers: "inotify_user";
-    pseudo_terminals_come_back_as_pairs: "pseudo_terminals";
     files_of_two_processes: "open_everywhere";
 }
 

@@ -4,11 +4,16 @@
 use std::{
     fs,
     io::{Read, Write},
+    os::{
+        linux::net::SocketAddrExt,
+        unix::net::{SocketAddr, UnixStream},
+    },
     path::{Path, PathBuf},
     process::{Command, Stdio},
     time::{Duration, Instant},
 };
 
+use ckpt_proto::stream::Reader;
 use ckpt_tests::{Outcome, Pipeline, Random, Target, TestDir, installed, process, skip, tools::Running};
 
 /// How many instants are attacked.
@@ -281,6 +286,27 @@ fn kill_comes_after_commit_only() {
     assert_ne!(outcome.code("ckpt-write"), 0, "{outcome}");
     assert_eq!(names(&target.path("taken")), Vec::<String>::new());
     target.unchanged(&before);
+    target.passes("the target");
+    let before = target.at_rest();
+    // A writer that has read everything and ends without a word, or says that it failed.
+    for last in ["", "FAIL no room\n", "RELEASE\n"] {
+        let (input, output) = nix::unistd::pipe().expect("pipe");
+        let running = Pipeline::new(target.dir.path())
+            .stage(["ckpt-scan", "--kill", "--attach-timeout", "1", "-t", &pid])
+            .output(output.into())
+            .start();
+        let (mut reader, hello) = Reader::open(fs::File::from(input)).expect("a stream");
+        let name = SocketAddr::from_abstract_name(hello.control.unwrap_or_default()).expect("a name");
+        let mut hold = UnixStream::connect_addr(&name).expect("connect to the holder");
+        hold.write_all(b"HOLD write\n").expect("hold");
+        hold.read_exact(&mut [0; 3]).expect("OK");
+        while reader.next_frame().expect("a stream").is_some() {}
+        hold.write_all(last.as_bytes()).expect("the last word");
+        drop(hold);
+        let outcome = running.wait().sane();
+        assert!([1, 3].contains(&outcome.code("ckpt-scan")), "after {last:?}: {outcome}");
+        target.unchanged(&before);
+    }
     target.passes("the target");
     // And a commit at last.
     let pids = process::tree(target.pid);

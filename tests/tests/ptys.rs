@@ -6,7 +6,7 @@ use ckpt_tests::{Target, TestDir, installed, process, skip, soon, workload::CLOS
 
 /// Asked by SIGUSR1, has a shell on a terminal of its own count, and a job of it interrupted.
 const TALKER: &str = r#"
-import os, pty, signal, sys, time
+import os, pty, signal, sys
 log = open(sys.argv[1], "a", buffering=1)
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
 os.environ["PS1"] = "ready> "
@@ -29,7 +29,10 @@ while True:
         text = said(b"ready> ")
         assert b"[%d]\r\n" % number in text, text
         os.write(terminal, b"cat\n")
-        while os.tcgetpgrp(terminal) == pid: time.sleep(0.001)
+        said(b"cat\r\n")
+        os.write(terminal, b"here\n")
+        said(b"here\r\nhere\r\n")
+        assert os.tcgetpgrp(terminal) != pid
         os.write(terminal, b"\x03")
         text = said(b"ready> ")
         assert b"^C" in text, text
@@ -37,6 +40,20 @@ while True:
     except Exception as e:
         log.write("BROKEN %r\n" % e)
 "#;
+
+/// Until they are dropped, terminals that are made have numbers that other tests will not take.
+fn lower_numbers() -> Vec<nix::pty::PtyMaster> {
+    let open = || nix::pty::posix_openpt(nix::fcntl::OFlag::O_RDWR | nix::fcntl::OFlag::O_NOCTTY);
+    (0..30).map(|_| open().expect("open a terminal")).collect()
+}
+
+#[test]
+fn pseudo_terminals_come_back_as_pairs() {
+    let lower = lower_numbers();
+    let target = Target::start("pseudo_terminals");
+    drop(lower);
+    target.survives();
+}
 
 fn talker() -> Target {
     let dir = TestDir::new("pty_talker");
@@ -54,7 +71,9 @@ fn a_shell_in_a_terminal_of_python_answers_on() {
     if !installed("python3") {
         return skip("a_shell_in_a_terminal_of_python_answers_on", "no python3");
     }
+    let lower = lower_numbers();
     let target = talker();
+    drop(lower);
     target.passes("the original");
     target.survives();
 }
@@ -129,6 +148,7 @@ fn script_writes_on_what_its_command_says() {
     let (fifo, out) = (dir.path().join("fifo"), dir.path().join("typescript"));
     make_fifo(&fifo);
     let mut command = Command::new("script");
+    let lower = lower_numbers();
     command.args(["-q", "-f", "-c"]).arg(told(&fifo)).arg(&out).env("SHELL", "/bin/bash");
     let target = Target::spawn(dir, command);
     let says = |word: &str| {
@@ -136,6 +156,7 @@ fn script_writes_on_what_its_command_says() {
         assert!(soon(|| holds(&out, &format!("<{word}>"))), "{word}: {:?}", std::fs::read(&out));
     };
     assert!(soon(|| holds(&out, "begins")), "script does not begin");
+    drop(lower);
     says("first");
     let before = target.at_rest();
     target.dump_ok("img");

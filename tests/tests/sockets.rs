@@ -92,6 +92,11 @@ fn an_occupied_path_stops_a_restore_that_leaves_nothing() {
     target.dump_ok("img");
     target.end();
     let remove = || ["a", "b", "c"].map(|name| std::fs::remove_file(target.path(name)));
+    let pages = std::fs::read_dir(target.path("img")).expect("list").flatten().map(|entry| entry.path());
+    let pages = pages
+        .filter(|path| path.to_string_lossy().contains("pages-"))
+        .max_by_key(|path| path.metadata().map_or(0, |meta| meta.len()));
+    let pages = pages.expect("pages");
     let nothing = |but: &str| {
         for name in ["a", "b", "c"].iter().filter(|name| **name != but) {
             assert!(!target.path(name).exists(), "{name} was left");
@@ -99,6 +104,14 @@ fn an_occupied_path_stops_a_restore_that_leaves_nothing() {
         assert!(ckpt_tests::soon(|| process::is_free(target.pid)));
     };
     let _ = remove();
+    // What is found when all sockets have been made.
+    let whole = std::fs::read(&pages).expect("read");
+    let mut damaged = whole.clone();
+    damaged[whole.len() / 2] ^= 1;
+    std::fs::write(&pages, damaged).expect("write");
+    let _ = target.restore("img").fails("ckpt-restore", 4, &["have changed"]);
+    nothing("");
+    std::fs::write(&pages, whole).expect("write");
     for taken in ["a", "b", "c"] {
         let other = UnixListener::bind(target.path(taken)).expect("listen");
         let _ =

@@ -19,6 +19,15 @@ static int state(int fd)
 	return getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &len) ? -1 : info.tcpi_state;
 }
 
+/* What the two ends have agreed on. */
+static unsigned agreed(int fd)
+{
+	struct tcp_info info;
+	socklen_t len = sizeof info;
+	NEED(!getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &len));
+	return info.tcpi_snd_wscale | info.tcpi_rcv_wscale << 8 | info.tcpi_options << 16;
+}
+
 static int option(int fd, int level, int name)
 {
 	int value = -1;
@@ -169,6 +178,7 @@ int main(int argc, char **argv)
 	NEED(!setsockopt(o, SOL_SOCKET, SO_LINGER, &(struct linger){ 1, 4 }, sizeof now));
 	NEED(!setsockopt(o, IPPROTO_TCP, TCP_CONGESTION, "reno", 4));
 	says(opts.client, "corked");
+	unsigned v4_agreed = agreed(v4.client), opts_agreed = agreed(o);
 	ready();
 	wait_asked();
 
@@ -178,6 +188,7 @@ int main(int argc, char **argv)
 	BREAK("option") set(o, IPPROTO_TCP, TCP_KEEPIDLE, 78);
 	BREAK("state") shutdown(half.server, SHUT_WR);
 	BREAK("reset") option(reset.server, SOL_SOCKET, SO_ERROR);
+	CHECK(agreed(v4.client) == v4_agreed && agreed(o) == opts_agreed, "window scales and options %#x %#x", agreed(v4.client), agreed(o));
 	CHECK(reads(v4.server, "loskip") && reads(v4.client, "world!"), "queues over IPv4");
 	CHECK(reads(v6.server, "sechs"), "queue over IPv6");
 	CHECK(reads(mapped.client, "vier"), "queue over mapped addresses");
