@@ -15,7 +15,10 @@ use std::{
     ffi::OsString,
     fs::File,
     io::Write,
-    os::{fd::AsRawFd, unix::ffi::OsStrExt},
+    os::{
+        fd::{AsFd, AsRawFd},
+        unix::ffi::OsStrExt,
+    },
     path::PathBuf,
     process::ExitCode,
     time::Duration,
@@ -33,7 +36,7 @@ use ckpt_kinds::{
 };
 use ckpt_proto::types::{RestoreStatsEntry, StatsEntry};
 use ckpt_remote::build::Area;
-use ckpt_sys::{Pid, Refused, SocketId, ids};
+use ckpt_sys::{Pid, Refused, SocketId, ids, pidfd};
 use clap::{
     CommandFactory, Parser, ValueEnum,
     builder::{OsStringValueParser, TypedValueParser},
@@ -297,7 +300,8 @@ fn restore(
             getpgid(Some(member.pid.nix())).ok()
         };
         files.take_terminals(!args.detach, group_of)?;
-        files.go_live(set, || family.stand_alone(), || make::lives(pid))?;
+        let handle = pidfd::open(pid)?;
+        files.go_live(set, || family.stand_alone(), || make::lives(pid, handle.as_fd()))?;
         family.go()?;
         files.redraw();
         stats::count("tree", "processes", tree.processes.len() as u64);

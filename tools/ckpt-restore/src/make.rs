@@ -17,7 +17,7 @@
 use std::{
     collections::{BTreeMap, VecDeque},
     fs::File,
-    os::fd::AsRawFd,
+    os::fd::{AsRawFd, BorrowedFd},
 };
 
 use anyhow::{Context, ensure};
@@ -41,6 +41,7 @@ use ckpt_sys::{
 use nix::{
     errno::Errno,
     libc,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::{
         prctl,
         signal::{Signal, kill},
@@ -594,9 +595,20 @@ pub(crate) fn bodies(tree: &Tree) -> impl Iterator<Item = (&Process, &Body)> {
 }
 
 /// Whether a task is there, and will not be killed: asked when its tracer, which may have wanted that it dies with it,
-/// is gone.
+/// is gone. Its number may be another's by now, if somebody has restored the same images again: `handle` is its pidfd. What it
+/// has been sent is not seen any more once it has taken note of that, and that it exits not yet: so it is given time to end.
 #[must_use]
-pub fn lives(pid: Pid) -> bool {
+pub fn lives(pid: Pid, handle: BorrowedFd<'_>) -> bool {
+    const TIME_TO_END: u16 = 50;
+    if !may_live(pid) {
+        return false;
+    }
+    let mut end = [PollFd::new(handle, PollFlags::POLLIN)];
+    while poll(&mut end, PollTimeout::from(TIME_TO_END)) == Err(Errno::EINTR) {}
+    !end[0].any().unwrap_or(true)
+}
+
+fn may_live(pid: Pid) -> bool {
     const PF_EXITING: u32 = 4;
     const KILL: u64 = 1 << (libc::SIGKILL - 1);
     let read = |name| std::fs::read(format!("/proc/{pid}/{name}")).ok();
