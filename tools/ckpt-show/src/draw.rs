@@ -69,8 +69,9 @@ pub fn tree(model: &Model) -> String {
 #[must_use]
 pub fn dot(model: &Model) -> String {
     let quote = |text: &str| format!("\"{}\"", text.replace('\\', "\\\\").replace('"', "\\\""));
-    let mut text =
-        String::from("digraph checkpoint {\n  node [shape=box, style=rounded, fontname=\"sans-serif\"];\n");
+    let mut text = String::from(
+        "digraph checkpoint {\n  rankdir=LR;\n  node [shape=box, style=rounded, fontname=\"sans-serif\"];\n",
+    );
     for (_, task) in model.tree() {
         let label = format!("{}\n{}", headline(task), details(task));
         // Graphviz wants a line break spelt out.
@@ -104,7 +105,9 @@ pub fn dot(model: &Model) -> String {
     text
 }
 
-const ROW: usize = 56;
+/// Between the boxes of two tasks.
+const GAP: usize = 18;
+const LINE: usize = 13;
 const INDENT: usize = 36;
 const BOX: usize = 38;
 
@@ -135,20 +138,29 @@ pub fn svg(model: &Model) -> String {
     let mut right = BTreeMap::new();
     let mut body = String::new();
     let mut at: BTreeMap<u32, (usize, usize)> = BTreeMap::new();
+    // A box has room for the links that begin at it, and their labels beside it.
+    let mut heights: BTreeMap<u32, usize> = BTreeMap::new();
+    for link in &model.links {
+        *heights.entry(link.from).or_insert(8) += LINE;
+    }
+    let height_of = |pid: u32| heights.get(&pid).map_or(BOX, |&height| height.max(BOX));
+    let mut below = 20;
     let box_width = |task: &Task| width(&headline(task)).max(width(&details(task)) * 5 / 6);
     let names = rows.iter().map(|&(depth, task)| 20 + depth * INDENT + box_width(task)).max().unwrap_or(100);
-    for (index, &(depth, task)) in rows.iter().enumerate() {
-        let (x, y) = (20 + depth * INDENT, 20 + index * ROW);
+    for &(depth, task) in &rows {
+        let (x, y) = (20 + depth * INDENT, below);
+        let height = height_of(task.pid);
+        below += height + GAP;
         at.insert(task.pid, (x, y));
         right.insert(task.pid, x + box_width(task));
         if let Some(&(px, py)) = at.get(&task.ppid).filter(|_| depth > 0) {
-            let (px, py, cy) = (px + 14, py + BOX, y + BOX / 2);
+            let (px, py, cy) = (px + 14, py + height_of(task.ppid), y + BOX / 2);
             let _ = writeln!(body, r#"<path class="tree" d="M{px} {py}V{cy}H{x}"/>"#);
         }
         let w = box_width(task);
         let class = if task.state == "running" { "task" } else { "task still" };
         let _ =
-            writeln!(body, r#"<rect class="{class}" x="{x}" y="{y}" width="{w}" height="{BOX}" rx="6"/>"#);
+            writeln!(body, r#"<rect class="{class}" x="{x}" y="{y}" width="{w}" height="{height}" rx="6"/>"#);
         let _ = writeln!(body, r#"<text x="{}" y="{}">{}</text>"#, x + 10, y + 16, xml(&headline(task)));
         let _ = writeln!(
             body,
@@ -159,19 +171,36 @@ pub fn svg(model: &Model) -> String {
         );
     }
     let mut far = 0;
-    let mut below = 20 + rows.len() * ROW;
+    let mut begun: BTreeMap<u32, usize> = BTreeMap::new();
+    let mut ended: BTreeMap<u32, usize> = BTreeMap::new();
     let mut outside: BTreeMap<&str, usize> = BTreeMap::new();
-    for (lane, link) in model.links.iter().enumerate() {
+    // What leads to one thing outside shares a lane.
+    let mut lanes: BTreeMap<&str, usize> = BTreeMap::new();
+    let mut free = 0;
+    for link in &model.links {
+        let mut next = || {
+            free += 1;
+            free - 1
+        };
+        let lane = match &link.to {
+            End::Outside(name) => *lanes.entry(name).or_insert_with(next),
+            End::Task(_) => next(),
+        };
         let (Some(&(_, y1)), Some(&x1)) = (at.get(&link.from), right.get(&link.from)) else { continue };
         let (x2, y2) = match &link.to {
             End::Task(pid) => match (at.get(pid), right.get(pid)) {
-                (Some(&(_, y)), Some(&x)) => (x, y + BOX / 2 + 6),
+                (Some(&(_, y)), Some(&x)) => {
+                    // Between the lines that begin here.
+                    let nth = ended.entry(*pid).or_default();
+                    *nth += 1;
+                    (x, y + (4 + LINE * (*nth - 1) + LINE) % height_of(*pid))
+                }
                 _ => continue,
             },
             End::Outside(name) => {
                 let y = *outside.entry(name).or_insert_with(|| {
                     let y = below;
-                    below += ROW;
+                    below += BOX + GAP;
                     let w = width(name);
                     let _ = writeln!(
                         body,
@@ -184,7 +213,9 @@ pub fn svg(model: &Model) -> String {
                 (20 + width(name), y + BOX / 2)
             }
         };
-        let (y1, x) = (y1 + BOX / 2 - 6, names + 24 + lane * 16);
+        let nth = begun.entry(link.from).or_default();
+        let (y1, x) = (y1 + 11 + *nth * LINE, names + 24 + lane * 16);
+        *nth += 1;
         let arrow = if link.directed { r#" marker-end="url(#arrow)""# } else { "" };
         let _ = writeln!(body, r#"<path class="link" d="M{x1} {y1}H{x}V{y2}H{x2}"{arrow}/>"#);
         let _ = writeln!(body, r#"<circle class="dot" cx="{x}" cy="{y1}" r="3"/>"#);
@@ -197,7 +228,7 @@ pub fn svg(model: &Model) -> String {
     for link in &model.links {
         let Some(&(_, y)) = at.get(&link.from) else { continue };
         let nth = used.entry(link.from).or_default();
-        let y = y + BOX / 2 - 2 + *nth * 13;
+        let y = y + 15 + *nth * LINE;
         *nth += 1;
         below = below.max(y + 20);
         width_all = width_all.max(labels + width(&link.label));

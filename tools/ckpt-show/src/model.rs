@@ -67,7 +67,7 @@ pub struct Link {
 pub enum End {
     /// A task of the checkpoint.
     Task(u32),
-    /// Something outside it.
+    /// Something outside it, or what more than two tasks share.
     Outside(String),
 }
 
@@ -316,6 +316,19 @@ fn links(tasks: &[Task], files: &BTreeMap<u32, FileEntry>) -> Vec<Link> {
     let inos: BTreeMap<u32, u32> = files.values().filter_map(|f| Some((f.usk.as_ref()?.ino, f.id))).collect();
     for (id, (writers, readers, external)) in pipes {
         let label = format!("pipe {id}");
+        // Each with each would be too many.
+        if writers.union(&readers).count() > 2 {
+            for (ends, what) in [(&writers, "writes"), (&readers, "reads")] {
+                let link = |&from| Link {
+                    from,
+                    to: End::Outside(label.clone()),
+                    label: format!("{label} ({what})"),
+                    directed: what == "writes",
+                };
+                links.extend(ends.iter().map(link));
+            }
+            continue;
+        }
         for &from in &writers {
             // A task that reads what it writes is news only if nobody else does.
             for &to in readers.iter().filter(|&&to| to != from || writers.union(&readers).count() == 1) {
@@ -348,9 +361,14 @@ fn links(tasks: &[Task], files: &BTreeMap<u32, FileEntry>) -> Vec<Link> {
                     let label = format!("unix {}", socket.ino);
                     links.insert(Link { from, to: End::Outside(outside(external)), label, directed: false });
                 } else if let Some(peer) = peer {
-                    // Each connection once, from its smaller inode.
-                    if socket.ino < socket.peer {
-                        let label = format!("unix {} - {}", socket.ino, socket.peer);
+                    let (low, high) = (socket.ino.min(socket.peer), socket.ino.max(socket.peer));
+                    let label = format!("unix {low} - {high}");
+                    if held(file.id).union(held(peer)).count() > 2 {
+                        let to = End::Outside(label);
+                        let label = format!("unix {}", socket.ino);
+                        links.insert(Link { from, to, label, directed: false });
+                    } else if socket.ino == low {
+                        // Each connection once, from its smaller inode.
                         for &to in held(peer) {
                             links.insert(Link {
                                 from,
