@@ -92,6 +92,33 @@ fn a_waiting_error_is_not_taken_from_the_target() {
     refused(&target, &["UDP socket", "an error waits", "--queued=drop"]);
 }
 
+/// Bound to what no interface has (IP_FREEBIND, IP_TRANSPARENT), which the kernel allows only if that is set before.
+#[test]
+fn addresses_that_no_interface_has_come_back() {
+    let target = python(
+        "freebind",
+        "made = []\n\
+         for kind in socket.SOCK_STREAM, socket.SOCK_DGRAM:\n\
+         \x20   for family, level, option, address in (\n\
+         \x20           (socket.AF_INET, 0, 15, '198.51.100.7'), (socket.AF_INET, 0, 19, '198.51.100.8'),\n\
+         \x20           (socket.AF_INET6, 41, 78, '2001:db8::7'), (socket.AF_INET6, 41, 75, '2001:db8::8')):\n\
+         \x20       s = socket.socket(family, kind)\n\
+         \x20       s.setsockopt(level, option, 1)\n\
+         \x20       s.bind((address, 0))\n\
+         \x20       if kind == socket.SOCK_STREAM: s.listen()\n\
+         \x20       made.append((s, level, option, s.getsockname()))\n\
+         def check(*_):\n\
+         \x20   good = all(s.getsockname() == name and s.getsockopt(level, option) for s, level, option, name in made)\n\
+         \x20   open('log', 'a').write('PASS\\n' if good else 'BROKEN\\n')\n\
+         signal.signal(signal.SIGUSR1, check)\n\
+         pause = signal.pause\n\
+         def forever():\n\
+         \x20   while True: pause()\n\
+         signal.pause = forever",
+    );
+    target.survives();
+}
+
 #[test]
 fn an_occupied_port_is_named_and_nothing_is_left() {
     let target = python(

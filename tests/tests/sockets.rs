@@ -184,6 +184,37 @@ fn connections_not_accepted_are_left_out_if_wanted() {
     target.passes("the restored one");
 }
 
+/// The same where the listener is outside: what it has not accepted is sent to the one that is connected to later.
+#[test]
+fn data_for_a_listener_outside_is_kept_if_wanted() {
+    use std::{
+        io::Read,
+        os::{linux::net::SocketAddrExt, unix::net::SocketAddr},
+    };
+    let name = format!("ckpt-tests-outside-{}", std::process::id());
+    let address = SocketAddr::from_abstract_name(&name).expect("a name");
+    let listener = UnixListener::bind_addr(&address).expect("bind");
+    let code = format!("c = socket.socket(socket.AF_UNIX)\nc.connect('\\0{name}')\nc.send(b'early')");
+    let target = crate::inet::python("to_outside", &code);
+    let before = target.at_rest();
+    let refused = target.dumping("img", &[], &["--external", "all"]).run();
+    let _ = refused.fails("ckpt-sk", 3, &["listener outside that has not accepted", "--queued=keep"]);
+    target.unchanged(&before);
+    let _ = target.dumping("img", &[], &["--external", "all", "--queued=keep"]).run().ok("dump");
+    target.unchanged(&before);
+    let (mut first, _) = listener.accept().expect("accept the original");
+    let mut bytes = [0; 5];
+    first.read_exact(&mut bytes).expect("what the original sent");
+    assert_eq!(&bytes, b"early");
+    target.end();
+    target.restore_ok("img");
+    let (mut second, _) = listener.accept().expect("accept the restored one");
+    second.set_read_timeout(Some(Duration::from_secs(20))).expect("set a timeout");
+    second.read_exact(&mut bytes).expect("what was not read");
+    assert_eq!(&bytes, b"early");
+    target.end();
+}
+
 #[test]
 fn descriptors_in_a_backlog_are_refused() {
     let code =
