@@ -76,7 +76,8 @@ fn socket(id: u32, ino: u32, peer: u32, external: Option<ExternalSocket>) -> Fil
 
 fn inherit(peer_name: Option<&[u8]>) -> Option<ExternalSocket> {
     let peer_name = peer_name.map(<[u8]>::to_vec);
-    Some(ExternalSocket { policy: PolicyKind::Inherit.into(), peer_name, ..Default::default() })
+    let peer_pid = peer_name.is_some().then_some(77);
+    Some(ExternalSocket { policy: PolicyKind::Inherit.into(), peer_name, peer_pid, ..Default::default() })
 }
 
 /// A field numbered 10100, unknown to this release.
@@ -92,7 +93,9 @@ fn external() -> File {
         writer.entry(Image::SkQueues, 0, &packet.encode_to_vec()).unwrap();
         writer.data(Image::SkQueues, 0, bytes).unwrap();
     }
-    let mut entry = socket(3, 48213, 48214, inherit(Some(b"/run/b.sock"))).encode_to_vec();
+    let mut named = socket(3, 48213, 48214, inherit(Some(b"/run/b.sock")));
+    named.usk.as_mut().unwrap().name = b"/run/a.sock\0".to_vec();
+    let mut entry = named.encode_to_vec();
     entry.extend(FUTURE);
     writer.entry(Image::Files, 0, &entry).unwrap();
     writer.entry(Image::Files, 0, &socket(4, 48215, 48216, inherit(None)).encode_to_vec()).unwrap();
@@ -129,6 +132,9 @@ fn each_rule_sets_its_policy() {
         ("--accept 48213=/run/a", PolicyKind::Accept, Some(b"/run/a")),
         ("--connect peer=/run/b.sock=/run/c", PolicyKind::Connect, Some(b"/run/c")),
         ("--connect fd=101/7=/run/c", PolicyKind::Connect, Some(b"/run/c")),
+        ("--connect path=/run/a.sock=/run/c", PolicyKind::Connect, Some(b"/run/c")),
+        ("--connect peer=48214=/run/c", PolicyKind::Connect, Some(b"/run/c")),
+        ("--connect peer-pid=77=/run/c", PolicyKind::Connect, Some(b"/run/c")),
         ("--drop-queues 48215 --connect kind=unix=/run/c", PolicyKind::Connect, Some(b"/run/c")),
         ("--inherit 48213", PolicyKind::Inherit, None),
         ("--close 48213", PolicyKind::Close, None),
@@ -225,7 +231,7 @@ fn what_is_no_connection_is_not_made_again() {
         let error = rewritten(line, &tcp()).unwrap_err().to_string();
         assert!(error.contains(why), "{line}: {error}");
     }
-    let error = rewritten("--drop-queues 48213 --accept 48213", &external()).unwrap_err().to_string();
+    let error = rewritten("--drop-queues 48215 --accept 48215", &external()).unwrap_err().to_string();
     assert!(error.contains("no address of its own"), "{error}");
 }
 
