@@ -115,6 +115,18 @@ pub enum Frame {
     },
     /// From here on only DATA of PAGES.
     Bulk,
+    /// Pages that lie in the writer's file already: contents of `pages-ARG.img` that are not in the stream. Only readers
+    /// that have called [`Reader::takes_placed`] get it.
+    Placed {
+        /// The number in the file name.
+        arg: u64,
+        /// Where in the file, bytes.
+        at: u64,
+        /// How many bytes.
+        len: u64,
+        /// As of [`Frame::Data`].
+        facts: Facts,
+    },
 }
 
 /// Bytes of a page, as far as pages of zeros are told.
@@ -184,6 +196,7 @@ pub struct Reader<R> {
     hash: Xxh3Default,
     ended: bool,
     ignore_sums: bool,
+    takes_placed: bool,
 }
 
 /// Whether contents of this kind move without being looked at.
@@ -217,6 +230,7 @@ impl<R: Read> Reader<R> {
             hash: Xxh3Default::new(),
             ended: false,
             ignore_sums: false,
+            takes_placed: false,
         };
         let mut magic = [0; 8];
         reader.exact(&mut magic, "at its start")?;
@@ -238,6 +252,11 @@ impl<R: Read> Reader<R> {
     /// From here on records of pages are given without their checksums.
     pub fn ignore_sums(&mut self) {
         self.ignore_sums = true;
+    }
+
+    /// From here on pages that are not in the stream are no error: the caller has a hand in where they are.
+    pub fn takes_placed(&mut self) {
+        self.takes_placed = true;
     }
 
     /// Where in the stream the reader is, bytes from its start.
@@ -295,7 +314,9 @@ impl<R: Read> Reader<R> {
         if (frames == 0) != (kind == FrameKind::Hello) && kind != FrameKind::Abort {
             return Err(self.malformed("HELLO must be the first record, once"));
         }
-        if self.bulk && !matches!(kind, FrameKind::Data | FrameKind::Abort | FrameKind::End) {
+        if self.bulk
+            && !matches!(kind, FrameKind::Data | FrameKind::Placed | FrameKind::Abort | FrameKind::End)
+        {
             return Err(self.malformed("a record other than DATA after BULK"));
         }
         let (image, arg) = (header.image.unwrap_or_default(), header.arg.unwrap_or(0));
@@ -323,15 +344,18 @@ impl<R: Read> Reader<R> {
                 }
                 self.pending = len;
                 self.hashed = !is_bulk(&image);
-                let zeros = header.zeros;
-                let (pairs, odd) = zeros.as_chunks::<2>();
-                let pages = len / ZERO_PAGE;
-                let ends = pairs.iter().map(|&[first, count]| u64::from(first) + u64::from(count));
-                if !odd.is_empty() || ends.max().is_some_and(|end| end > pages) {
-                    return Err(self.malformed("zero pages that are not in the record"));
-                }
-                let sum = header.payload_xxh3.filter(|_| !self.ignore_sums);
+                let Facts { sum, zeros } = self.facts(header.payload_xxh3, header.zeros, len)?;
                 Ok(Some(Frame::Data { image, arg, len, sum, zeros }))
+            }
+            FrameKind::Placed => {
+                if !self.takes_placed {
+                    return Err(self.malformed("pages that lie in the directory of another pipeline"));
+                }
+                let (Some(at), Some(len)) = (header.placed_at, header.placed_len) else {
+                    return Err(self.malformed("pages that lie nowhere"));
+                };
+                let facts = self.facts(header.payload_xxh3, header.zeros, len)?;
+                Ok(Some(Frame::Placed { arg, at, len, facts }))
             }
             FrameKind::Bulk => {
                 self.bulk = true;
@@ -354,6 +378,16 @@ impl<R: Read> Reader<R> {
                 Ok(None)
             }
         }
+    }
+
+    /// What a header says of `len` bytes of pages.
+    fn facts(&self, sum: Option<u64>, zeros: Vec<u32>, len: u64) -> Result<Facts, StreamError> {
+        let (pairs, odd) = zeros.as_chunks::<2>();
+        let ends = pairs.iter().map(|&[first, count]| u64::from(first) + u64::from(count));
+        if !odd.is_empty() || ends.max().is_some_and(|end| end > len / ZERO_PAGE) {
+            return Err(self.malformed("zero pages that are not in the record"));
+        }
+        Ok(Facts { sum: sum.filter(|_| !self.ignore_sums), zeros })
     }
 
     /// The rest of the current payload, in memory. Only for payloads that are small by nature: more
@@ -552,8 +586,7 @@ impl<W: Write> Writer<W> {
     /// The output's.
     pub fn bulk_named(&mut self, image: &str, arg: u64, len: u64, facts: Facts) -> io::Result<()> {
         if image == Image::Pages.name() {
-            self.counts.page_bytes += len;
-            self.counts.zero_pages += zero_ranges(&facts.zeros).map(|(_, len)| len / ZERO_PAGE).sum::<u64>();
+            self.count_pages(len, &facts);
         }
         let header = Header {
             kind: FrameKind::Data.into(),
@@ -565,6 +598,29 @@ impl<W: Write> Writer<W> {
             ..Header::default()
         };
         self.header(header, &[])
+    }
+
+    /// Says that `len` bytes of pages have been written at `at` of the writer's `pages-ARG.img`.
+    ///
+    /// # Errors
+    /// The output's.
+    pub fn placed(&mut self, arg: u64, at: u64, len: u64, facts: Facts) -> io::Result<()> {
+        self.count_pages(len, &facts);
+        let header = Header {
+            kind: FrameKind::Placed.into(),
+            arg: Some(arg),
+            placed_at: Some(at),
+            placed_len: Some(len),
+            payload_xxh3: facts.sum,
+            zeros: facts.zeros,
+            ..Header::default()
+        };
+        self.header(header, &[])
+    }
+
+    fn count_pages(&mut self, len: u64, facts: &Facts) {
+        self.counts.page_bytes += len;
+        self.counts.zero_pages += zero_ranges(&facts.zeros).map(|(_, len)| len / ZERO_PAGE).sum::<u64>();
     }
 
     /// Announces `len` bytes of contents of another kind, to be given to [`Self::data_bytes`].
@@ -670,5 +726,8 @@ pub fn forward<R: Read, W: Write>(
             reader.copy_payload(&mut Hashed(writer)).map(drop)
         }
         Frame::Bulk => writer.bulk().map_err(failed(offset)),
+        Frame::Placed { arg, at, len, facts } => {
+            writer.placed(*arg, *at, *len, facts.clone()).map_err(failed(offset))
+        }
     }
 }

@@ -261,3 +261,19 @@ proptest! {
         prop_assert_eq!(writer.end().unwrap(), bytes);
     }
 }
+
+#[test]
+fn pages_in_another_directory_are_an_error_for_who_has_none() {
+    let mut writer = stream::Writer::open(Vec::new(), hello()).unwrap();
+    writer.bulk().unwrap();
+    let facts = stream::Facts { sum: Some(5), zeros: vec![1, 1] };
+    writer.placed(3, 4096, 8192, facts.clone()).unwrap();
+    assert_eq!((writer.counts().page_bytes, writer.counts().zero_pages), (8192, 1));
+    let bytes = writer.end().unwrap();
+    assert!(matches!(read_stream(&bytes), Err(stream::StreamError::Malformed { .. })));
+    let (mut reader, _) = stream::Reader::open(&bytes[..]).unwrap();
+    reader.takes_placed();
+    assert_eq!(reader.next_frame().unwrap(), Some(Frame::Bulk));
+    assert_eq!(reader.next_frame().unwrap(), Some(Frame::Placed { arg: 3, at: 4096, len: 8192, facts }));
+    assert_eq!(reader.next_frame().unwrap(), None);
+}

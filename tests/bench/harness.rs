@@ -67,8 +67,9 @@ pub fn forget(gap: &Path) {
 /// Peak memory (VmHWM, KiB) of tools by name.
 pub type Peaks = BTreeMap<String, u64>;
 
-/// A pipeline of tools, the first word of each stage being the tool's name; the output of the last is dropped.
-pub fn pipeline(stages: &[&[&str]], peaks: &mut Peaks) {
+/// A pipeline of tools, the first word of each stage being the tool's name; the output of the last is dropped. With
+/// `peaks` it is watched ([`watch`]).
+pub fn pipeline(stages: &[&[&str]], peaks: Option<&mut Peaks>) {
     let mut running: Vec<(String, Child)> = Vec::new();
     for (index, stage) in stages.iter().enumerate() {
         let (name, args) = stage.split_first().expect("a stage has a name");
@@ -81,10 +82,27 @@ pub fn pipeline(stages: &[&[&str]], peaks: &mut Peaks) {
         let child = Command::new(tool(name)).args(args).stdin(input).stdout(output).spawn();
         running.push(((*name).to_owned(), child.unwrap_or_else(|e| panic!("start {name}: {e}"))));
     }
-    watch(running, peaks);
+    finish(running, peaks);
 }
 
-/// Waits for the stages of a pipeline, watching each one's peak memory.
+/// Waits for the stages of a pipeline, and watches them if there are `peaks` to note.
+pub fn finish(stages: Vec<(String, Child)>, peaks: Option<&mut Peaks>) {
+    match peaks {
+        Some(peaks) => watch(stages, peaks),
+        None => wait(stages),
+    }
+}
+
+/// Waits for the stages of a pipeline.
+pub fn wait(stages: Vec<(String, Child)>) {
+    for (name, mut child) in stages {
+        let status = child.wait().expect("wait for a stage");
+        assert!(status.success(), "{name}: {status}");
+    }
+}
+
+/// Waits for the stages of a pipeline, watching each one's peak memory. To look takes a tenth of a processor, so this is
+/// not for rounds that are timed.
 pub fn watch(mut stages: Vec<(String, Child)>, peaks: &mut Peaks) {
     let mut left = stages.len();
     let mut ended = vec![false; left];

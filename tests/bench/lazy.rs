@@ -25,7 +25,7 @@ pub fn run(mib: u64) {
     let images = dir.join("img");
     let (pid, out) = (target.pid.to_string(), images.to_str().expect("a path").to_owned());
     let mut peaks = Peaks::new();
-    harness::pipeline(&[&["ckpt-scan", "-t", &pid], &["ckpt-sk"], &["ckpt-write", &out]], &mut peaks);
+    harness::pipeline(&[&["ckpt-scan", "-t", &pid], &["ckpt-sk"], &["ckpt-write", &out]], Some(&mut peaks));
     let (mut fulls, mut lazies, mut completes) = (vec![], vec![], vec![]);
     let mut peaks = Peaks::new();
     for round in 0..=ROUNDS {

@@ -28,7 +28,7 @@ pub fn run(mib: u64) {
         let target = Target::start_with("memory_hog", &["-", &mib.to_string(), gap, "20"]);
         let pid = target.pid.to_string();
         let write = ["ckpt-write", images_arg];
-        harness::pipeline(&[&["ckpt-scan", "-t", &pid], &["ckpt-sk"], &write], &mut Peaks::new());
+        harness::pipeline(&[&["ckpt-scan", "-t", &pid], &["ckpt-sk"], &write], None);
         target.end();
     }
     let pages: PathBuf = fs::read_dir(&images)
@@ -48,12 +48,12 @@ pub fn run(mib: u64) {
         cat(&pages, true);
         let through = start.elapsed().as_secs_f64();
         let start = Instant::now();
-        harness::pipeline(&[&["ckpt-read", images_arg], &["sk-rewrite"]], &mut peaks);
+        harness::pipeline(&[&["ckpt-read", images_arg], &["sk-rewrite"]], Some(&mut peaks));
         let pass = start.elapsed().as_secs_f64();
         let start = Instant::now();
         let edit =
             ["sk-rewrite", "--drop-queues", "kind=unix-stream", "--set-opt", "kind=unix:SO_KEEPALIVE=on"];
-        harness::pipeline(&[&["ckpt-read", images_arg], &edit], &mut peaks);
+        harness::pipeline(&[&["ckpt-read", images_arg], &edit], Some(&mut peaks));
         let edited = start.elapsed().as_secs_f64();
         if round > 0 {
             reads.push(read);

@@ -12,7 +12,7 @@ use ckpt_tests::{Target, bin_dir};
 use plotters::prelude::*;
 
 use crate::{
-    harness::{self, Peaks, Tmpfs},
+    harness::{self, Tmpfs},
     pages::{Trip, round_trip},
 };
 
@@ -56,7 +56,7 @@ pub fn run(mib: u64) {
 
 fn measure(dir: &Tmpfs, size: u64, workload: &str, args: &[&str]) -> Point {
     let target = Target::start_with(workload, args);
-    let trips: Vec<Trip> = (0..ROUNDS).map(|_| round_trip(&target, dir, &mut Peaks::new(), || ())).collect();
+    let trips: Vec<Trip> = (0..ROUNDS).map(|_| round_trip(&target, dir, None, || ())).collect();
     let least = |time: fn(&Trip) -> f64| trips.iter().map(time).fold(f64::MAX, f64::min);
     let point = Point {
         size: f64::from(u32::try_from(size).expect("a small number")),

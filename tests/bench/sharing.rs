@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use ckpt_tests::{Target, process, tool};
 
-use crate::harness::{self, Peaks, Tmpfs, verdict};
+use crate::harness::{self, Tmpfs, verdict};
 
 const WORKERS: u64 = 50;
 const TARGET: f64 = 1.1;
@@ -25,7 +25,7 @@ pub fn run(mib: u64) {
     let start = Instant::now();
     let stages: [&[&str]; 3] =
         [&["ckpt-scan", "--share", "-t", &pid], &["ckpt-sk"], &["ckpt-write", images_arg]];
-    harness::pipeline(&stages, &mut Peaks::new());
+    harness::pipeline(&stages, None);
     let dump = start.elapsed().as_secs_f64();
     let dumped = process::pss(target.pid);
     target.end();
@@ -36,7 +36,7 @@ pub fn run(mib: u64) {
         .arg(&images)
         .spawn()
         .expect("start ckpt-restore");
-    harness::watch(vec![("ckpt-restore".to_owned(), restore)], &mut Peaks::new());
+    harness::wait(vec![("ckpt-restore".to_owned(), restore)]);
     let restore = start.elapsed().as_secs_f64();
     let after = process::pss(target.pid);
     target.passes("the restored one");

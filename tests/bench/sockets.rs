@@ -13,7 +13,7 @@ use std::{
 
 use ckpt_tests::{Target, process, tool};
 
-use crate::harness::{self, Peaks, Tmpfs};
+use crate::harness::{self, Tmpfs};
 
 const ROUNDS: usize = 3;
 
@@ -56,12 +56,12 @@ fn measure(dir: &Tmpfs, pairs: u64) -> [f64; 3] {
     let mut times = [vec![], vec![], vec![]];
     for _ in 0..ROUNDS {
         let start = Instant::now();
-        harness::pipeline(&[&["ckpt-sk", "--list", "-t", &pid]], &mut Peaks::new());
+        harness::pipeline(&[&["ckpt-sk", "--list", "-t", &pid]], None);
         times[0].push(start.elapsed().as_secs_f64());
 
         let start = Instant::now();
         let stages: [&[&str]; 3] = [&["ckpt-scan", "-t", &pid], &["ckpt-sk"], &["ckpt-write", images_arg]];
-        harness::pipeline(&stages, &mut Peaks::new());
+        harness::pipeline(&stages, None);
         times[1].push(start.elapsed().as_secs_f64());
 
         target.end();

@@ -4,7 +4,7 @@
 use ckpt_tests::Target;
 
 use crate::{
-    harness::{self, Peaks, Tmpfs},
+    harness::{self, Tmpfs},
     pages::round_trip,
 };
 
@@ -17,7 +17,7 @@ pub fn run(rounds: u64) {
         let dense = Target::start_with("memory_hog", &["-", "10"]);
         let sparse = Target::start("memory_sparse");
         for (index, target) in [dense, sparse].iter().enumerate() {
-            let trip = round_trip(target, &dir, &mut Peaks::new(), || ());
+            let trip = round_trip(target, &dir, None, || ());
             bytes[index] = trip.bytes;
             if round > 0 {
                 figures[index].push([trip.dump.as_secs_f64(), trip.restore.as_secs_f64()]);

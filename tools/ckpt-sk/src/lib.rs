@@ -2,7 +2,7 @@
 //!
 //! ckpt-scan puts a stub into the stream for each socket; this stage replaces the stubs by full
 //! entries and adds what is queued, looking at the frozen tree itself while it has a hold on it.
-//! Everything else passes unchanged and at once; only the stubs are kept until all are known, because a
+//! Everything else passes unchanged; only the stubs are kept until all are known, because a
 //! socket's peer may be one of them. Their place is before BULK, or the end.
 //!
 //! Which connections may lead outside is the user's to say, here and nowhere else. What
@@ -14,6 +14,7 @@ use std::{
     collections::HashMap,
     ffi::OsString,
     fs::File,
+    io::Write,
     os::{fd::AsFd, unix::ffi::OsStrExt},
 };
 
@@ -32,7 +33,7 @@ use ckpt_proto::{
     stream::{Frame, Reader, Writer},
     types::{FileEntry, InventoryEntry, TaskKobjIdsEntry},
 };
-use ckpt_sys::Pid;
+use ckpt_sys::{Pid, transfer::Output};
 use clap::{
     CommandFactory, Parser, ValueEnum,
     builder::{OsStringValueParser, TypedValueParser},
@@ -150,6 +151,7 @@ pub fn run(args: &Args, input: File, output: File) -> anyhow::Result<()> {
     let (mut reader, mut hello) = Reader::open(input)?;
     if let (Some(control), Some((from, to))) = (&hello.control, pipes) {
         ckpt_hold::passes(control, from, to);
+        reader.takes_placed();
     }
     let wanted = hello.lacks.iter().any(|l| l == LACKS);
     let hold = match &hello.control {
@@ -162,7 +164,9 @@ pub fn run(args: &Args, input: File, output: File) -> anyhow::Result<()> {
     };
     hello.lacks.retain(|l| l != LACKS);
     let mut stage = Stage { args, hold, stubs: Vec::new(), net_ns: HashMap::new(), kill: false, done: false };
-    let mut writer = Writer::open(output, hello).context("write the stream")?;
+    // Entries are small and may be many; who waits for some gets them with the record that says so.
+    let mut writer = Writer::open(Output::new(output), hello).context("write the stream")?;
+    writer.output().flush().context("write the stream")?;
     match stage.copy(&mut reader, &mut writer) {
         Ok(()) => writer.end().context("write the stream").map(drop),
         Err(error) => {
@@ -194,7 +198,7 @@ struct Stage<'a> {
 }
 
 impl Stage<'_> {
-    fn copy(&mut self, reader: &mut Reader<File>, writer: &mut Writer<File>) -> anyhow::Result<()> {
+    fn copy(&mut self, reader: &mut Reader<File>, writer: &mut Writer<Output>) -> anyhow::Result<()> {
         while let Some(frame) = reader.next_frame()? {
             match &frame {
                 Frame::Entry { image, arg, .. } if image == Image::Files.name() => {
@@ -219,6 +223,7 @@ impl Stage<'_> {
                 Frame::Bulk => {
                     self.complete(writer)?;
                     stage::forward(reader, &frame, writer)?;
+                    writer.output().flush().context("write the stream")?;
                 }
                 Frame::Entry { image, .. } if is_pagemap(image) => {
                     self.complete(writer)?;
@@ -238,7 +243,7 @@ impl Stage<'_> {
         }
     }
 
-    fn complete(&mut self, writer: &mut Writer<File>) -> anyhow::Result<()> {
+    fn complete(&mut self, writer: &mut Writer<Output>) -> anyhow::Result<()> {
         if std::mem::replace(&mut self.done, true) {
             return Ok(());
         }

@@ -101,10 +101,8 @@ pub fn store(
     }
     let mut hold = take_hold(&hello);
     // What is compressed goes through a pipe of our own.
-    if let (Some(hold), Some(pipe), None) = (&mut hold, pipe, args.compress) {
-        hold.takes(pipe);
-    }
-    match write(args, &mut reader, &hello, hold.as_mut(), begun) {
+    let pipe = pipe.filter(|_| args.compress.is_none());
+    match write(args, &mut reader, &hello, hold.as_mut().map(|hold| (hold, pipe)), begun) {
         Ok(()) => {
             if let Some(Err(error)) = hold.map(Hold::commit) {
                 let error = ckpt_cli::describe(&error.into());
@@ -139,20 +137,26 @@ fn take_hold(hello: &Hello) -> Option<Hold> {
 }
 
 /// `hold`: on the tree, if it is still held. Then the stream comes through pipes from a process on this machine that has just
-/// computed the checksums.
+/// computed the checksums. With it, the pipe that is read.
 fn write(
     args: &Args,
     reader: &mut Reader<File>,
     hello: &Hello,
-    mut hold: Option<&mut Hold>,
+    hold: Option<(&mut Hold, Option<PipeId>)>,
     begun: impl FnOnce(Cleanup) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
     complete(hello)?;
     let mut dir = DirWriter::create(&args.dir)?;
     begun(dir.cleanup())?;
-    if hold.is_some() {
+    let mut hold = hold.map(|(hold, pipe)| {
         dir.trust_checksums();
-    }
+        if let (Some(pipe), Ok(directory)) = (pipe, dir.share_directory())
+            && hold.takes(pipe, directory.as_fd())
+        {
+            reader.takes_placed();
+        }
+        hold
+    });
     let mut audit = Audit::default();
     let mut progress = ckpt_cli::Progress::new("writing", None);
     let mut zero = 0;
@@ -174,6 +178,12 @@ fn write(
                     audit.pre_dump = InventoryEntry::decode(&message[..])?.ckpt_pre_dump();
                 }
                 audit.entry(image, arg, &message)?;
+            }
+            Frame::Placed { arg, at, len, facts } => {
+                zero += zero_ranges(&facts.zeros).map(|(_, len)| len / 4096).sum::<u64>();
+                dir.pages_placed(arg, at, len, &facts)?;
+                taken += len;
+                progress.inc(len);
             }
             Frame::Data { image, arg, len, sum, zeros } => {
                 let image = known(&image)?;

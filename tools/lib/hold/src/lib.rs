@@ -20,13 +20,15 @@
 //! PASSES in out   ->          the stage hands on what it reads from pipe `in` into pipe `out`, and keeps none of it
 //!                 <-   OK
 //! TAKES in        ->          (ckpt-write) the stage reads pipe `in` and says how far it has come:
-//!                 <-   OK
+//!   + a directory <-   OK     into which pages may be written instead
 //! TOOK bytes      ->          of pages so far, which are in no pipe any more (no answer)
 //! ```
 //!
 //! The last three let ckpt-scan use the memory again that it has lent to a pipe ([`Taken`]): a pipe itself does
 //! not tell when its reader is done. They count only if they join up from ckpt-scan's output to the writer, by the
-//! device and inode numbers of the pipes (fstat(2)): then no program that we don't know can have kept a page.
+//! device and inode numbers of the pipes (fstat(2)): then no program that we don't know can have kept a page, and none
+//! needs to see them. So ckpt-scan may write pages into the files that the writer is about to make, in the directory whose
+//! descriptor came with TAKES, and only tell of them in the stream.
 //!
 //! ckpt-mem can ask for what only the tracer of a tree can do or knows, if that answers at all (`ckpt-scan --no-mem`);
 //! the answer is `OK ...` or `NO reason`:
@@ -68,7 +70,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use ckpt_sys::gift::Lending;
+use ckpt_sys::{gift::Lending, sock::receive_with_rights};
 use nix::{
     errno::Errno,
     poll::{PollFd, PollFlags, PollTimeout, poll},
@@ -265,6 +267,8 @@ struct State {
     takes: Option<PipeId>,
     /// Bytes of pages that it has read.
     taken: u64,
+    /// The directory that it fills.
+    directory: Option<OwnedFd>,
 }
 
 impl State {
@@ -315,6 +319,12 @@ impl Lending for Taken {
             state = self.shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
         Ok(())
+    }
+
+    fn directory(&self) -> Option<OwnedFd> {
+        let state = self.shared.lock();
+        let known = state.leads_to_writer(self.output);
+        state.directory.as_ref().filter(|_| known)?.try_clone().ok()
     }
 }
 
@@ -533,6 +543,8 @@ struct Peer {
     id: u64,
     socket: UnixStream,
     buffer: Vec<u8>,
+    /// What came with the last bytes.
+    fd: Option<OwnedFd>,
     stage: Option<String>,
     /// Has said its last word.
     over: bool,
@@ -581,6 +593,7 @@ impl Server {
                         id: self.next,
                         socket,
                         buffer: Vec::new(),
+                        fd: None,
                         stage: None,
                         over: false,
                     });
@@ -602,12 +615,15 @@ impl Peer {
     fn serve(&mut self, shared: &Shared) -> bool {
         let mut chunk = [0; 512];
         loop {
-            match self.socket.read(&mut chunk) {
-                Ok(0) => return self.broken(shared, "it ended without a word"),
-                Ok(n) => self.buffer.extend_from_slice(&chunk[..n]),
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return true,
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
-                Err(e) => return self.broken(shared, &format!("its connection broke: {e}")),
+            match receive_with_rights(self.socket.as_fd(), &mut chunk) {
+                Ok((0, _)) => return self.broken(shared, "it ended without a word"),
+                Ok((n, mut fds)) => {
+                    self.buffer.extend_from_slice(&chunk[..n]);
+                    self.fd = fds.pop().or(self.fd.take());
+                }
+                Err(e) if e.errno == Errno::EAGAIN => return true,
+                Err(e) if e.errno == Errno::EINTR => continue,
+                Err(e) => return self.broken(shared, &format!("its connection broke: {}", e.errno)),
             }
             while let Some(end) = self.buffer.iter().position(|&b| b == b'\n') {
                 let line: Vec<u8> = self.buffer.drain(..=end).collect();
@@ -688,7 +704,8 @@ impl Peer {
             }
             ("TAKES", false, Some(_)) => {
                 let pipe = rest.parse().ok()?;
-                shared.change(|state| state.takes = Some(pipe));
+                let directory = self.fd.take();
+                shared.change(|state| (state.takes, state.directory) = (Some(pipe), directory));
             }
             ("TOOK", false, Some(_)) => {
                 let bytes = rest.parse().ok()?;
@@ -759,6 +776,11 @@ impl Hold {
     fn say(&mut self, what: &'static str, line: &str) -> Result<(), HoldError> {
         let failed = |source| HoldError::Broken { what, source };
         self.socket.write_all(format!("{line}\n").as_bytes()).map_err(failed)?;
+        self.heard(what)
+    }
+
+    fn heard(&mut self, what: &'static str) -> Result<(), HoldError> {
+        let failed = |source| HoldError::Broken { what, source };
         let mut answer = [0; 3];
         self.socket.read_exact(&mut answer).map_err(failed)?;
         if &answer != b"OK\n" {
@@ -777,7 +799,7 @@ impl Hold {
         let (mut answer, mut fd) = (Vec::new(), None);
         while !answer.ends_with(b"\n") {
             let mut buffer = [0; MAX_LINE];
-            let (n, mut fds) = ckpt_sys::sock::receive_with_rights(self.socket.as_fd(), &mut buffer)
+            let (n, mut fds) = receive_with_rights(self.socket.as_fd(), &mut buffer)
                 .map_err(|error| failed(error.errno.into()))?;
             if n == 0 || answer.len() > MAX_LINE {
                 return Err(failed(io::ErrorKind::UnexpectedEof.into()));
@@ -823,9 +845,21 @@ impl Hold {
     }
 
     /// Says that the stage reads the pages of the stream from the pipe `input` and will tell by [`Self::took`] how far
-    /// it has come. If that can't be said nobody waits for it.
-    pub fn takes(&mut self, input: PipeId) {
-        let _ = self.say("say which pipe is read", &format!("TAKES {input}"));
+    /// it has come. If that can't be said nobody waits for it. A holder that is the same user may write pages into
+    /// `directory` instead of sending them; whether that was said.
+    pub fn takes(&mut self, input: PipeId, directory: BorrowedFd<'_>) -> bool {
+        let what = "say which pipe is read";
+        let line = format!("TAKES {input}\n");
+        let friend =
+            getsockopt(&self.socket, PeerCredentials).is_ok_and(|peer| peer.uid() == geteuid().as_raw());
+        let fds = [directory.as_raw_fd()];
+        let rights = [ControlMessage::ScmRights(&fds)];
+        let control = if friend { &rights[..] } else { &rights[..0] };
+        let bytes = [io::IoSlice::new(line.as_bytes())];
+        sendmsg::<()>(self.socket.as_raw_fd(), &bytes, control, MsgFlags::MSG_NOSIGNAL, None)
+            .is_ok_and(|n| n == line.len())
+            && self.heard(what).is_ok()
+            && friend
     }
 
     /// `bytes` of pages, all told, have left the pipe and are referred to by nothing any more.
@@ -1044,12 +1078,16 @@ mod tests {
         let (second_in, second_out) = nix::unistd::pipe().unwrap();
         let output = PipeId::of(first_out.as_fd()).unwrap();
         let mut writer = Hold::take(holder.address(), "write").unwrap();
-        writer.takes(PipeId::of(second_in.as_fd()).unwrap());
+        let directory = std::fs::File::open("/dev").unwrap();
+        assert!(writer.takes(PipeId::of(second_in.as_fd()).unwrap(), directory.as_fd()));
         let taken = holder.taken_from(output);
         assert!(!taken.known(), "who reads the first pipe has not been said");
+        assert!(taken.directory().is_none(), "and whether it needs to see the pages");
         let ends = [first_in.as_fd(), second_out.as_fd()].map(|fd| PipeId::of(fd).unwrap());
         passes(holder.address(), ends[0], ends[1]);
         assert!(taken.known());
+        let inode = |fd: BorrowedFd<'_>| fstat(fd).unwrap().st_ino;
+        assert_eq!(inode(taken.directory().unwrap().as_fd()), inode(directory.as_fd()));
         writer.took(10);
         taken.wait(10).unwrap();
         thread::scope(|scope| {

@@ -344,7 +344,8 @@ impl ImageSet {
             let frame = reader.next_frame()?;
             let (name, arg) = match &frame {
                 Some(Frame::Entry { image, arg, .. } | Frame::Data { image, arg, .. }) => (image, *arg),
-                Some(Frame::Hello(_)) => continue,
+                // Pages that are elsewhere are an error already.
+                Some(Frame::Hello(_) | Frame::Placed { .. }) => continue,
                 Some(Frame::Bulk) => {
                     set.bulk = Some(reader);
                     break;

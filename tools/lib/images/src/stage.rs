@@ -3,7 +3,7 @@
 use std::{
     collections::{BTreeMap, btree_map::Entry},
     fs::File,
-    io,
+    io::{self, Write},
     os::fd::AsFd,
 };
 
@@ -31,10 +31,10 @@ use crate::{
 /// # Errors
 /// The input's, or the output's: nobody reading the output (EPIPE) is one, since a stream that nobody
 /// reads to its end is no checkpoint.
-pub fn forward(
+pub fn forward<W: Write + AsFd>(
     reader: &mut Reader<File>,
     frame: &Frame,
-    writer: &mut Writer<File>,
+    writer: &mut Writer<W>,
 ) -> Result<(), ImageError> {
     match frame {
         Frame::Data { image, arg, len, sum, zeros } if reader.bulk_input().is_some() => {
@@ -53,9 +53,14 @@ pub fn forward(
 ///
 /// # Errors
 /// As [`forward`].
-pub fn forward_pages(reader: &mut Reader<File>, writer: &mut Writer<File>) -> Result<(), ImageError> {
+pub fn forward_pages<W: Write + AsFd>(
+    reader: &mut Reader<File>,
+    writer: &mut Writer<W>,
+) -> Result<(), ImageError> {
     let len = reader.pending();
+    let offset = reader.offset();
     let Some(input) = reader.bulk_input() else { return Ok(()) };
+    writer.output().flush().map_err(|source| StreamError::Io { offset, source })?;
     let moved = transfer(input.as_fd(), writer.output().as_fd(), len)
         .map_err(|source| ImageError::Transfer { file: "stream".to_owned(), source })?;
     reader.moved(moved);

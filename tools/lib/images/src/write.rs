@@ -16,7 +16,7 @@ use std::{
     fs::{self, DirBuilder, File, OpenOptions},
     io::{self, BufWriter, Read, Seek, SeekFrom, Write},
     os::{
-        fd::{AsFd, BorrowedFd},
+        fd::{AsFd, BorrowedFd, OwnedFd},
         unix::{
             ffi::OsStrExt,
             fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, symlink},
@@ -68,6 +68,8 @@ pub struct DirWriter {
     /// Checksums of pages, from the first pages on.
     summer: Option<Summer>,
     trust: bool,
+    /// Somebody else writes pages too, and may have made their file.
+    shared: bool,
     /// Whether `target` is there and gives way.
     over: bool,
     /// Files of another directory that are part of this one too.
@@ -138,6 +140,7 @@ impl DirWriter {
             open: VecDeque::new(),
             summer: None,
             trust: false,
+            shared: false,
             over,
             adopted: BTreeMap::new(),
         })
@@ -154,6 +157,16 @@ impl DirWriter {
     /// a stream that can't have been damaged, because it comes straight from the process that made it.
     pub fn trust_checksums(&mut self) {
         self.trust = true;
+    }
+
+    /// The staging directory, for somebody who writes pages into it and tells by [`Self::pages_placed`].
+    ///
+    /// # Errors
+    /// It can't be opened.
+    pub fn share_directory(&mut self) -> Result<OwnedFd, ImageError> {
+        let directory = File::open(&self.staging).map_err(ImageError::io(&self.staging, "open"))?;
+        self.shared = true;
+        Ok(directory.into())
     }
 
     /// What removes the staging directory when the process is told to end.
@@ -176,8 +189,12 @@ impl DirWriter {
             }
             let mut options = OpenOptions::new();
             options.write(true).mode(0o600).custom_flags(nix::libc::O_NOFOLLOW);
-            let mut file = options.create_new(!known).open(&path).map_err(ImageError::io(&path, "open"))?;
-            file.seek(SeekFrom::End(0)).map_err(ImageError::io(&path, "lseek"))?;
+            let may_be = self.shared && image == Image::Pages;
+            options.create(!known).create_new(!known && !may_be);
+            let mut file = options.open(&path).map_err(ImageError::io(&path, "open"))?;
+            // Not at its end, behind which there may be pages of which we will yet be told.
+            let size = self.outputs.get(&key).map_or(0, |output| output.size);
+            file.seek(SeekFrom::Start(size)).map_err(ImageError::io(&path, "lseek"))?;
             let output = self.outputs.entry(key).or_insert_with(|| Output {
                 order: Order::new(),
                 hash: Xxh3Default::new(),
@@ -262,23 +279,55 @@ impl DirWriter {
         facts: &Facts,
     ) -> Result<u64, ImageError> {
         let path = self.staging.join(Image::Pages.file_name(id));
-        let trust = self.trust;
         let output = self.output(Image::Pages, id)?;
         let Some(file) = &mut output.file else { return Ok(0) };
         file.flush().map_err(ImageError::io(&path, "write"))?;
         let moved = transfer(from, file.get_ref().as_fd(), len)
             .map_err(|source| ImageError::Transfer { file: Image::Pages.file_name(id), source })?;
+        self.appended(id, path, moved, moved == len, facts)?;
+        Ok(moved)
+    }
+
+    /// Takes over pages that somebody has written into the shared directory, behind those that are known: `len` bytes at
+    /// `at` of the file.
+    ///
+    /// # Errors
+    /// They are not there.
+    pub fn pages_placed(&mut self, id: u64, at: u64, len: u64, facts: &Facts) -> Result<(), ImageError> {
+        let path = self.staging.join(Image::Pages.file_name(id));
+        let output = self.output(Image::Pages, id)?;
+        let Some(file) = &mut output.file else { return Ok(()) };
+        let there = file.get_ref().metadata().map_err(ImageError::io(&path, "fstat"))?.len();
+        let end = at.checked_add(len).filter(|&end| end <= there && at == output.size);
+        let Some(end) = end else {
+            let what = format!("{len} bytes of pages were to be at {at}, and are not");
+            return Err(ImageError::Stream { file: Image::Pages.file_name(id), what });
+        };
+        file.seek(SeekFrom::Start(end)).map_err(ImageError::io(&path, "lseek"))?;
+        self.appended(id, path, len, true, facts)
+    }
+
+    /// Notes that a pages file is `len` bytes longer, whose checksum is the one in `facts` if they are `whole`.
+    fn appended(
+        &mut self,
+        id: u64,
+        path: PathBuf,
+        len: u64,
+        whole: bool,
+        facts: &Facts,
+    ) -> Result<(), ImageError> {
+        let trust = self.trust && whole;
+        let output = self.output(Image::Pages, id)?;
         let offset = output.size;
-        output.size += moved;
-        let trust = trust && moved == len;
-        if trust && facts.sum.is_some() && moved >= MIN_PIECE {
-            punch_zeros(file.get_ref(), offset, moved, &facts.zeros);
+        output.size += len;
+        if let (true, Some(_), Some(file)) = (trust && len >= MIN_PIECE, facts.sum, &output.file) {
+            punch_zeros(file.get_ref(), offset, len, &facts.zeros);
         }
         let summer = self.summer()?;
-        if !facts.sum.is_some_and(|sum| trust && summer.believe(id, moved, sum)) {
-            summer.add(id, path, offset, moved, facts.clone())?;
+        if !facts.sum.is_some_and(|sum| trust && summer.believe(id, len, sum)) {
+            summer.add(id, path, offset, len, facts.clone())?;
         }
-        Ok(moved)
+        Ok(())
     }
 
     /// Appends the pages at `place`, which share their room with the original where the file system can.
@@ -496,7 +545,13 @@ impl Cleanup {
         let mut over = self.over.lock().unwrap_or_else(PoisonError::into_inner);
         if !*over {
             *over = true;
-            let _ = fs::remove_dir_all(&self.staging);
+            // Whoever shares it may make one more file meanwhile.
+            for _ in 0..100 {
+                match fs::remove_dir_all(&self.staging) {
+                    Err(e) if e.kind() == io::ErrorKind::DirectoryNotEmpty => {}
+                    _ => return,
+                }
+            }
         }
     }
 }
@@ -640,6 +695,41 @@ mod tests {
         writer.finish().unwrap();
         let set = crate::ImageSet::from_dir(&path).unwrap();
         assert!((0..200).all(|arg| set.entries(Image::Fdinfo, arg) == [fdinfo(), fdinfo()]));
+    }
+
+    #[test]
+    fn pages_that_somebody_else_wrote_are_believed_only_if_they_are_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x");
+        let mut writer = DirWriter::create(&path).unwrap();
+        writer.entry(Image::Pstree, 0, &task()).unwrap();
+        writer.trust_checksums();
+        let _directory = writer.share_directory().unwrap();
+        let place = |at: usize, bytes: &[u8]| {
+            use std::os::unix::fs::FileExt;
+            let file = File::options()
+                .create(true)
+                .truncate(false)
+                .write(true)
+                .open(writer.staging.join("pages-1.img"))
+                .unwrap();
+            file.write_all_at(bytes, at as u64).unwrap();
+        };
+        let size = usize::try_from(MIN_PIECE).unwrap();
+        let pages = [vec![7; size], vec![0; size], vec![9; size]].concat();
+        place(0, &pages[..size]);
+        place(2 * size, &pages[2 * size..]);
+        let facts = |n: usize| Facts::of(&pages[n * size..(n + 1) * size]);
+        let len = MIN_PIECE;
+        writer.pages_placed(1, 0, len, &facts(0)).unwrap();
+        // The second one is sent; the third is not overwritten by it.
+        writer.data(Image::Pages, 1, &pages[size..2 * size]).unwrap();
+        assert!(writer.pages_placed(1, len, len, &facts(2)).is_err(), "that is where the second one is");
+        assert!(writer.pages_placed(1, 2 * len, len + 1, &facts(2)).is_err(), "more than is there");
+        writer.pages_placed(1, 2 * len, len, &facts(2)).unwrap();
+        writer.finish().unwrap();
+        assert_eq!(fs::read(path.join("pages-1.img")).unwrap(), pages);
+        crate::ImageSet::from_dir(&path).unwrap();
     }
 
     fn fdinfo() -> Vec<u8> {

@@ -10,7 +10,7 @@
 
 use std::{
     io,
-    os::fd::{AsRawFd, BorrowedFd},
+    os::fd::{AsRawFd, BorrowedFd, OwnedFd},
     ptr::NonNull,
     slice,
 };
@@ -35,6 +35,9 @@ pub trait Lending: std::fmt::Debug + Send {
     /// # Errors
     /// That will never be.
     fn wait(&self, bytes: u64) -> io::Result<()>;
+
+    /// The directory in which the far end keeps its `pages-ID.img`: who writes pages there need only tell of them.
+    fn directory(&self) -> Option<OwnedFd>;
 }
 
 /// The buffer.

@@ -11,7 +11,7 @@
 //!
 //! Into a pipe the chunks are given away (vmsplice(2)), which saves a copy. A chunk's memory is
 //! used again only if the writer at the far end tells what it has taken (`Lending`): a stage that splices the pages on
-//! refers to it for an unknown time.
+//! refers to it for an unknown time. Where the writer shares its directory, pages do not go through pipes at all ([`place`]).
 
 use std::{
     fs::File,
@@ -48,7 +48,7 @@ use nix::{
 };
 
 use super::{
-    page, status, sysv,
+    page, place, status, sysv,
     track::{Found, Tracked, private_pages},
 };
 use crate::{
@@ -358,6 +358,10 @@ impl Run {
         self.end == next.start && kind(self) == kind(next)
     }
 
+    fn is_stored(&self) -> bool {
+        !self.in_parent && !self.forked
+    }
+
     fn bytes(&self) -> u64 {
         self.end - self.start
     }
@@ -454,7 +458,7 @@ impl Plan {
 
     /// The runs whose pages are stored.
     pub(super) fn stored(&self) -> impl Iterator<Item = &Run> {
-        self.runs.iter().filter(|run| !run.in_parent && !run.forked)
+        self.runs.iter().filter(|run| run.is_stored())
     }
 
     /// How many bytes are in the parent.
@@ -571,33 +575,82 @@ impl Plan {
     /// The output's, or the process died.
     pub fn copy(&self, out: &mut Writer<Output>, mut progress: impl FnMut(u64)) -> anyhow::Result<()> {
         let mut chunk = Chunk::for_output(out.output().as_fd(), self.bytes())?;
-        let mut filled = 0;
         let memory = self.memory()?;
-        for run in self.stored() {
-            let mut at = run.start;
-            while at < run.end {
-                if filled == 0 {
-                    chunk.prepare(out)?;
-                }
-                let buffer = chunk.bytes();
-                let full = buffer.len().min(RECORD);
-                let n = usize::try_from(run.end - at).unwrap_or(full).min(full - filled);
-                let place = &mut buffer[filled..filled + n];
-                self.read(&memory, place, at)?;
-                filled += n;
-                at += n as u64;
-                if filled == full {
-                    chunk.write(out, self.pages_id, filled)?;
-                    progress(filled as u64);
-                    filled = 0;
+        let mut records = Records::of(self);
+        let mut may_place = matches!(chunk, Chunk::Gift(_));
+        loop {
+            // A writer may say so a little later.
+            if let Some(directory) = may_place.then(|| out.output().lent()?.directory()).flatten() {
+                match place::file(directory, self.pages_id) {
+                    Ok(file) => return place::copy(self, &memory, records, &file, out, progress),
+                    Err(_) => may_place = false,
                 }
             }
+            let Some(record) = records.next() else { return Ok(()) };
+            chunk.prepare(out)?;
+            let place = &mut chunk.bytes()[..record.len];
+            self.read_record(&memory, &record, place)?;
+            chunk.write(out, self.pages_id, record.len)?;
+            progress(record.len as u64);
         }
-        if filled > 0 {
-            chunk.write(out, self.pages_id, filled)?;
-            progress(filled as u64);
+    }
+
+    /// Reads the pages of a record, which are as many as `place` has room for.
+    pub(super) fn read_record(&self, memory: &File, record: &Record, place: &mut [u8]) -> anyhow::Result<()> {
+        let mut rest = place;
+        for &(start, len) in &record.parts {
+            let (part, behind) = rest.split_at_mut(len);
+            self.read(memory, part, start)?;
+            rest = behind;
         }
         Ok(())
+    }
+}
+
+/// Pages that are moved together.
+#[derive(Debug)]
+pub(super) struct Record {
+    /// Where in the pages image, bytes.
+    pub(super) offset: u64,
+    /// At most [`RECORD`] bytes.
+    pub(super) len: usize,
+    /// Start and bytes of each part.
+    parts: Vec<(u64, usize)>,
+}
+
+/// The records of a plan, all but the last as long as can be.
+#[derive(Debug)]
+pub(super) struct Records<'a> {
+    runs: std::slice::Iter<'a, Run>,
+    /// What is left of the run before.
+    rest: Range<u64>,
+    offset: u64,
+}
+
+impl<'a> Records<'a> {
+    fn of(plan: &'a Plan) -> Self {
+        Self { runs: plan.runs.iter(), rest: 0..0, offset: 0 }
+    }
+}
+
+impl Iterator for Records<'_> {
+    type Item = Record;
+
+    fn next(&mut self) -> Option<Record> {
+        let mut record = Record { offset: self.offset, len: 0, parts: Vec::new() };
+        while record.len < RECORD {
+            if self.rest.is_empty() {
+                let Some(run) = self.runs.find(|run| run.is_stored()) else { break };
+                self.rest = run.start..run.end;
+            }
+            let left = usize::try_from(self.rest.end - self.rest.start).unwrap_or(RECORD);
+            let n = left.min(RECORD - record.len);
+            record.parts.push((self.rest.start, n));
+            record.len += n;
+            self.rest.start += n as u64;
+        }
+        self.offset += record.len as u64;
+        (record.len > 0).then_some(record)
     }
 }
 

@@ -16,6 +16,7 @@
 pub mod dump;
 pub mod early;
 pub mod guard;
+mod place;
 pub mod restore;
 pub mod share;
 pub mod snapshot;
