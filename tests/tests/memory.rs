@@ -43,6 +43,46 @@ fn a_sparse_terabyte_costs_what_is_in_it() {
     }
 }
 
+/// Pages of a large process are written into the writer's file by the one who reads them, unless there is a stage of which
+/// nobody knows what it does.
+#[test]
+fn pages_are_sent_only_past_strangers() {
+    let target = Target::start_with("memory_hog", &["-", "48"]);
+    let pids = process::tree(target.pid);
+    let before = target.at_rest();
+    let pid = target.pid.to_string();
+    for (name, strangers, all) in [("placed", &[][..], true), ("sent", &["cat"], false)] {
+        let (img, stats) = (target.path(name), target.path(&format!("{name}.json")));
+        let mut pipeline =
+            Pipeline::new(target.dir.path()).stage(["ckpt-scan", "-t", &pid]).stage(["ckpt-sk"]);
+        for stranger in strangers {
+            pipeline = pipeline.stage([*stranger]);
+        }
+        let write = ["ckpt-write".into(), "--stats".into(), stats.clone(), img.clone()];
+        let _ = pipeline.stage(write).run().ok("dump");
+        target.unchanged(&before);
+        let stats: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(&stats).expect("read the figures")).expect("JSON");
+        let count = |what: &str| stats["pages"][what].as_u64().expect("a number");
+        // The first few may be sent before the writer has said where they belong.
+        assert_eq!(count("placed") > count("written") / 2, all, "{stats}");
+        assert_eq!(count("placed") > 0, all, "{stats}");
+        let _ = Pipeline::new(target.dir.path())
+            .stage(["ckpt-show".into(), "--verify".into(), img])
+            .run()
+            .ok("ckpt-show --verify");
+    }
+    let files = ["placed", "sent"].map(|name| target.path(name).join("pages-1.img"));
+    let [placed, sent] = files.map(|file| std::fs::read(file).expect("read pages"));
+    assert_eq!(placed.len(), sent.len());
+    assert!(placed.len() > 48 << 20);
+    target.end();
+    process::wait_free(&pids);
+    target.restore_ok("placed");
+    target.passes("the restored one");
+    target.end();
+}
+
 #[test]
 fn images_of_sparse_memory_are_small() {
     let target = Target::start("memory_private");

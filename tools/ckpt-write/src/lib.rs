@@ -161,7 +161,7 @@ fn write(
     let mut progress = ckpt_cli::Progress::new("writing", None);
     let mut zero = 0;
     let mut pages_since = None;
-    let (mut taken, mut told) = (0, 0);
+    let (mut taken, mut told, mut placed) = (0, 0, 0);
     while let Some(frame) = reader.next_frame()? {
         match frame {
             Frame::Hello(_) => {}
@@ -183,6 +183,7 @@ fn write(
                 zero += zero_ranges(&facts.zeros).map(|(_, len)| len / 4096).sum::<u64>();
                 dir.pages_placed(arg, at, len, &facts)?;
                 taken += len;
+                placed += len;
                 progress.inc(len);
             }
             Frame::Data { image, arg, len, sum, zeros } => {
@@ -218,6 +219,7 @@ fn write(
     let (private, shared) = (audit.count(Image::Pagemap), audit.count(Image::ShmemPagemap));
     stats::count("pages", "written", private.here.saturating_add(shared.here));
     stats::count("pages", "zero", zero);
+    stats::count("pages", "placed", placed / 4096);
     stats::count("pages", "in_parent", private.in_parent.saturating_add(shared.in_parent));
     if let Some(hold) = hold {
         let moving = pages_since.map(|since| since.elapsed()).unwrap_or_default();
