@@ -169,3 +169,30 @@ fn pages_go_another_way_where_a_call_is_not_supported() {
     target.restore_ok("img");
     target.passes("the restored one");
 }
+
+/// The same for those who read the live tree.
+#[test]
+fn dump_without_a_call_works_or_leaves_the_target() {
+    let target = Target::start("attacked");
+    let before = target.at_rest();
+    let (pid, img) = (target.pid.to_string(), target.path("img"));
+    for &(name, call) in CALLS {
+        for stage in ["ckpt-scan", "ckpt-sk"] {
+            let stages = vec![
+                ("ckpt-scan", vec!["--attach-timeout".into(), "1".into(), "-t".into(), pid.clone().into()]),
+                ("ckpt-sk", vec![]),
+                ("ckpt-write", vec![img.clone().into_os_string()]),
+            ];
+            let outcome = pipeline(target.dir.path(), stages, (stage, call, Errno::ENOSYS));
+            let context = format!("{stage} without {name}:");
+            if outcome.code("ckpt-write") == 0 {
+                std::fs::remove_dir_all(&img).expect("remove the images");
+            } else {
+                is_told(&outcome, &context);
+                assert!(!img.exists(), "{context} {outcome}");
+            }
+            target.unchanged(&before);
+        }
+    }
+    target.passes("the target");
+}
