@@ -15,20 +15,15 @@ pub mod task;
 pub use sink::Sink;
 
 /// Tests run as threads of one process, and a child that one of them forks holds every descriptor
-/// that another is just dumping: it would be refused as held from outside. So who dumps
-/// descriptors keeps [`dumping`](descriptors::dumping), and who forks keeps
-/// [`forking`](descriptors::forking) until the child has ended.
+/// that another is just dumping: it would be refused as held from outside. So who forks, and who dumps
+/// descriptors, which may fork too, keeps [`forking`](descriptors::forking) until that is over.
 #[cfg(test)]
 mod descriptors {
-    use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+    use std::sync::{Mutex, MutexGuard, PoisonError};
 
-    static TABLE: RwLock<()> = RwLock::new(());
+    static TABLE: Mutex<()> = Mutex::new(());
 
-    pub fn dumping() -> RwLockReadGuard<'static, ()> {
-        TABLE.read().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    pub fn forking() -> RwLockWriteGuard<'static, ()> {
-        TABLE.write().unwrap_or_else(PoisonError::into_inner)
+    pub fn forking() -> MutexGuard<'static, ()> {
+        TABLE.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
