@@ -7,6 +7,7 @@ use nix::{pty::openpty, sys::signal::Signal};
 
 crate::survives! {
     pidfds_stand_for_the_same_processes: "pidfds";
+    files_in_proc_are_read_on: "proc_files";
     regular_files_keep_offsets_flags_and_sharing: "files_regular";
     deleted_files_keep_their_contents: "files_deleted";
     pipes_and_fifos_keep_bytes_in_flight: "pipes";

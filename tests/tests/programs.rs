@@ -25,13 +25,8 @@ fn dump_between_requests(target: &Target) -> u32 {
             return attempt;
         }
         assert!(!target.path("img").exists());
-        // A client is connected, or redis has its own /proc/PID/stat open, as it does now and then for a moment.
-        let (stage, word) = if outcome.code("ckpt-sk") == 3 {
-            ("ckpt-sk", "--external")
-        } else {
-            ("ckpt-scan", "file in /proc")
-        };
-        let _ = outcome.fails(stage, 3, &[word]);
+        // A client is connected.
+        let _ = outcome.fails("ckpt-sk", 3, &["--external"]);
     }
     panic!("no dump fell between two requests");
 }

@@ -563,15 +563,7 @@ fn fifty_clients_of_redis_never_notice() {
                 assert!(soon(|| rounds.load(Ordering::SeqCst) > 500), "{}", target.log());
                 for round in 0..3 {
                     let name = format!("img{round}");
-                    // Redis has its own /proc/PID/stat open now and then for a moment.
-                    let mut outcome = None;
-                    let dumped = soon(|| {
-                        let last = dump(&target, &name, &["--kill"], &["--tcp-established"]);
-                        let done = last.code("ckpt-scan") == 0;
-                        outcome = Some(last);
-                        done
-                    });
-                    assert!(dumped, "{outcome:?}");
+                    let _ = dump(&target, &name, &["--kill"], &["--tcp-established"]).ok("dump --kill");
                     process::wait_free(&[target.pid]);
                     target.restore_ok(&name);
                     assert_eq!(net::rules(), "");

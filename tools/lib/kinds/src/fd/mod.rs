@@ -26,6 +26,7 @@ pub mod eventfd;
 pub mod fown;
 mod inet;
 pub mod inotify;
+mod late;
 pub mod lock;
 mod look;
 pub mod memfd;
@@ -158,11 +159,6 @@ pub const KINDS: &[Kind] = &[
         "supported if it is attached to, not as an open file"
     ),
     refused!("huge page memfd", |d| d.link.starts_with(b"/memfd:"), "not supported yet"),
-    refused!(
-        "file in /proc of a process of the tree",
-        reg::is_own_proc,
-        "it could not be opened before the process exists again"
-    ),
     refused!("POSIX message queue", reg::is_mqueue, "not supported yet"),
     refused!("secret memory", |d| d.link.starts_with(b"/secretmem"), "not supported"),
     refused!("DMA buffer", |d| d.link.starts_with(b"/dmabuf:"), "not supported"),

@@ -49,6 +49,7 @@ use nix::{
 use super::{
     Descriptor, FileTable, Opening,
     dump::{file_type, kernel_dev, path, reopen, self_path},
+    late,
 };
 use crate::{Sink, sink::emit};
 
@@ -74,8 +75,12 @@ pub(super) fn is_namespace(d: &Descriptor) -> bool {
     d.is(SFlag::S_IFREG) && !d.link.starts_with(b"/") && d.link.windows(2).any(|w| w == b":[")
 }
 
-pub(super) fn is_own_proc(d: &Descriptor) -> bool {
-    d.link.strip_prefix(b"/proc/").and_then(|rest| rest.first()).is_some_and(u8::is_ascii_digit)
+/// The task in whose directory in /proc a file is. (Its path names the thread group, also if it was opened by way of
+/// `/proc/self`; files of a thread are below that, in `task`.)
+fn task_of(name: &[u8]) -> Option<i32> {
+    let rest = name.strip_prefix(b"/proc/")?;
+    let digits = rest.split(|&b| b == b'/').next()?;
+    std::str::from_utf8(digits).ok()?.parse().ok()
 }
 
 pub(super) fn is_mqueue(d: &Descriptor) -> bool {
@@ -116,7 +121,16 @@ pub(super) fn dump(
     let (subject, proc_path) = (d.subject(), d.proc_path());
     let found =
         Found { subject: &subject, link: &d.link, stat: &d.stat, proc_path: &proc_path, mapped: false };
-    dump_found(table, &found, id, fields, sink).map(Some)
+    let Some(task) = task_of(&d.link) else {
+        return dump_found(table, &found, id, fields, sink).map(Some);
+    };
+    if d.link.ends_with(DELETED) || !late::of_tree(table, task)? {
+        let name = d.link.escape_ascii();
+        let reason = format!("{name}: file in /proc of a process that is gone or outside of the tree");
+        return Err(d.refuse(reason).into());
+    }
+    // Its inode may have been made anew since it was opened: nothing to compare.
+    entry(&found, id, d.link.clone(), &fields).map(Some)
 }
 
 /// Where a file can be found again.
@@ -199,6 +213,8 @@ fn emit_remap(sink: &mut dyn Sink, id: FileId, remap_id: u32, kind: RemapType) -
 
 fn entry(found: &Found<'_>, id: FileId, name: Vec<u8>, fields: &Fields) -> anyhow::Result<FileEntry> {
     let regular = file_type(found.stat) == SFlag::S_IFREG;
+    // What /proc says of them means nothing.
+    let lasting = regular && !name.starts_with(b"/proc/");
     let build_id = if found.mapped && regular {
         let file = fs::File::open(found.proc_path).with_context(|| format!("{}: open", found.subject))?;
         build_id(&file).unwrap_or_default()
@@ -211,10 +227,10 @@ fn entry(found: &Found<'_>, id: FileId, name: Vec<u8>, fields: &Fields) -> anyho
         pos: fields.pos,
         fown: fields.fown,
         name,
-        size: regular.then_some(found.stat.st_size.cast_unsigned()),
+        size: lasting.then_some(found.stat.st_size.cast_unsigned()),
         mode: Some(found.stat.st_mode),
         build_id,
-        ckpt_mtime_ns: regular.then(|| mtime_ns(found.stat)),
+        ckpt_mtime_ns: lasting.then(|| mtime_ns(found.stat)),
         ..RegFileEntry::default()
     };
     Ok(FileEntry { r#type: FdTypes::Reg.into(), id: id.0, reg: Some(reg), ..FileEntry::default() })
@@ -472,17 +488,48 @@ pub(super) fn restore(opening: &mut Opening<'_>, entries: &[FileEntry]) -> anyho
             continue;
         }
         let reg = entry.reg.as_ref().context("a file without its entry")?;
-        let what = || format!("file {}: {}", entry.id, reg.name.escape_ascii());
-        let fd = restore_one(opening, reg).with_context(what)?;
+        let what = || format!("file {}: {}", entry.id, printable(reg));
+        let given = given(opening, reg).with_context(what)?;
+        if given.is_none() && task_of(&reg.name).is_some() {
+            opening.late.insert(entry.id, late::Entry::InProc(reg.clone()));
+            continue;
+        }
+        let fd = restore_one(opening, reg, given).with_context(what)?;
         opening.keep(FileId(entry.id), fd)?;
     }
     finish_ghosts(opening)
 }
 
-fn restore_one(opening: &mut Opening<'_>, reg: &RegFileEntry) -> anyhow::Result<OwnedFd> {
+/// Its name for messages.
+pub(super) fn printable(reg: &RegFileEntry) -> String {
+    reg.name.escape_ascii().to_string()
+}
+
+/// What was handed in for it.
+fn given(opening: &mut Opening<'_>, reg: &RegFileEntry) -> anyhow::Result<Option<OwnedFd>> {
     let relative = reg.name.strip_prefix(b"/").unwrap_or(&reg.name);
-    let keys = [reg.name.escape_ascii().to_string(), relative.escape_ascii().to_string()];
-    let handle = match keys.iter().find_map(|key| opening.inherited(key).transpose()).transpose()? {
+    let keys = [printable(reg), relative.escape_ascii().to_string()];
+    keys.iter().find_map(|key| opening.inherited(key).transpose()).transpose()
+}
+
+/// A file of a task that is there now.
+pub(super) fn open_late(reg: &RegFileEntry) -> anyhow::Result<OwnedFd> {
+    let fd = file::open(path(&reg.name), kept_flags(reg), 0)?;
+    sought(reg, fd)
+}
+
+/// Flags for open(2): without those that make or cut a file, or are set later.
+fn kept_flags(reg: &RegFileEntry) -> u32 {
+    let unwanted = libc::O_CREAT | libc::O_EXCL | libc::O_TRUNC | libc::O_ASYNC | libc::O_NOFOLLOW;
+    (reg.flags & !unwanted.cast_unsigned()) | libc::O_NOCTTY.cast_unsigned()
+}
+
+fn restore_one(
+    opening: &mut Opening<'_>,
+    reg: &RegFileEntry,
+    given: Option<OwnedFd>,
+) -> anyhow::Result<OwnedFd> {
+    let handle = match given {
         Some(given) => given,
         None => open_handle(opening, reg)?,
     };
@@ -494,8 +541,7 @@ fn restore_one(opening: &mut Opening<'_>, reg: &RegFileEntry) -> anyhow::Result<
     if let Some(fd) = opening.names.take_unnamed(reg) {
         return placed(opening, reg, fd);
     }
-    let unwanted = libc::O_CREAT | libc::O_EXCL | libc::O_TRUNC | libc::O_ASYNC | libc::O_NOFOLLOW;
-    let mut flags = (reg.flags & !unwanted.cast_unsigned()) | libc::O_NOCTTY.cast_unsigned();
+    let mut flags = kept_flags(reg);
     let regular = file_type(&stat) == SFlag::S_IFREG;
     if regular {
         // What is left of it at a file that was made so, see `ghost_handle`.
@@ -513,6 +559,10 @@ fn restore_one(opening: &mut Opening<'_>, reg: &RegFileEntry) -> anyhow::Result<
 /// Flags that can be set, and the position.
 fn placed(opening: &Opening<'_>, reg: &RegFileEntry, fd: OwnedFd) -> anyhow::Result<OwnedFd> {
     opening.set_flags(fd.as_fd(), reg.flags)?;
+    sought(reg, fd)
+}
+
+fn sought(reg: &RegFileEntry, fd: OwnedFd) -> anyhow::Result<OwnedFd> {
     if reg.pos != 0 {
         let pos = reg.pos.cast_signed();
         lseek64(&fd, pos, Whence::SeekSet).with_context(|| format!("lseek to {pos}"))?;

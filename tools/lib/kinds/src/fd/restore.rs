@@ -22,7 +22,7 @@ use ckpt_proto::{
 use ckpt_remote::Call;
 use ckpt_sys::{FileId, Pid, Refused, SocketId, file};
 
-use super::{KINDS, Lent, Support, epoll, fown, lock, memfd, pidfd, reg, shelf::Shelf, tcp, tty, unix};
+use super::{KINDS, Lent, Support, epoll, fown, late, lock, memfd, reg, shelf::Shelf, tcp, tty, unix};
 use crate::mem::sysv;
 
 /// What the user wants at restore.
@@ -90,7 +90,7 @@ pub struct Opening<'a> {
     pub options: &'a RestoreOptions,
     pub(super) names: reg::Names,
     pub(super) memory: memfd::Restored,
-    pub(super) late: pidfd::Late,
+    pub(super) late: late::Late,
     pub(super) terminals: Vec<tty::Restored>,
     regs: BTreeMap<u32, RegFileEntry>,
     aliases: HashSet<u32>,
@@ -216,7 +216,7 @@ impl Opening<'_> {
 pub struct OpenFiles {
     pub(super) files: Shelf,
     memory: memfd::Restored,
-    pub(super) late: pidfd::Late,
+    pub(super) late: late::Late,
     sysv: sysv::Restored,
     terminals: Vec<tty::Restored>,
     /// With the members that are still to be added.
@@ -259,7 +259,7 @@ impl OpenFiles {
             aliases: aliases(&entries, &names),
             names,
             memory: memfd::Restored::default(),
-            late: pidfd::Late::default(),
+            late: late::Late::default(),
             terminals: Vec::new(),
             described,
             shelf: Shelf::new(base, limit, by_number(set)?, options.pids.clone()),
@@ -340,6 +340,7 @@ impl OpenFiles {
             if let Some((flags, fown)) = self.owners.remove(&entry.id) {
                 calls.extend(fown::calls(entry.fd, flags, &fown));
             }
+            calls.extend(self.late.positions(entry.id, entry.fd));
             for terminal in self.terminals.iter_mut().filter(|t| t.is(entry.id)) {
                 calls.extend(terminal.calls(entry.fd, pid));
             }

@@ -169,7 +169,7 @@ impl Shelf {
 }
 
 impl OpenFiles {
-    /// Whether tasks do not have a file by fork: it comes when all tasks are there ([`super::pidfd`]), or another process
+    /// Whether tasks do not have a file by fork: it comes when all tasks are there ([`super::late`]), or another process
     /// keeps it.
     #[must_use]
     pub fn is_fetched(&self, id: FileId) -> bool {
