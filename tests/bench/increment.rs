@@ -76,7 +76,7 @@ fn freeze(mib: u64) {
     let (mut full, mut tracked) = (vec![], vec![]);
     for round in 0..=ROUNDS {
         let images = dir.join(&format!("series-{round}"));
-        let mut series = Series::start(&target, &images, &[]);
+        let mut series = Series::start(&target, &images, &["--no-snapshot"]);
         series.make();
         dirty(&target, round + 1);
         series.make();

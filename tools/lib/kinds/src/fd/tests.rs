@@ -500,7 +500,7 @@ fn locks_are_taken_again() {
 #[test]
 fn what_is_not_supported_is_refused_by_name() {
     let mptcp = sock::socket(libc::AF_INET, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 262).unwrap();
-    let kmsg = File::open("/proc/self/status").unwrap();
+    let kmsg = File::open("/proc/1/status").unwrap();
     let namespace = File::open("/proc/self/ns/net").unwrap();
     let fds = [(target(&mptcp), "MPTCP"), (target(&kmsg), "in /proc"), (target(&namespace), "namespace")];
     for (fd, name) in fds {
