@@ -41,8 +41,15 @@ fn forked_workers_share_again_and_are_stored_once() {
     assert!(size(&target.path("once-snapshot")) < mib + mib / 5);
     assert!(size(&target.path("once-stage")) < mib + mib / 5);
     assert!(size(&target.path("each")) > mib * 20);
+    let merge = Pipeline::new(target.dir.path()).stage([
+        "ckpt-merge".into(),
+        target.path("once"),
+        target.path("merged"),
+    ]);
+    let _ = merge.run().ok("merge");
+    assert!(size(&target.path("merged")) < mib + mib / 5, "{} bytes", size(&target.path("merged")));
     end(&target, &pids);
-    for name in ["once", "once-snapshot", "once-stage", "each"] {
+    for name in ["once", "once-snapshot", "once-stage", "merged", "each"] {
         target.restore_ok(name);
         let after = pss(target.pid);
         assert!(after <= memory * 11 / 10, "{name}: {after} KiB, it was {memory}");

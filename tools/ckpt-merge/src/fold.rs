@@ -97,12 +97,17 @@ fn pagemap(
         return Ok(None);
     };
     out.entry(image, arg, head)?;
+    let id = set.pagemap(image, arg)?.0;
     let further_back = |run: &PageRun| base.is_some_and(|base| run.file.level >= base.level);
+    // Stored once, and shared with the parent process: only in a checkpoint without a chain, so far (`ckpt-scan --share`).
+    let shared = |run: &PageRun| !set.is_increment() && run.file.id != id;
     let mut last: Option<PagemapEntry> = None;
     let mut here = Vec::new();
     for run in set.page_runs(image, arg)? {
         let entry = if further_back(&run) {
             run.parent_entry()
+        } else if shared(&run) {
+            run.parent_process_entry()
         } else {
             here.push(run);
             run.pagemap_entry()
@@ -125,7 +130,7 @@ fn pagemap(
     if let Some(last) = last {
         out.entry(image, arg, &last.encode_to_vec())?;
     }
-    Ok(Some((set.pagemap(image, arg)?.0, here)))
+    Ok(Some((id, here)))
 }
 
 fn copy_run(

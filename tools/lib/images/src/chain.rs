@@ -85,6 +85,15 @@ impl PageRun {
         PagemapEntry { flags: Some(IN_PARENT), ..self.pagemap_entry() }
     }
 
+    /// The entry of a process that shares this run with its parent process.
+    #[must_use]
+    pub fn parent_process_entry(&self) -> PagemapEntry {
+        PagemapEntry {
+            flags: Some(AS_PARENT_PROCESS | if self.lazy { LAZY } else { 0 }),
+            ..self.pagemap_entry()
+        }
+    }
+
     /// The entry that a full checkpoint has for this run.
     #[must_use]
     pub fn pagemap_entry(&self) -> PagemapEntry {
