@@ -67,6 +67,10 @@ fn duration_of_a_dump(target: &Target) -> Duration {
 
 /// Kills `stage` at random instants of a dump. With ckpt-mem as a stage of its own if that is the one.
 fn killed_at_random(test: &str, stage: &str) {
+    killed_with_target(test, stage, &Target::start("attacked"), INSTANTS);
+}
+
+fn killed_with_target(test: &str, stage: &str, target: &Target, instants: u64) {
     let dump = |target: &Target, out: &Path, instant: u64| {
         if stage == "ckpt-mem" {
             let how = if instant.is_multiple_of(2) { "" } else { "--snapshot" };
@@ -76,17 +80,16 @@ fn killed_at_random(test: &str, stage: &str) {
             pipeline(target, &[], out)
         }
     };
-    let target = Target::start("attacked");
     let mut random = Random::new(test);
     let parent = target.path("out");
     fs::create_dir(&parent).expect("make a directory");
-    let span = duration_of_a_dump(&target) * 12 / 10;
+    let span = duration_of_a_dump(target) * 12 / 10;
     let mut before = target.at_rest();
     let (mut complete, mut absent) = (0, 0);
-    for instant in 0..INSTANTS {
+    for instant in 0..instants {
         let out = parent.join("img");
         let delay = Duration::from_nanos(random.below(u64::try_from(span.as_nanos()).expect("a short time")));
-        let mut running: Running = dump(&target, &out, instant).start();
+        let mut running: Running = dump(target, &out, instant).start();
         let end = Instant::now() + delay;
         while Instant::now() < end {
             std::hint::spin_loop();
@@ -95,7 +98,7 @@ fn killed_at_random(test: &str, stage: &str) {
         let outcome = running.wait().sane();
         let context = || format!("instant {instant}, {stage} killed after {delay:?}: {outcome}");
         if out.exists() {
-            assert!(whole(&out, &target), "half a directory under its final name: {}", context());
+            assert!(whole(&out, target), "half a directory under its final name: {}", context());
             fs::remove_dir_all(&out).expect("remove the images");
             complete += 1;
         } else {
@@ -144,6 +147,15 @@ fn killed_sk_leaves_target_and_no_directory() {
 #[test]
 fn killed_write_leaves_target_and_no_directory() {
     killed_at_random("killed_write", "ckpt-write");
+}
+
+/// Enough memory for pages to be written by ckpt-scan into the directory of ckpt-write.
+#[test]
+fn killed_while_pages_go_straight_into_the_file() {
+    for stage in ["ckpt-scan", "ckpt-sk", "ckpt-write"] {
+        let target = Target::start_with("memory_hog", &["-", "48"]);
+        killed_with_target("killed_placing", stage, &target, 30);
+    }
 }
 
 #[test]
