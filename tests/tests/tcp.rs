@@ -469,11 +469,14 @@ fn killed_restore_leaves_the_peer_waiting() {
                     }
                     running.kill("ckpt-restore");
                     let outcome = running.wait().sane();
+                    let before = rounds.load(Ordering::SeqCst);
+                    let mut again = false;
                     let lives = || {
                         let traced = process::state(target.pid) == Some('t');
                         !process::is_free(target.pid) && !traced && net::rules().is_empty()
                     };
                     if outcome.code("ckpt-restore") != 0 && !soon_short(lives) {
+                        again = true;
                         assert!(net::rules().contains("ckpt-"), "instant {instant}: the lock is gone");
                         process::wait_free(&[target.pid]);
                         let start = Instant::now();
@@ -481,7 +484,13 @@ fn killed_restore_leaves_the_peer_waiting() {
                         span = u64::try_from(start.elapsed().as_nanos()).expect("a short time") * 11 / 10;
                     }
                     assert_eq!(net::rules(), "", "instant {instant}");
-                    more_rounds(&rounds);
+                    let goes_on = soon(|| rounds.load(Ordering::SeqCst) > before + 3);
+                    assert!(
+                        goes_on,
+                        "instant {instant} {delay:?} of {span}, restored again: {again}: {outcome}\n{:?}\n{}",
+                        process::state(target.pid),
+                        target.log()
+                    );
                     assert!(!target.log().contains("lost"), "instant {instant} {delay:?}: {}", target.log());
                 }
                 target

@@ -294,18 +294,32 @@ pub fn end(code: i32) -> ! {
     unsafe { libc::_exit(code) }
 }
 
-/// Runs `commit` here, and then `work` in a child, which comes to its end even if this process is killed meanwhile.
+/// What the child of [`see_through`] does.
+pub struct Steps<P, C, W, U> {
+    /// Before the commitment.
+    pub prepare: P,
+    /// Whether it was made, asked when nothing is left of a process that could not tell any more.
+    pub committed: C,
+    /// After it; told whether the parent is there.
+    pub work: W,
+    /// Instead, if there was none: to be right even after half of `prepare`.
+    pub undo: U,
+}
+
+/// Runs `commit` here, between two steps in a child, which comes to its end even if this process is killed meanwhile.
 ///
-/// The child is made first. If this process dies before it could tell whether it has committed, the child finds that
-/// out by `committed`, called when nothing is left of this process. It has all that this process has,
-/// descriptors included, but is out of its process group. The caller has one thread.
+/// The child has all that this process has, descriptors included, but is out of its process group. The caller has one thread.
 ///
 /// # Errors
-/// `commit`'s, then there is no `work`; what `work` says is wrong; that there can be no child.
-pub fn see_through<E>(
+/// `commit`'s, then there is no `work`; what `prepare` or `work` says is wrong; that there can be no child.
+pub fn see_through<E, T>(
+    steps: Steps<
+        impl FnOnce() -> Result<T, String>,
+        impl FnOnce() -> bool,
+        impl FnOnce(T, bool) -> Result<(), String>,
+        impl FnOnce(),
+    >,
     commit: impl FnOnce() -> Result<(), E>,
-    committed: impl FnOnce() -> bool,
-    work: impl FnOnce() -> Result<(), String>,
 ) -> Result<(), E>
 where
     E: From<SysError> + From<String>,
@@ -316,6 +330,8 @@ where
         io::{Read, Write},
         os::fd::AsFd,
     };
+    /// Begins no text.
+    const READY: u8 = b'\n';
     let failed = |errno| SysError::new("pipe2", "this process", errno);
     let (from_child, to_parent) = unistd::pipe2(OFlag::O_CLOEXEC).map_err(failed)?;
     let (from_parent, to_child) = unistd::pipe2(OFlag::O_CLOEXEC).map_err(failed)?;
@@ -323,28 +339,50 @@ where
     let Some(child) = fork()? else {
         let _ = unistd::setsid();
         drop(to_child);
-        let mut word = [0];
-        let wanted = match File::from(from_parent).read(&mut word) {
-            Ok(1) => word == [1],
-            _ => {
-                let mut end = [poll::PollFd::new(parent.as_fd(), poll::PollFlags::POLLIN)];
-                while poll::poll(&mut end, poll::PollTimeout::NONE) == Err(Errno::EINTR) {}
-                committed()
+        let mut to_parent = File::from(to_parent);
+        let said = match (steps.prepare)() {
+            Err(said) => {
+                (steps.undo)();
+                said
+            }
+            Ok(prepared) => {
+                let _ = to_parent.write_all(&[READY]);
+                let mut word = [0];
+                let heard = matches!(File::from(from_parent).read(&mut word), Ok(1));
+                let wanted = if heard {
+                    word == [1]
+                } else {
+                    let mut end = [poll::PollFd::new(parent.as_fd(), poll::PollFlags::POLLIN)];
+                    while poll::poll(&mut end, poll::PollTimeout::NONE) == Err(Errno::EINTR) {}
+                    (steps.committed)()
+                };
+                if wanted {
+                    (steps.work)(prepared, heard).err().unwrap_or_else(|| "done".to_owned())
+                } else {
+                    (steps.undo)();
+                    String::new()
+                }
             }
         };
-        let said = if wanted { work().err().unwrap_or_else(|| "done".to_owned()) } else { String::new() };
         // If nobody listens any more, it was done for those that are left.
-        let _ = File::from(to_parent).write_all(said.as_bytes());
+        let _ = to_parent.write_all(said.as_bytes());
         // SAFETY: no pointers. Nothing is unwound, so nothing of the parent's is undone.
         unsafe { libc::_exit(0) }
     };
     drop(to_parent);
-    let committed = commit();
-    let told = File::from(to_child).write_all(&[u8::from(committed.is_ok())]);
+    let mut from_child = File::from(from_child);
+    let mut first = [0];
+    let ready = matches!(from_child.read(&mut first), Ok(1)) && first == [READY];
+    let committed = if ready { commit() } else { Ok(()) };
+    let told = File::from(to_child).write_all(&[u8::from(ready && committed.is_ok())]);
     let mut said = String::new();
-    let heard = File::from(from_child).read_to_string(&mut said);
+    let heard = from_child.read_to_string(&mut said);
     while nix::sys::wait::waitpid(child.nix(), None) == Err(Errno::EINTR) {}
     committed?;
+    if !ready {
+        let first = if first == [0] { "" } else { std::str::from_utf8(&first).unwrap_or_default() };
+        return Err(format!("{first}{said}").into());
+    }
     match told.and(heard) {
         Ok(_) if said == "done" => Ok(()),
         Ok(_) if !said.is_empty() => Err(said.into()),

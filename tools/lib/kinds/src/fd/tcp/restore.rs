@@ -8,10 +8,12 @@
 //!    was received, what was sent and not acknowledged, windows, options. A FIN that a peer outside of the
 //!    images had sent is received again: through a raw socket, with a mark that passes the lock.
 //! 4. The tasks are built.
-//! 5. [`Connections::go_live`]: the locks go, all sockets leave repair mode. What had not been sent yet is
-//!    sent, FINs too, SYN_SENT connects. The tasks run.
+//! 5. [`Connections::go_live`]: all sockets leave repair mode, where reads and writes fail with EPERM, and get what had
+//!    not been sent yet, still locked. From then on the tasks would run if ckpt-restore died. The locks go, what
+//!    waits is sent, FINs too, SYN_SENT connects. The tasks run.
 //!
-//! Up to step 5 sockets that are closed say nothing to anybody, so a restore may fail at any point.
+//! Until tasks may run, sockets that are closed say nothing to anybody: in step 5 a child holds them, which puts them
+//! into repair mode again before it lets them go. So a restore may fail at any point.
 //! FINs are sent in step 5 even where they had been acknowledged: a peer that has seen one acknowledges it
 //! again, and both ends are in the states that they were in. Between two ends in the images this is all it takes.
 
@@ -251,13 +253,27 @@ fn receive_room(fd: BorrowedFd<'_>, bytes: u64) -> anyhow::Result<()> {
 
 /// Writes a part of the contents of a stream image to `fd`.
 fn put(set: &ImageSet, ino: u32, range: std::ops::Range<u64>, fd: BorrowedFd<'_>) -> anyhow::Result<()> {
+    let end = range.end;
+    let at = put_for(set, ino, range, fd, HANDSHAKE)?;
+    ensure!(at == end, "put bytes into its queue: {}", Errno::EAGAIN);
+    Ok(())
+}
+
+/// The same for as long as there is room, which is waited for; how far it came.
+fn put_for(
+    set: &ImageSet,
+    ino: u32,
+    range: std::ops::Range<u64>,
+    fd: BorrowedFd<'_>,
+    patience: Duration,
+) -> anyhow::Result<u64> {
     if range.is_empty() {
-        return Ok(());
+        return Ok(range.end);
     }
     let image = || Image::TcpStream.file_name(ino.into());
     let place = set.payload(Image::TcpStream, ino.into(), 0).with_context(image)?;
     ensure!(range.end <= place.len, "{}: its contents are {} bytes, not {}", image(), place.len, range.end);
-    let end = Instant::now() + HANDSHAKE;
+    let end = Instant::now() + patience;
     let mut at = range.start;
     while at < range.end {
         let mut buffer = vec![0; usize::try_from((range.end - at).min(PIECE)).unwrap_or(0)];
@@ -273,11 +289,23 @@ fn put(set: &ImageSet, ino: u32, range: std::ops::Range<u64>, fd: BorrowedFd<'_>
                     std::thread::sleep(Duration::from_micros(100));
                     continue;
                 }
+                Err(Errno::EAGAIN) => return Ok(at),
                 sent => sent.context("put bytes into its queue")?,
             };
+            at += n as u64;
             rest = rest.get(n..).unwrap_or_default();
         }
-        at += n as u64;
+    }
+    Ok(at)
+}
+
+/// Has the kernel send what waits in the queue of a socket since a lock was in the way, without waiting for a timer: what
+/// setting TCP_NODELAY does besides (tcp(7)). Not if it is corked.
+fn push(fd: BorrowedFd<'_>) -> Result<(), SysError> {
+    if sock::option(fd, libc::IPPROTO_TCP, libc::TCP_CORK)? == 0 {
+        let before = sock::option(fd, libc::IPPROTO_TCP, libc::TCP_NODELAY)?;
+        sock::set_option(fd, libc::IPPROTO_TCP, libc::TCP_NODELAY, 1)?;
+        sock::set_option(fd, libc::IPPROTO_TCP, libc::TCP_NODELAY, before)?;
     }
     Ok(())
 }
@@ -512,14 +540,59 @@ impl Connections {
         if self.waiting.is_empty() {
             return commit();
         }
-        let work = || self.unlock_and_send(files, set).map_err(|e| format!("{e:#}"));
-        clone::see_through(|| commit().map_err(NotLive::from), committed, work).map_err(|e| match e {
+        let steps = clone::Steps {
+            prepare: || self.prepare(files, set).map_err(|e| format!("{e:#}")),
+            committed,
+            work: |done: Vec<u64>, tasks_wait| {
+                self.unlock_and_send(files, set, &done, tasks_wait).map_err(|e| format!("{e:#}"))
+            },
+            undo: || self.repair_again(files),
+        };
+        clone::see_through(steps, || commit().map_err(NotLive::from)).map_err(|e| match e {
             NotLive::Other(error) => error,
             NotLive::Said(said) => anyhow::anyhow!("bring TCP connections to life: {said}"),
         })
     }
 
-    fn unlock_and_send(&self, files: &Shelf, set: &ImageSet) -> anyhow::Result<()> {
+    /// Sockets that programs can read from and write to, in front of locked doors. For each, where in its stream image
+    /// begins what did not fit in yet.
+    fn prepare(&self, files: &Shelf, set: &ImageSet) -> anyhow::Result<Vec<u64>> {
+        let socket = |w: &Waiting| files.here(w.id).with_context(|| format!("{} was not made", w.what));
+        for w in &self.waiting {
+            if let Next::Live { reuse, .. } = w.what_next {
+                let fd = socket(w)?;
+                tcp::abandon_repair(fd).with_context(|| w.what.clone())?;
+                if reuse {
+                    sock::set_option(fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1)?;
+                }
+            }
+        }
+        let put = |w: &Waiting| match &w.what_next {
+            Next::Live { ino, unsent, .. } => {
+                put_for(set, *ino, unsent.clone(), socket(w)?, Duration::ZERO).with_context(|| w.what.clone())
+            }
+            Next::Connect { .. } => Ok(0),
+        };
+        self.waiting.iter().map(put).collect()
+    }
+
+    /// So that they are closed in silence.
+    fn repair_again(&self, files: &Shelf) {
+        for w in &self.waiting {
+            if let (Next::Live { .. }, Some(fd)) = (&w.what_next, files.here(w.id)) {
+                let _ = tcp::enter_repair(fd);
+            }
+        }
+    }
+
+    /// `done`: what [`Self::prepare`] gave; `tasks_wait`: nobody uses the sockets yet.
+    fn unlock_and_send(
+        &self,
+        files: &Shelf,
+        set: &ImageSet,
+        done: &[u64],
+        tasks_wait: bool,
+    ) -> anyhow::Result<()> {
         let Self { lock, left, waiting } = self;
         let socket = |w: &Waiting| files.here(w.id).with_context(|| format!("{} was not made", w.what));
         if let Some(name) = left {
@@ -528,20 +601,24 @@ impl Connections {
         if let Some(lock) = lock {
             lock.release()?;
         }
-        for w in waiting {
+        for w in waiting.iter().filter(|_| tasks_wait) {
             if let Next::Live { reuse, .. } = w.what_next {
                 let fd = socket(w)?;
-                tcp::leave_repair(fd).with_context(|| w.what.clone())?;
+                // Once more, for the window probe that the lock would have swallowed.
+                tcp::enter_repair(fd).and_then(|()| tcp::leave_repair(fd)).with_context(|| w.what.clone())?;
                 if reuse {
                     sock::set_option(fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1)?;
                 }
             }
         }
-        for w in waiting {
+        for (w, &done) in waiting.iter().zip(done) {
             let fd = socket(w)?;
             match &w.what_next {
                 Next::Live { ino, unsent, fin, .. } => {
-                    put(set, *ino, unsent.clone(), fd)
+                    if !unsent.is_empty() {
+                        push(fd).with_context(|| w.what.clone())?;
+                    }
+                    put(set, *ino, done..unsent.end, fd)
                         .with_context(|| format!("{}: send what it had to send", w.what))?;
                     if *fin {
                         shutdown(fd.as_raw_fd(), Shutdown::Write).with_context(|| w.what.clone())?;
