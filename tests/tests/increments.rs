@@ -113,6 +113,20 @@ pub fn stop(pid: i32) {
     assert!(soon(|| process::state(pid) == Some('T')), "{pid} does not stop");
 }
 
+/// What is mapped at an address. (Mappings may have been joined or cut since the checkpoint, when the tracking of a neighbour
+/// began or ended.)
+fn mapped_file(pid: u64, addr: u64) -> File {
+    let dir = std::path::PathBuf::from(format!("/proc/{pid}/map_files"));
+    let holds = |name: &str| {
+        let (start, end) = name.split_once('-')?;
+        let number = |text| u64::from_str_radix(text, 16).ok();
+        Some((number(start)?..number(end)?).contains(&addr))
+    };
+    let names = fs::read_dir(&dir).expect("list mapped files").flatten().map(|e| e.file_name());
+    let name = names.into_iter().find(|name| name.to_str().and_then(holds) == Some(true));
+    File::open(dir.join(name.expect("a file is mapped there"))).expect("the file")
+}
+
 /// Compares every page of every private mapping with the memory of the processes, which are stopped.
 pub fn same_as_live(dir: &Path) -> (u64, u64) {
     let set = ImageSet::from_chain(dir).expect("read the images");
@@ -129,9 +143,7 @@ pub fn same_as_live(dir: &Path) -> (u64, u64) {
             vma.status & (1 << 9 | 1 << 6) != 0 && vma.status & (1 << 2 | 1 << 3 | 1 << 12) == 0
         });
         for vma in vmas {
-            let file = (vma.status & (1 << 6) != 0).then(|| {
-                File::open(format!("/proc/{pid}/map_files/{:x}-{:x}", vma.start, vma.end)).expect("the file")
-            });
+            let file = (vma.status & (1 << 6) != 0).then(|| mapped_file(pid, vma.start));
             let mut at = vma.start;
             while at < vma.end {
                 let i = runs.partition_point(|run| run.addr + run.len <= at);

@@ -34,7 +34,9 @@ int main(int argc, char **argv)
 {
 	begin(argc, argv);
 	key_t key = 0x43000000 | getpid();
-	keyed = shmget(key, SIZE, IPC_CREAT | IPC_EXCL | 0640), gone = shmget(IPC_PRIVATE, 3 * PAGE, IPC_CREAT | 0600);
+	/* One that was killed with the same pid may have left its own. */
+	while ((keyed = shmget(key, SIZE, IPC_CREAT | IPC_EXCL | 0640)) < 0 && errno == EEXIST) key += 1 << 24;
+	gone = shmget(IPC_PRIVATE, 3 * PAGE, IPC_CREAT | 0600);
 	int empty = shmget(IPC_PRIVATE, 1, IPC_CREAT | 0600);
 	NEED(keyed >= 0 && gone >= 0 && empty >= 0);
 	struct shmid_ds ds = stat_of(keyed);
