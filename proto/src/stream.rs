@@ -147,6 +147,12 @@ impl Facts {
     pub fn of(bytes: &[u8]) -> Self {
         Self { sum: Some(xxh3_64(bytes)), zeros: zero_pages(bytes) }
     }
+
+    /// How many pages are known to be all zero.
+    #[must_use]
+    pub fn zero_pages(&self) -> u64 {
+        zero_ranges(&self.zeros).map(|(_, len)| len / ZERO_PAGE).sum()
+    }
 }
 
 /// Which pages of `bytes` are all zero: pairs of a page's number and how many follow.
@@ -620,7 +626,7 @@ impl<W: Write> Writer<W> {
 
     fn count_pages(&mut self, len: u64, facts: &Facts) {
         self.counts.page_bytes += len;
-        self.counts.zero_pages += zero_ranges(&facts.zeros).map(|(_, len)| len / ZERO_PAGE).sum::<u64>();
+        self.counts.zero_pages += facts.zero_pages();
     }
 
     /// Announces `len` bytes of contents of another kind, to be given to [`Self::data_bytes`].

@@ -467,6 +467,17 @@ impl Series {
         (!line.is_empty()).then(|| line.trim().to_owned())
     }
 
+    /// Makes so many checkpoints of the counting workload, and ends; each with the count before it.
+    fn make_all(mut self, target: &Target, checkpoints: usize) -> Vec<(String, u64)> {
+        let made = (0..checkpoints).map(|_| {
+            let count = count_of(target);
+            (self.make().expect("a checkpoint"), count)
+        });
+        let made = made.collect();
+        assert_eq!(self.end(), Some(0));
+        made
+    }
+
     fn end(mut self) -> Option<i32> {
         drop(self.child.stdin.take());
         self.child.wait().expect("wait for ckpt-series").code()
@@ -478,6 +489,23 @@ impl Drop for Series {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// What is in a directory.
+fn names(dir: &Path) -> Vec<String> {
+    let entries = fs::read_dir(dir).expect("list").map(|e| e.expect("an entry").file_name());
+    let mut names: Vec<_> = entries.map(|name| name.into_string().expect("a name")).collect();
+    names.sort();
+    names
+}
+
+/// Restores a checkpoint of a series, which goes on from the count that it was made at.
+fn goes_on_from(target: &Target, name: &str, made: &[(String, u64)]) {
+    let (_, count) = made.iter().find(|(number, _)| number == name).expect("a number that was printed");
+    target.restore_ok(&format!("series/{name}"));
+    assert_eq!(count_of(target), count + 1, "restored from {name}");
+    target.passes("the restored one");
+    target.end();
 }
 
 /// What the counting workload says of itself.
@@ -498,13 +526,8 @@ fn count_of(target: &Target) -> u64 {
 #[test]
 fn every_checkpoint_of_a_series_can_be_restored() {
     let target = Target::start("counting");
-    let mut series = Series::start(&target, &["--full-every", "7"]);
-    let mut made = Vec::new();
-    for _ in 0..20 {
-        let count = count_of(&target);
-        made.push((series.make().expect("a checkpoint"), count));
-    }
-    assert_eq!(series.end(), Some(0));
+    let series = Series::start(&target, &["--full-every", "7"]);
+    let made = series.make_all(&target, 20);
     assert_eq!(made.first().map(|(n, _)| n.as_str()), Some("000001"));
     for (number, _) in &made {
         let n: u64 = number.parse().expect("a number");
@@ -524,26 +547,13 @@ fn every_checkpoint_of_a_series_can_be_restored() {
 #[test]
 fn old_checkpoints_are_folded_and_go() {
     let target = Target::start("counting");
-    let mut series = Series::start(&target, &["--keep", "4"]);
-    let mut made = Vec::new();
-    for _ in 0..17 {
-        let count = count_of(&target);
-        made.push((series.make().expect("a checkpoint"), count));
-    }
-    assert_eq!(series.end(), Some(0));
-    let mut names: Vec<_> = fs::read_dir(target.path("series"))
-        .expect("list")
-        .map(|e| e.expect("an entry").file_name().into_string().expect("a name"))
-        .collect();
-    names.sort();
+    let series = Series::start(&target, &["--keep", "4"]);
+    let made = series.make_all(&target, 17);
+    let names = names(&target.path("series"));
     assert!((4..=6).contains(&names.len()), "{names:?}");
     target.end();
     for name in &names {
-        let (_, count) = made.iter().find(|(number, _)| number == name).expect("a number that was printed");
-        target.restore_ok(&format!("series/{name}"));
-        assert_eq!(count_of(&target), count + 1, "restored from {name}");
-        target.passes("the restored one");
-        target.end();
+        goes_on_from(&target, name, &made);
     }
 }
 
@@ -618,18 +628,9 @@ fn killed_series_leaves_all_that_it_printed() {
 #[test]
 fn pre_dumps_of_a_series_stay_as_long_as_they_are_needed() {
     let target = Target::start("counting");
-    let mut series = Series::start(&target, &["--keep", "4", "--full-every", "3", "--pre-dump"]);
-    let mut made = Vec::new();
-    for _ in 0..11 {
-        let count = count_of(&target);
-        made.push((series.make().expect("a checkpoint"), count));
-    }
-    assert_eq!(series.end(), Some(0));
-    let mut names: Vec<_> = fs::read_dir(target.path("series"))
-        .expect("list")
-        .map(|e| e.expect("an entry").file_name().into_string().expect("a name"))
-        .collect();
-    names.sort();
+    let series = Series::start(&target, &["--keep", "4", "--full-every", "3", "--pre-dump"]);
+    let made = series.make_all(&target, 11);
+    let names = names(&target.path("series"));
     assert!(names.iter().any(|name| name == "before-000010"), "{names:?}");
     let (before, numbers): (Vec<_>, Vec<_>) = names.iter().partition(|name| name.starts_with("before-"));
     for name in before {
@@ -639,11 +640,7 @@ fn pre_dumps_of_a_series_stay_as_long_as_they_are_needed() {
     all_whole(&target.path("series"));
     target.end();
     for name in numbers {
-        let (_, count) = made.iter().find(|(number, _)| number == name).expect("a number that was printed");
-        target.restore_ok(&format!("series/{name}"));
-        assert_eq!(count_of(&target), count + 1, "restored from {name}");
-        target.passes("the restored one");
-        target.end();
+        goes_on_from(&target, name, &made);
     }
 }
 

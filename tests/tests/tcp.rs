@@ -47,9 +47,13 @@ fn keep_asking(address: &str, rounds: &AtomicU64, stop: &std::sync::atomic::Atom
     rounds.load(Ordering::SeqCst)
 }
 
-fn more_rounds(rounds: &AtomicU64) {
+fn goes_on(rounds: &AtomicU64) -> bool {
     let before = rounds.load(Ordering::SeqCst);
-    assert!(soon(|| rounds.load(Ordering::SeqCst) > before + 3), "the client waits in vain");
+    soon(|| rounds.load(Ordering::SeqCst) > before + 3)
+}
+
+fn more_rounds(rounds: &AtomicU64) {
+    assert!(goes_on(rounds), "the client waits in vain");
 }
 
 /// The client is in another network namespace, over IPv4 and over IPv6. Its server is checkpointed while it runs on,
@@ -469,7 +473,6 @@ fn killed_restore_leaves_the_peer_waiting() {
                     }
                     running.kill("ckpt-restore");
                     let outcome = running.wait().sane();
-                    let before = rounds.load(Ordering::SeqCst);
                     let mut again = false;
                     let lives = || {
                         let traced = process::state(target.pid) == Some('t');
@@ -484,9 +487,8 @@ fn killed_restore_leaves_the_peer_waiting() {
                         span = u64::try_from(start.elapsed().as_nanos()).expect("a short time") * 11 / 10;
                     }
                     assert_eq!(net::rules(), "", "instant {instant}");
-                    let goes_on = soon(|| rounds.load(Ordering::SeqCst) > before + 3);
                     assert!(
-                        goes_on,
+                        goes_on(&rounds),
                         "instant {instant} {delay:?} of {span}, restored again: {again}: {outcome}\n{:?}\n{}",
                         process::state(target.pid),
                         target.log()

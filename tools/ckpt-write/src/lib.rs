@@ -32,7 +32,7 @@ use ckpt_images::{
 };
 use ckpt_proto::{
     Image, MAX_MESSAGE, Message,
-    stream::{Facts, Frame, Reader, zero_ranges},
+    stream::{Facts, Frame, Reader},
     types::{DumpStatsEntry, FileEntry, Hello, InventoryEntry, PagemapEntry, PagemapHead, StatsEntry},
 };
 use ckpt_sys::Refused;
@@ -180,7 +180,7 @@ fn write(
                 audit.entry(image, arg, &message)?;
             }
             Frame::Placed { arg, at, len, facts } => {
-                zero += zero_ranges(&facts.zeros).map(|(_, len)| len / 4096).sum::<u64>();
+                zero += facts.zero_pages();
                 dir.pages_placed(arg, at, len, &facts)?;
                 taken += len;
                 placed += len;
@@ -197,8 +197,9 @@ fn write(
                     audit.packed(arg, plain);
                     progress.inc(plain);
                 } else if let Some(input) = reader.bulk_input() {
-                    zero += zero_ranges(&zeros).map(|(_, len)| len / 4096).sum::<u64>();
-                    let moved = dir.pages_from(arg, input.as_fd(), len, &Facts { sum, zeros })?;
+                    let facts = Facts { sum, zeros };
+                    zero += facts.zero_pages();
+                    let moved = dir.pages_from(arg, input.as_fd(), len, &facts)?;
                     reader.moved(moved);
                     if moved < len {
                         return Err(reader.ended_in_bulk().into());

@@ -205,12 +205,18 @@ impl Request {
             text.pop();
         }
         text.push('\n');
-        let fds: Vec<i32> = fd.iter().map(AsRawFd::as_raw_fd).collect();
-        let rights = [ControlMessage::ScmRights(&fds)];
-        let control = if fds.is_empty() { &rights[..0] } else { &rights[..] };
-        let bytes = [io::IoSlice::new(text.as_bytes())];
-        let _ = sendmsg::<()>(self.socket.as_raw_fd(), &bytes, control, MsgFlags::MSG_NOSIGNAL, None);
+        let _ = send_with_right(&self.socket, &text, fd.as_ref().map(AsFd::as_fd));
     }
+}
+
+/// Sends a line, with a descriptor or without; whether all of it went.
+fn send_with_right(socket: &UnixStream, line: &str, fd: Option<BorrowedFd<'_>>) -> bool {
+    let fds: Vec<i32> = fd.iter().map(AsRawFd::as_raw_fd).collect();
+    let rights = [ControlMessage::ScmRights(&fds)];
+    let control = if fds.is_empty() { &rights[..0] } else { &rights[..] };
+    let bytes = [io::IoSlice::new(line.as_bytes())];
+    sendmsg::<()>(socket.as_raw_fd(), &bytes, control, MsgFlags::MSG_NOSIGNAL, None)
+        .is_ok_and(|n| n == line.len())
 }
 
 /// How long a tree is stopped.
@@ -852,12 +858,7 @@ impl Hold {
         let line = format!("TAKES {input}\n");
         let friend =
             getsockopt(&self.socket, PeerCredentials).is_ok_and(|peer| peer.uid() == geteuid().as_raw());
-        let fds = [directory.as_raw_fd()];
-        let rights = [ControlMessage::ScmRights(&fds)];
-        let control = if friend { &rights[..] } else { &rights[..0] };
-        let bytes = [io::IoSlice::new(line.as_bytes())];
-        sendmsg::<()>(self.socket.as_raw_fd(), &bytes, control, MsgFlags::MSG_NOSIGNAL, None)
-            .is_ok_and(|n| n == line.len())
+        send_with_right(&self.socket, &line, friend.then_some(directory))
             && self.heard(what).is_ok()
             && friend
     }

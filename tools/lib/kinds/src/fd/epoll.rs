@@ -125,7 +125,7 @@ pub(super) fn restore(opening: &mut Opening<'_>, entries: &[FileEntry]) -> anyho
     for entry in entries {
         let epfd = entry.epfd.as_ref().context("an epoll set without its entry")?;
         let fd: OwnedFd = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).context("epoll_create1")?.0;
-        opening.set_flags(std::os::fd::AsFd::as_fd(&fd), epfd.flags)?;
+        Opening::set_flags(std::os::fd::AsFd::as_fd(&fd), epfd.flags)?;
         opening.keep(FileId(entry.id), fd)?;
     }
     Ok(())

@@ -48,7 +48,7 @@ pub(super) fn restore(opening: &mut Opening<'_>, entries: &[FileEntry]) -> anyho
             nix::unistd::write(&fd, &efd.counter.to_ne_bytes())
                 .with_context(|| format!("eventfd {}: write the counter {}", entry.id, efd.counter))?;
         }
-        opening.set_flags(std::os::fd::AsFd::as_fd(&fd), efd.flags & !SEMAPHORE)?;
+        Opening::set_flags(std::os::fd::AsFd::as_fd(&fd), efd.flags & !SEMAPHORE)?;
         opening.keep(FileId(entry.id), fd.into())?;
     }
     Ok(())

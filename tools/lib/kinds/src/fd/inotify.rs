@@ -154,7 +154,7 @@ pub(super) fn restore(opening: &mut Opening<'_>, entries: &[FileEntry]) -> anyho
             next = watch.wd + 1;
         }
         while !matches!(instance.read_events(), Err(Errno::EAGAIN)) {}
-        opening.set_flags(instance.as_fd(), ify.flags)?;
+        Opening::set_flags(instance.as_fd(), ify.flags)?;
         opening.keep(FileId(entry.id), instance.into())?;
     }
     Ok(())

@@ -179,6 +179,6 @@ fn restore_one(opening: &mut Opening<'_>, nlsk: &NetlinkSkEntry, what: &str) -> 
     for when in [When::BeforeBind, When::Later, When::Last] {
         sockopt::restore(fd.as_fd(), what, class, &Options::of(&nlsk.opts), when)?;
     }
-    opening.set_flags(fd.as_fd(), nlsk.flags)?;
+    Opening::set_flags(fd.as_fd(), nlsk.flags)?;
     opening.keep(FileId(nlsk.id), fd)
 }

@@ -367,7 +367,7 @@ fn restore_one(
         sock::set_option(fd_ref, SOL_PACKET, PACKET_FANOUT, fanout.cast_signed())
             .context("its fanout group")?;
     }
-    opening.set_flags(fd_ref, psk.flags)?;
+    Opening::set_flags(fd_ref, psk.flags)?;
     opening.keep(FileId(psk.id), fd)
 }
 

@@ -11,7 +11,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use anyhow::Context;
 use ckpt_proc::fdinfo::Special;
 use ckpt_proto::types::{FdTypes, FileEntry, PidfdEntry};
-use ckpt_sys::{FileId, Pid, Refused, Tid, clone, file, pidfd};
+use ckpt_sys::{FileId, Pid, Refused, Tid, clone, pidfd};
 
 use super::{Descriptor, External, FileTable, Opening, late};
 use crate::Sink;
@@ -73,7 +73,7 @@ pub(super) fn restore(opening: &mut Opening<'_>, entries: &[FileEntry]) -> anyho
             opening.late.insert(entry.id, late::Entry::Pidfd(pidfd));
             continue;
         };
-        opening.set_flags(fd.as_fd(), pidfd.flags)?;
+        Opening::set_flags(fd.as_fd(), pidfd.flags)?;
         opening.keep(FileId(entry.id), fd)?;
     }
     Ok(())
@@ -85,9 +85,6 @@ pub(super) fn open_late(entry: &PidfdEntry) -> anyhow::Result<OwnedFd> {
         0 => pidfd::open(Pid(entry.nspid)),
         _ => pidfd::open_thread(Tid(entry.nspid)),
     }?;
-    if entry.flags & libc::O_NONBLOCK.cast_unsigned() != 0 {
-        let flags = file::flags(fd.as_fd())?;
-        file::set_flags(fd.as_fd(), flags | libc::O_NONBLOCK.cast_unsigned())?;
-    }
+    Opening::set_flags(fd.as_fd(), entry.flags)?;
     Ok(fd)
 }

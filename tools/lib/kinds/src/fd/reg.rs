@@ -515,7 +515,7 @@ fn given(opening: &mut Opening<'_>, reg: &RegFileEntry) -> anyhow::Result<Option
 /// A file of a task that is there now.
 pub(super) fn open_late(reg: &RegFileEntry) -> anyhow::Result<OwnedFd> {
     let fd = file::open(path(&reg.name), kept_flags(reg), 0)?;
-    sought(reg, fd)
+    placed(reg, fd)
 }
 
 /// Flags for open(2): without those that make or cut a file, or are set later.
@@ -539,7 +539,7 @@ fn restore_one(
         return Ok(handle);
     }
     if let Some(fd) = opening.names.take_unnamed(reg) {
-        return placed(opening, reg, fd);
+        return placed(reg, fd);
     }
     let mut flags = kept_flags(reg);
     let regular = file_type(&stat) == SFlag::S_IFREG;
@@ -553,16 +553,12 @@ fn restore_one(
     if regular {
         check_unchanged(opening, reg, &stat, &handle)?;
     }
-    placed(opening, reg, fd)
+    placed(reg, fd)
 }
 
 /// Flags that can be set, and the position.
-fn placed(opening: &Opening<'_>, reg: &RegFileEntry, fd: OwnedFd) -> anyhow::Result<OwnedFd> {
-    opening.set_flags(fd.as_fd(), reg.flags)?;
-    sought(reg, fd)
-}
-
-fn sought(reg: &RegFileEntry, fd: OwnedFd) -> anyhow::Result<OwnedFd> {
+fn placed(reg: &RegFileEntry, fd: OwnedFd) -> anyhow::Result<OwnedFd> {
+    Opening::set_flags(fd.as_fd(), reg.flags)?;
     if reg.pos != 0 {
         let pos = reg.pos.cast_signed();
         lseek64(&fd, pos, Whence::SeekSet).with_context(|| format!("lseek to {pos}"))?;
@@ -576,7 +572,7 @@ fn check_type(reg: &RegFileEntry, stat: &FileStat) -> anyhow::Result<()> {
         return Ok(());
     }
     let reason = format!("it is of another type now (mode {:o}, at dump {mode:o})", stat.st_mode);
-    Err(Refused::new(reg.name.escape_ascii().to_string(), reason).into())
+    Err(Refused::new(printable(reg), reason).into())
 }
 
 fn check_unchanged(
@@ -599,7 +595,7 @@ fn check_unchanged(
         reg.ckpt_mtime_ns.filter(|&old| old != mtime_ns(stat)).map(|_| "it was modified".to_owned())
     };
     let Some(changed) = changed else { return Ok(()) };
-    let name = reg.name.escape_ascii().to_string();
+    let name = printable(reg);
     if opening.names.vital.contains(&reg.id) {
         return Err(Refused::new(name, format!("it was mapped at dump and has changed since: {changed}"))
             .advise("put the file back as it was: parts of the program's memory are read from it")

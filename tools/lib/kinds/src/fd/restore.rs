@@ -151,7 +151,7 @@ impl Opening<'_> {
     ///
     /// # Errors
     /// Those of fcntl(2).
-    pub fn set_flags(&self, fd: BorrowedFd<'_>, flags: u32) -> anyhow::Result<()> {
+    pub fn set_flags(fd: BorrowedFd<'_>, flags: u32) -> anyhow::Result<()> {
         let settable = (libc::O_APPEND | libc::O_NONBLOCK | libc::O_NOATIME | libc::O_DIRECT).cast_unsigned();
         let now = file::flags(fd)?;
         if (now ^ flags) & settable != 0 {

@@ -35,7 +35,7 @@ pub(super) fn restore(opening: &mut Opening<'_>, entries: &[FileEntry]) -> anyho
     for entry in entries {
         let sgfd = entry.sgfd.as_ref().context("a signalfd without its entry")?;
         let fd = ckpt_sys::file::signalfd(sgfd.sigmask).with_context(|| format!("file {}", entry.id))?;
-        opening.set_flags(std::os::fd::AsFd::as_fd(&fd), sgfd.flags)?;
+        Opening::set_flags(std::os::fd::AsFd::as_fd(&fd), sgfd.flags)?;
         opening.keep(FileId(entry.id), fd)?;
     }
     Ok(())

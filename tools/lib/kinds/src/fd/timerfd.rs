@@ -90,7 +90,7 @@ pub(super) fn restore(opening: &mut Opening<'_>, entries: &[FileEntry]) -> anyho
         if tfd.ticks > 0 {
             file::timerfd_set_ticks(fd.as_fd(), tfd.ticks).with_context(what)?;
         }
-        opening.set_flags(fd.as_fd(), tfd.flags)?;
+        Opening::set_flags(fd.as_fd(), tfd.flags)?;
         opening.keep(FileId(entry.id), fd)?;
     }
     Ok(())

@@ -278,7 +278,7 @@ pub(super) fn restore(opening: &mut Opening<'_>, entries: &[&InetSkEntry]) -> an
         multicast::restore(fd.as_fd(), isk).with_context(|| what.clone())?;
         inet::finish(fd.as_fd(), isk, &what)?;
         inet::shut_down(fd.as_fd(), isk).with_context(|| what.clone())?;
-        opening.set_flags(fd.as_fd(), isk.flags)?;
+        Opening::set_flags(fd.as_fd(), isk.flags)?;
         opening.keep(FileId(isk.id), fd)?;
     }
     Ok(())

@@ -72,6 +72,12 @@ struct Waiting {
     what_next: Next,
 }
 
+impl Waiting {
+    fn socket<'a>(&self, files: &'a Shelf) -> anyhow::Result<BorrowedFd<'a>> {
+        files.here(self.id).with_context(|| format!("{} was not made", self.what))
+    }
+}
+
 #[derive(Debug)]
 enum Next {
     Connect {
@@ -185,7 +191,7 @@ pub(in crate::fd) fn restore(opening: &mut Opening<'_>, entries: &[&InetSkEntry]
         if opening.tcp.waiting.last().is_some_and(|w| w.id == isk.id) {
             opening.hold(FileId(isk.id));
         }
-        opening.set_flags(fd.as_fd(), isk.flags)?;
+        Opening::set_flags(fd.as_fd(), isk.flags)?;
         opening.keep(FileId(isk.id), fd)?;
     }
     Ok(())
@@ -557,23 +563,33 @@ impl Connections {
     /// Sockets that programs can read from and write to, in front of locked doors. For each, where in its stream image
     /// begins what did not fit in yet.
     fn prepare(&self, files: &Shelf, set: &ImageSet) -> anyhow::Result<Vec<u64>> {
-        let socket = |w: &Waiting| files.here(w.id).with_context(|| format!("{} was not made", w.what));
+        self.bring_to_life(files, tcp::abandon_repair)?;
+        let put = |w: &Waiting| match &w.what_next {
+            Next::Live { ino, unsent, .. } => {
+                put_for(set, *ino, unsent.clone(), w.socket(files)?, Duration::ZERO)
+                    .with_context(|| w.what.clone())
+            }
+            Next::Connect { .. } => Ok(0),
+        };
+        self.waiting.iter().map(put).collect()
+    }
+
+    /// Takes sockets out of repair mode by `leave`, which takes SO_REUSEADDR from them.
+    fn bring_to_life(
+        &self,
+        files: &Shelf,
+        leave: impl Fn(BorrowedFd<'_>) -> Result<(), SysError>,
+    ) -> anyhow::Result<()> {
         for w in &self.waiting {
             if let Next::Live { reuse, .. } = w.what_next {
-                let fd = socket(w)?;
-                tcp::abandon_repair(fd).with_context(|| w.what.clone())?;
+                let fd = w.socket(files)?;
+                leave(fd).with_context(|| w.what.clone())?;
                 if reuse {
                     sock::set_option(fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1)?;
                 }
             }
         }
-        let put = |w: &Waiting| match &w.what_next {
-            Next::Live { ino, unsent, .. } => {
-                put_for(set, *ino, unsent.clone(), socket(w)?, Duration::ZERO).with_context(|| w.what.clone())
-            }
-            Next::Connect { .. } => Ok(0),
-        };
-        self.waiting.iter().map(put).collect()
+        Ok(())
     }
 
     /// So that they are closed in silence.
@@ -594,25 +610,18 @@ impl Connections {
         tasks_wait: bool,
     ) -> anyhow::Result<()> {
         let Self { lock, left, waiting } = self;
-        let socket = |w: &Waiting| files.here(w.id).with_context(|| format!("{} was not made", w.what));
         if let Some(name) = left {
             nft::remove(name).with_context(|| format!("remove the lock {name} from the network"))?;
         }
         if let Some(lock) = lock {
             lock.release()?;
         }
-        for w in waiting.iter().filter(|_| tasks_wait) {
-            if let Next::Live { reuse, .. } = w.what_next {
-                let fd = socket(w)?;
-                // Once more, for the window probe that the lock would have swallowed.
-                tcp::enter_repair(fd).and_then(|()| tcp::leave_repair(fd)).with_context(|| w.what.clone())?;
-                if reuse {
-                    sock::set_option(fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, 1)?;
-                }
-            }
+        if tasks_wait {
+            // Once more, for the window probe that the lock would have swallowed.
+            self.bring_to_life(files, |fd| tcp::enter_repair(fd).and_then(|()| tcp::leave_repair(fd)))?;
         }
         for (w, &done) in waiting.iter().zip(done) {
-            let fd = socket(w)?;
+            let fd = w.socket(files)?;
             match &w.what_next {
                 Next::Live { ino, unsent, fin, .. } => {
                     if !unsent.is_empty() {

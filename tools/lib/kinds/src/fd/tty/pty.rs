@@ -221,7 +221,7 @@ fn restore_pair(
     }
     pty::set_packets(master.as_fd(), info.packet_mode)?;
     pty::set_locked(master.as_fd(), info.locked)?;
-    opening.set_flags(master.as_fd(), tty.flags)?;
+    Opening::set_flags(master.as_fd(), tty.flags)?;
     opening.keep(FileId(entry.id), master)?;
     Ok(restored)
 }

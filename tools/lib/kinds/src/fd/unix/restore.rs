@@ -178,7 +178,7 @@ pub(in crate::fd) fn settle(opening: &mut Opening<'_>) -> anyhow::Result<()> {
             }
             finish(usk, fd).with_context(|| what(usk))?;
         }
-        opening.set_flags(fd, usk.flags)?;
+        Opening::set_flags(fd, usk.flags)?;
     }
     let warn = opening.options.warn;
     let strangers: usize = sockets.strangers.values().map(Vec::len).sum();
