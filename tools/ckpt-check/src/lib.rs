@@ -80,7 +80,7 @@ features! {
     "PTRACE_GET_RSEQ_CONFIGURATION", Always, "restartable sequences, which glibc uses in every thread (Linux 5.13)", || told(probe::ptrace_rseq());
     "sock_diag unix", Always, "unix sockets", || told(probe::sock_diag(AF_UNIX));
     "sock_diag inet", Sometimes, "TCP and UDP sockets", || told(probe::sock_diag(AF_INET));
-    "kernel memory", Sometimes, "data in connections that nobody has accepted, transmit rings (CAP_BPF, CAP_PERFMON, BTF)", || told(Kernel::open("unix").map(drop));
+    "kernel memory", Sometimes, "data in connections that nobody has accepted, transmit rings (CAP_BPF, CAP_PERFMON, BTF)", || told(Kernel::open().map(drop));
     "PTRACE_O_SUSPEND_SECCOMP", Sometimes, "tasks under seccomp (CAP_SYS_ADMIN)", || told(probe::ptrace_suspend_seccomp());
     "userfaultfd WP_ASYNC", Sometimes, "tracking which pages change between checkpoints (Linux 6.7)", || told(probe::userfaultfd_wp_async());
     "userfaultfd events", Sometimes, "restoring with --lazy (Linux 6.6, CAP_SYS_PTRACE)", || told(probe::userfaultfd_missing());

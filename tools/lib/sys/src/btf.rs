@@ -1,5 +1,5 @@
 //! Where fields are in the structures of the running kernel (BTF, Documentation/bpf/btf.rst): `/sys/kernel/btf/vmlinux`,
-//! and `/sys/kernel/btf/MODULE` for what is in a module, whose numbers and strings go on behind those of the former.
+//! and `/sys/kernel/btf/MODULE` for what is in a module, whose numbers and strings each go on behind those of the former.
 //!
 //! Only what is asked for is decoded. The kernel is trusted, yet nothing here goes beyond the bytes that are there.
 
@@ -27,73 +27,79 @@ const ENUM64: u32 = 19;
 /// Deeper than any structure is nested.
 const DEPTH: u32 = 16;
 
-/// The structures of the kernel, or of it and one module.
+/// The structures of the kernel, and of modules.
 #[derive(Debug)]
 pub struct Btf {
+    kernel: Part,
+    modules: Vec<Part>,
+}
+
+/// What one file tells.
+#[derive(Debug, Default)]
+struct Part {
     types: Vec<u8>,
     strings: Vec<u8>,
-    /// Where each type begins; the first has number 1.
+    /// Where each type begins.
     starts: Vec<usize>,
-    /// Structures by name.
-    structs: HashMap<Vec<u8>, u32>,
+    /// Structures by name: indices in `starts`.
+    structs: HashMap<Vec<u8>, usize>,
+}
+
+/// A type: whose it is, and where it begins there.
+#[derive(Clone, Copy)]
+struct Type<'b> {
+    part: &'b Part,
+    at: usize,
 }
 
 fn word(bytes: &[u8], at: usize) -> Option<u32> {
     bytes.get(at..)?.first_chunk().map(|word| u32::from_ne_bytes(*word))
 }
 
-impl Btf {
-    /// Those of the kernel itself.
-    ///
-    /// # Errors
-    /// ENOENT: the kernel was built without (`CONFIG_DEBUG_INFO_BTF`).
-    pub fn vmlinux() -> Result<Self, SysError> {
-        let mut btf =
-            Self { types: Vec::new(), strings: Vec::new(), starts: Vec::new(), structs: HashMap::new() };
-        btf.add(Path::new("/sys/kernel/btf/vmlinux"))?;
-        Ok(btf)
+impl Type<'_> {
+    fn word(self, offset: usize) -> Option<u32> {
+        word(&self.part.types, self.at + offset)
     }
 
-    /// Adds those of a module, if it is one: else they are there already. Of one module only.
-    ///
-    /// # Errors
-    /// EBADMSG: they are not as expected.
-    pub fn add_module(&mut self, name: &str) -> Result<(), SysError> {
-        let path = Path::new("/sys/kernel/btf").join(name);
-        if path.exists() { self.add(&path) } else { Ok(()) }
+    fn kind(self) -> Option<u32> {
+        Some(self.word(4)? >> 24 & 0x1f)
     }
+}
 
-    fn add(&mut self, path: &Path) -> Result<(), SysError> {
+impl Part {
+    fn read(path: &Path, kernel: Option<&Self>) -> Result<Self, SysError> {
         let name = path.display().to_string();
         let bytes = fs::read(path).map_err(|e| {
             SysError::new("read", name.clone(), Errno::from_raw(e.raw_os_error().unwrap_or(libc::EIO)))
         })?;
-        self.decode(&bytes).ok_or_else(|| SysError::new("decode", name, Errno::EBADMSG))
+        Self::decode(&bytes, kernel).ok_or_else(|| SysError::new("decode", name, Errno::EBADMSG))
     }
 
-    fn decode(&mut self, bytes: &[u8]) -> Option<()> {
+    /// `kernel`: what the numbers of a module go on behind.
+    fn decode(bytes: &[u8], kernel: Option<&Self>) -> Option<Self> {
         const MAGIC: [u8; 2] = 0xeb9f_u16.to_ne_bytes();
         if bytes.get(..2)? != MAGIC {
             return None;
         }
         let header = word(bytes, 4)? as usize;
-        let part = |at: usize| -> Option<&[u8]> {
+        let section = |at: usize| -> Option<Vec<u8>> {
             let start = header.checked_add(word(bytes, at)? as usize)?;
-            bytes.get(start..start.checked_add(word(bytes, at + 4)? as usize)?)
+            Some(bytes.get(start..start.checked_add(word(bytes, at + 4)? as usize)?)?.to_vec())
         };
-        let (types, strings) = (part(8)?, part(16)?);
-        let mut at = self.types.len();
-        self.types.extend_from_slice(types);
-        self.strings.extend_from_slice(strings);
-        while at < self.types.len() {
-            self.starts.push(at);
-            let info = word(&self.types, at + 4)?;
-            let (kind, count) = (info >> 24 & 0x1f, (info & 0xffff) as usize);
-            if kind == STRUCT || kind == UNION {
-                let name = self.string(word(&self.types, at)?)?.to_vec();
-                let number = u32::try_from(self.starts.len()).ok()?;
-                self.structs.entry(name).or_insert(number);
+        let mut part = Self { types: section(8)?, strings: section(16)?, ..Self::default() };
+        let mut at = 0;
+        while at < part.types.len() {
+            let ty = Type { part: &part, at };
+            let (kind, count) = (ty.kind()?, (ty.word(4)? & 0xffff) as usize);
+            let name = if kind == STRUCT || kind == UNION {
+                Some(part.string(ty.word(0)?, kernel)?.to_vec())
+            } else {
+                None
+            };
+            if let Some(name) = name {
+                part.structs.entry(name).or_insert(part.starts.len());
             }
+            part.starts.push(at);
             at += 12
                 + match kind {
                     INT | VAR | DECL_TAG => 4,
@@ -103,45 +109,79 @@ impl Btf {
                     _ => 0,
                 };
         }
-        Some(())
+        Some(part)
     }
 
-    fn string(&self, at: u32) -> Option<&[u8]> {
-        let rest = self.strings.get(at as usize..)?;
+    fn string<'b>(&'b self, at: u32, kernel: Option<&'b Self>) -> Option<&'b [u8]> {
+        let (strings, at) = match (kernel, at as usize) {
+            (Some(kernel), at) if at < kernel.strings.len() => (&kernel.strings, at),
+            (Some(kernel), at) => (&self.strings, at - kernel.strings.len()),
+            (None, at) => (&self.strings, at),
+        };
+        let rest = strings.get(at..)?;
         rest.get(..rest.iter().position(|&b| b == 0)?)
     }
+}
 
-    /// The type itself, behind typedefs and qualifiers: where it begins, and its kind.
-    fn resolve(&self, mut number: u32) -> Option<(usize, u32)> {
+impl Btf {
+    /// Those of the running kernel, and of those of `modules` that are modules in it: else they are there already.
+    ///
+    /// # Errors
+    /// ENOENT: the kernel was built without (`CONFIG_DEBUG_INFO_BTF`). EBADMSG: they are not as expected.
+    pub fn read(modules: &[&str]) -> Result<Self, SysError> {
+        let directory = Path::new("/sys/kernel/btf");
+        let kernel = Part::read(&directory.join("vmlinux"), None)?;
+        let paths = modules.iter().map(|name| directory.join(name)).filter(|path| path.exists());
+        let modules = paths.map(|path| Part::read(&path, Some(&kernel))).collect::<Result<_, _>>()?;
+        Ok(Self { kernel, modules })
+    }
+
+    fn string<'b>(&'b self, part: &'b Part, at: u32) -> Option<&'b [u8]> {
+        part.string(at, Some(&self.kernel).filter(|kernel| !std::ptr::eq(*kernel, part)))
+    }
+
+    /// The structure of this name.
+    fn structure(&self, name: &str) -> Option<Type<'_>> {
+        let mut parts = [&self.kernel].into_iter().chain(&self.modules);
+        parts.find_map(|part| Some(Type { part, at: *part.starts.get(*part.structs.get(name.as_bytes())?)? }))
+    }
+
+    /// The type of this number, as `part` counts, behind typedefs and qualifiers.
+    fn resolve<'b>(&'b self, part: &'b Part, mut number: u32) -> Option<Type<'b>> {
         for _ in 0..DEPTH {
-            let at = *self.starts.get((number as usize).checked_sub(1)?)?;
-            let kind = word(&self.types, at + 4)? >> 24 & 0x1f;
-            match kind {
-                TYPEDEF | VOLATILE | CONST | RESTRICT | TYPE_TAG => number = word(&self.types, at + 8)?,
-                _ => return Some((at, kind)),
+            // The first has number 1.
+            let index = (number as usize).checked_sub(1)?;
+            let (part, index) = match index.checked_sub(self.kernel.starts.len()) {
+                Some(index) => (part, index),
+                None => (&self.kernel, index),
+            };
+            let found = Type { part, at: *part.starts.get(index)? };
+            match found.kind()? {
+                TYPEDEF | VOLATILE | CONST | RESTRICT | TYPE_TAG => number = found.word(8)?,
+                _ => return Some(found),
             }
         }
         None
     }
 
     /// A field's place in bytes and its type; those of nameless parts belong to the whole.
-    fn field(&self, at: usize, name: &[u8], depth: u32) -> Option<(usize, u32)> {
-        let info = word(&self.types, at + 4)?;
-        for member in (0..(info & 0xffff) as usize).map(|n| at + 12 + 12 * n) {
-            let (called, number) = (self.string(word(&self.types, member)?)?, word(&self.types, member + 4)?);
-            let bits = word(&self.types, member + 8)?;
+    fn field<'b>(&'b self, of: Type<'b>, name: &[u8], depth: u32) -> Option<(usize, Type<'b>)> {
+        let info = of.word(4)?;
+        for member in (0..(info & 0xffff) as usize).map(|n| 12 + 12 * n) {
+            let (called, number) = (self.string(of.part, of.word(member)?)?, of.word(member + 4)?);
+            let bits = of.word(member + 8)?;
             // With the flag set, the upper byte is the width of a bit field.
             let place = (if info >> 31 == 1 { bits & 0xff_ffff } else { bits }) as usize / 8;
             if called == name {
-                return Some((place, number));
+                return Some((place, self.resolve(of.part, number)?));
             }
             if called.is_empty()
                 && depth > 0
-                && let Some((inner, kind)) = self.resolve(number)
-                && (kind == STRUCT || kind == UNION)
-                && let Some((more, number)) = self.field(inner, name, depth - 1)
+                && let Some(inner) = self.resolve(of.part, number)
+                && [Some(STRUCT), Some(UNION)].contains(&inner.kind())
+                && let Some((more, found)) = self.field(inner, name, depth - 1)
             {
-                return Some((place + more, number));
+                return Some((place + more, found));
             }
         }
         None
@@ -153,12 +193,11 @@ impl Btf {
     /// ENOENT: this kernel has no such field.
     pub fn offset(&self, of: &str, path: &str) -> Result<u64, SysError> {
         let find = || {
-            let mut number = *self.structs.get(of.as_bytes())?;
+            let mut whole = self.structure(of)?;
             let mut offset = 0;
             for name in path.split('.') {
-                let (at, _) = self.resolve(number)?;
-                let (place, next) = self.field(at, name.as_bytes(), DEPTH)?;
-                (offset, number) = (offset + place, next);
+                let (place, inner) = self.field(whole, name.as_bytes(), DEPTH)?;
+                (offset, whole) = (offset + place, inner);
             }
             Some(offset as u64)
         };
@@ -170,8 +209,54 @@ impl Btf {
     /// # Errors
     /// ENOENT: there is none.
     pub fn size(&self, of: &str) -> Result<u64, SysError> {
-        let at = self.structs.get(of.as_bytes()).and_then(|&n| self.resolve(n));
-        let size = at.and_then(|(at, _)| word(&self.types, at + 8));
+        let size = self.structure(of).and_then(|of| of.word(8));
         size.map(u64::from).ok_or_else(|| SysError::new("BTF", of, Errno::ENOENT))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A file with these types, words of 4 bytes, and these strings.
+    fn file(types: &[u32], strings: &[u8]) -> Vec<u8> {
+        let types: Vec<u8> = types.iter().flat_map(|word| word.to_ne_bytes()).collect();
+        let mut bytes = [0; 24];
+        bytes[..2].copy_from_slice(&0xeb9f_u16.to_ne_bytes());
+        for (at, value) in [(4, 24), (12, types.len()), (16, types.len()), (20, strings.len())] {
+            bytes[at..at + 4].copy_from_slice(&u32::try_from(value).unwrap().to_ne_bytes());
+        }
+        [&bytes[..], &types, strings].concat()
+    }
+
+    fn structure(name: u32, size: u32, fields: &[[u32; 3]]) -> Vec<u32> {
+        let count = u32::try_from(fields.len()).unwrap();
+        [&[name, STRUCT << 24 | count, size], fields.as_flattened()].concat()
+    }
+
+    #[test]
+    fn every_module_counts_on_from_the_kernel() {
+        // The kernel: 1 is an int, 2 `struct sock { int a; }` with 4 bytes in front.
+        let int = [0, INT << 24, 4, 32];
+        let types = [&int[..], &structure(1, 8, &[[6, 1, 32]])].concat();
+        let kernel = Part::decode(&file(&types, b"\0sock\0a\0"), None).unwrap();
+        assert_eq!(kernel.strings.len(), 8);
+        // Each module: 3 is the same with a name of its own, 4 a structure with a `struct sock` and a 3.
+        let module = |name: &str, place: u32| {
+            let inner = structure(0, 4, &[[8 + 6, 1, 8]]);
+            let outer = structure(8 + 1, 40, &[[1, 2, 64], [0, 3, place]]);
+            let strings = format!("\0{name}\0own\0");
+            Part::decode(&file(&[inner, outer].concat(), strings.as_bytes()), Some(&kernel)).unwrap()
+        };
+        let modules = vec![module("unix", 128), module("pack", 256)];
+        let btf = Btf { kernel, modules };
+        for (name, place) in [("unix", 16), ("pack", 32)] {
+            assert_eq!(btf.offset(name, "own").unwrap(), place + 1);
+            assert_eq!(btf.offset(name, "sock.a").unwrap(), 12);
+            assert_eq!(btf.size(name).unwrap(), 40);
+        }
+        assert_eq!(btf.offset("sock", "a").unwrap(), 4);
+        assert_eq!(btf.offset("sock", "b").unwrap_err().errno, Errno::ENOENT);
+        assert!(Part::decode(b"\x9f\xeb", None).is_none());
     }
 }

@@ -142,19 +142,19 @@ fn program(map: &OwnedFd) -> Vec<u64> {
 }
 
 impl Kernel {
-    /// Begins to look. `of` is the kernel module whose structures are asked for, should it be one (`unix`, `af_packet`).
+    /// Begins to look.
     ///
     /// # Errors
     /// EPERM: a privilege is missing, or the kernel is locked down. ENOENT: no BTF, or it has other fields than are known.
     /// EBADMSG: the test with a message of our own has failed.
-    pub fn open(of: &str) -> Result<Self, SysError> {
+    pub fn open() -> Result<Self, SysError> {
         const MAP_CREATE: i32 = 0;
         const PROG_LOAD: i32 = 5;
         const ARRAY: u32 = 2;
         const MMAPABLE: u32 = 1 << 10;
         const RAW_TRACEPOINT: u32 = 17;
-        let mut types = Btf::vmlinux()?;
-        types.add_module(of)?;
+        // The families that may be modules.
+        let types = Btf::read(&["unix", "af_packet"])?;
         let piece = u32::try_from(PIECE).unwrap_or(u32::MAX);
         let mut create = [0; 16];
         create[..3].copy_from_slice(&[both(ARRAY, 4), both(piece, 1), both(MMAPABLE, 0)]);
@@ -500,8 +500,8 @@ mod tests {
 
     use super::*;
 
-    fn kernel(of: &str) -> Option<Kernel> {
-        match Kernel::open(of) {
+    fn kernel() -> Option<Kernel> {
+        match Kernel::open() {
             Ok(kernel) => Some(kernel),
             Err(error) if [Errno::EPERM, Errno::ENOENT, Errno::EACCES].contains(&error.errno) => {
                 eprintln!("SKIP: kernel memory can't be read: {error}: {}", error.errno);
@@ -517,7 +517,7 @@ mod tests {
 
     #[test]
     fn what_a_connection_in_a_backlog_holds_is_read_and_stays() {
-        let Some(kernel) = kernel("unix") else { return };
+        let Some(kernel) = kernel() else { return };
         let name = format!("ckpt-kernel-{}", std::process::id());
         let listener =
             UnixListener::bind_addr(&SocketAddr::from_abstract_name(name.as_bytes()).unwrap()).unwrap();
@@ -539,7 +539,7 @@ mod tests {
 
     #[test]
     fn a_message_of_no_bytes_is_seen_as_often_as_asked() {
-        let Some(kernel) = kernel("unix") else { return };
+        let Some(kernel) = kernel() else { return };
         let (a, b) =
             socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap();
         for message in [&b"one"[..], b"", b"two", b""] {
@@ -554,7 +554,7 @@ mod tests {
 
     #[test]
     fn what_a_tcp_connection_in_a_backlog_has_received_is_read() {
-        let Some(kernel) = kernel("unix") else { return };
+        let Some(kernel) = kernel() else { return };
         for address in ["127.0.0.1:0", "[::1]:0"] {
             let Ok(listener) = TcpListener::bind(address) else { continue };
             let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();

@@ -11,7 +11,7 @@ use std::{
 };
 
 use anyhow::{Context, bail};
-use ckpt_proto::types::{FdTypes, FileEntry, InetSkEntry, SkShutdown};
+use ckpt_proto::types::{FdTypes, FileEntry, InetSkEntry};
 use ckpt_sys::{
     FileId, Refused,
     diag::{InetSocket, SockDiag},
@@ -19,11 +19,11 @@ use ckpt_sys::{
 };
 use nix::{
     errno::Errno,
-    sys::socket::{Shutdown, SockaddrIn, SockaddrIn6, SockaddrLike, SockaddrStorage},
+    sys::socket::{SockaddrIn, SockaddrIn6, SockaddrLike, SockaddrStorage},
 };
 
 use super::{
-    Descriptor, FileTable, Opening, raw,
+    Descriptor, FileTable, Opening, multicast, raw,
     socket::{self, Completion},
     sockopt::{self, Class, Options, When},
     tcp, udp,
@@ -94,15 +94,23 @@ pub(super) fn entry(
         fown: stub.fown,
         ifname: scope_name(local)?,
         ns_id: (completion.net_ns)(socket.pid()),
-        shutdown: match diag.and_then(|d| d.shutdown).map_or_else(|| shut(fd), Ok)? & 3 {
-            0 => None,
-            1 => Some(SkShutdown::Read.into()),
-            2 => Some(SkShutdown::Write.into()),
-            _ => Some(SkShutdown::Both.into()),
-        },
+        shutdown: socket::shutdown_entry(diag.and_then(|d| d.shutdown).map_or_else(|| shut(fd), Ok)?),
         ..InetSkEntry::default()
     };
     sockopt::dump(socket, what, completion.defaults)?.store_inet(&mut isk);
+    Ok(isk)
+}
+
+/// The entry of a socket that can be a member of multicast groups; `groups` are those of the network namespace.
+pub(super) fn datagram_entry(
+    socket: &socket::Socket<'_>,
+    diag: Option<&InetSocket>,
+    what: &str,
+    groups: &[multicast::Joined],
+    completion: Completion<'_>,
+) -> anyhow::Result<InetSkEntry> {
+    let mut isk = entry(socket, diag, what, completion)?;
+    isk.ckpt_groups = multicast::dump(socket.copy()?.as_fd(), is_v6(isk.family), groups)?;
     Ok(isk)
 }
 
@@ -144,21 +152,6 @@ fn shut(fd: BorrowedFd<'_>) -> anyhow::Result<u8> {
         (_, true) => 1,
         _ => 0,
     })
-}
-
-/// Shuts down what was shut down.
-pub(super) fn shut_down(fd: BorrowedFd<'_>, isk: &InetSkEntry) -> anyhow::Result<()> {
-    let how = match isk.shutdown.and_then(|s| SkShutdown::try_from(s).ok()) {
-        Some(SkShutdown::Read) => Shutdown::Read,
-        Some(SkShutdown::Write) => Shutdown::Write,
-        Some(SkShutdown::Both) => Shutdown::Both,
-        None | Some(SkShutdown::None) => return Ok(()),
-    };
-    match nix::sys::socket::shutdown(fd.as_raw_fd(), how) {
-        // Datagram sockets that are not connected say so, and are shut down all the same.
-        Ok(()) | Err(Errno::ENOTCONN) => Ok(()),
-        Err(errno) => Err(errno).context("shutdown"),
-    }
 }
 
 /// The interface whose link a link-local address is meant on.
@@ -255,6 +248,24 @@ pub(super) fn finish(fd: BorrowedFd<'_>, isk: &InetSkEntry, what: &str) -> anyho
         sockopt::restore(fd, what, Class::of_inet(isk), &options, when)?;
     }
     Ok(())
+}
+
+/// Brings a datagram socket, bound and filled, into the state that it was in, and keeps it.
+pub(super) fn keep_datagram(
+    opening: &mut Opening<'_>,
+    fd: OwnedFd,
+    isk: &InetSkEntry,
+    what: &str,
+) -> anyhow::Result<()> {
+    let name = || what.to_owned();
+    if isk.state == u32::from(ESTABLISHED) {
+        connect(fd.as_fd(), destination(isk)?).with_context(name)?;
+    }
+    multicast::restore(fd.as_fd(), isk).with_context(name)?;
+    finish(fd.as_fd(), isk, what)?;
+    socket::shut_down(fd.as_fd(), isk.shutdown).with_context(name)?;
+    Opening::set_flags(fd.as_fd(), isk.flags)?;
+    opening.keep(FileId(isk.id), fd)
 }
 
 /// The 4 or 16 bytes of an address.

@@ -32,7 +32,7 @@ const HEADER: usize = 8 + ADDRESS + 8;
 const SOURCES: usize = 512;
 
 /// A group on an interface: by index.
-type Joined = (u32, IpAddr);
+pub(super) type Joined = (u32, IpAddr);
 
 /// The groups that interfaces of this network namespace have joined.
 ///

@@ -12,10 +12,7 @@ use std::{
 };
 
 use anyhow::Context;
-use ckpt_proto::{
-    Image,
-    types::{FdTypes, FileEntry, NetlinkSkEntry},
-};
+use ckpt_proto::types::{FdTypes, FileEntry, NetlinkSkEntry};
 use ckpt_sys::{
     FileId, Refused,
     diag::{NetlinkSocket, SockDiag},
@@ -31,7 +28,7 @@ use super::{
     socket::{self, Completion},
     sockopt::{self, Class, Options, When},
 };
-use crate::{Sink, sink::emit};
+use crate::Sink;
 
 const CONNECTED: u32 = 1;
 /// A dump is under way: answers are still to come.
@@ -86,9 +83,8 @@ pub(super) fn complete(
             ns_id: (completion.net_ns)(socket.pid()),
             ckpt_type: Some(socket.stub.r#type).filter(|&t| t != libc::SOCK_RAW.unsigned_abs()),
         };
-        let kind = FdTypes::Netlinksk.into();
-        let entry = FileEntry { r#type: kind, id: socket.file_id, nlsk: Some(nlsk), ..FileEntry::default() };
-        emit(sink, Image::Files, 0, &entry)?;
+        let entry = FileEntry { nlsk: Some(nlsk), ..FileEntry::default() };
+        socket.emit(FdTypes::Netlinksk, entry, sink)?;
     }
     Ok(())
 }

@@ -14,7 +14,7 @@ mod ring;
 mod transmit;
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::HashMap,
     os::fd::{AsFd, BorrowedFd},
 };
 
@@ -39,7 +39,7 @@ use super::{
     socket::{self, Completion},
     sockopt::{self, Class, Options, When},
 };
-use crate::{Sink, sink::emit};
+use crate::Sink;
 
 const SOL_PACKET: i32 = 263;
 const PACKET_ADD_MEMBERSHIP: i32 = 1;
@@ -101,46 +101,43 @@ pub(super) fn complete(
             .with_context(|| format!("{}: the kernel does not list {what}", socket.subject))?;
         check(socket, diag, &what, completion)?;
         let mut psk = entry(socket, diag, &what, completion)?;
-        let mut unread = Vec::new();
-        if let Some(rx) = &psk.rx_ring {
-            let copy = socket.copy()?;
-            let heads = || completion.look.at_packets(|kernel| kernel.packet_heads(copy.as_fd()));
-            let head = || heads().map(|(receive, _)| receive);
-            let found = ring::read(copy.as_fd(), psk.version, rx, psk.tx_ring.as_ref(), &head);
-            let found = found.with_context(|| format!("{}: its ring", socket.subject))?;
-            let contents = found.map_err(|why| socket.refuse(&what, why))?;
-            psk.ckpt_rx_head = Some(contents.head).filter(|&head| head != 0);
-            unread = contents.unread;
-        }
-        let mut blocks = Vec::new();
-        if let Some(tx) = &psk.tx_ring {
-            let copy = socket.copy()?;
-            let heads = || completion.look.at_packets(|kernel| kernel.packet_heads(copy.as_fd()));
-            let head = || heads().map(|(_, transmit)| transmit);
-            let found = transmit::read(copy.as_fd(), psk.version, psk.rx_ring.as_ref(), tx, &head);
-            let found = found.with_context(|| format!("{}: its transmit ring", socket.subject))?;
-            let contents = found.map_err(|(why, advice)| socket.refuse(&what, why).advise(advice))?;
-            psk.ckpt_tx_head = Some(contents.head).filter(|&head| head != 0);
-            blocks = contents.unread;
-        }
-        let kind = FdTypes::Packetsk.into();
-        let entry = FileEntry { r#type: kind, id: socket.file_id, psk: Some(psk), ..FileEntry::default() };
-        emit(sink, Image::Files, 0, &entry)?;
-        let all = unread.into_iter().map(|(slot, bytes)| (None, slot, bytes));
-        for (transmit, slot, bytes) in all.chain(blocks.into_iter().map(|(n, bytes)| (Some(true), n, bytes)))
-        {
-            let packet = SkPacketEntry {
-                id_for: socket.file_id,
-                length: u32::try_from(bytes.len()).context("length of a frame")?,
-                ckpt_ring_slot: Some(slot),
-                ckpt_ring_transmit: transmit,
-                ..SkPacketEntry::default()
-            };
-            emit(sink, Image::SkQueues, 0, &packet)?;
-            sink.data(Image::SkQueues, 0, &bytes)?;
+        let [received, to_send] = rings(socket, &psk, &what, completion)?;
+        psk.ckpt_rx_head = Some(received.head).filter(|&head| head != 0);
+        psk.ckpt_tx_head = Some(to_send.head).filter(|&head| head != 0);
+        socket.emit(FdTypes::Packetsk, FileEntry { psk: Some(psk), ..FileEntry::default() }, sink)?;
+        for (contents, ckpt_ring_transmit) in [(received, None), (to_send, Some(true))] {
+            for (slot, bytes) in contents.unread {
+                let ckpt_ring_slot = Some(slot);
+                let packet = SkPacketEntry { ckpt_ring_slot, ckpt_ring_transmit, ..SkPacketEntry::default() };
+                socket.emit_queued(packet, &bytes, sink)?;
+            }
         }
     }
     Ok(())
+}
+
+/// What is in the receive ring of a socket, and in its transmit ring.
+fn rings(
+    socket: &socket::Socket<'_>,
+    psk: &PacketSockEntry,
+    what: &str,
+    completion: Completion<'_>,
+) -> anyhow::Result<[ring::Contents; 2]> {
+    let copy = socket.copy()?;
+    let heads = || completion.look.ask(|kernel| kernel.packet_heads(copy.as_fd()));
+    let (rx, tx) = (psk.rx_ring.as_ref(), psk.tx_ring.as_ref());
+    let mut contents = [ring::Contents::default(), ring::Contents::default()];
+    if let Some(rx) = rx {
+        let found = ring::read(copy.as_fd(), psk.version, rx, tx, &|| Ok(heads()?.0));
+        let found = found.with_context(|| format!("{}: its ring", socket.subject))?;
+        contents[0] = found.map_err(|why| socket.refuse(what, why))?;
+    }
+    if let Some(tx) = tx {
+        let found = transmit::read(copy.as_fd(), psk.version, rx, tx, &|| Ok(heads()?.1));
+        let found = found.with_context(|| format!("{}: its transmit ring", socket.subject))?;
+        contents[1] = found.map_err(|(why, advice)| socket.refuse(what, why).advise(advice))?;
+    }
+    Ok(contents)
 }
 
 /// The file of a mapped ring.
@@ -284,27 +281,23 @@ fn ring(ring: Option<diag::PacketRing>) -> Option<PacketRing> {
 
 /// ckpt-restore's part.
 pub(super) fn restore(opening: &mut Opening<'_>, files: &[FileEntry]) -> anyhow::Result<()> {
-    let packets: Vec<SkPacketEntry> = opening.set.all(Image::SkQueues, 0)?;
-    let rings: HashSet<u32> =
-        packets.iter().filter(|p| p.ckpt_ring_slot.is_some()).map(|p| p.id_for).collect();
+    let mut queues = socket::queues(opening.set)?;
     for file in files {
         let psk = socket::of(file, file.psk.as_ref(), "packet socket")?;
         let what = format!("packet socket of file {}", psk.id);
-        let mut contents = ring::Contents { head: psk.ckpt_rx_head.unwrap_or(0), unread: Vec::new() };
-        let mut transmit = ring::Contents { head: psk.ckpt_tx_head.unwrap_or(0), unread: Vec::new() };
-        if rings.contains(&psk.id) {
-            for (index, packet) in packets.iter().enumerate().filter(|(_, p)| p.id_for == psk.id) {
-                let Some(slot) = packet.ckpt_ring_slot else { continue };
-                let (ring, contents) = match packet.ckpt_ring_transmit {
-                    Some(true) => (&psk.tx_ring, &mut transmit),
-                    _ => (&psk.rx_ring, &mut contents),
-                };
-                let limit = ring.as_ref().map_or(0, |ring| ring.block_size).into();
-                let bytes = opening.set.payload_bytes(Image::SkQueues, 0, index, limit)?;
-                contents.unread.push((slot, bytes));
-            }
+        let mut received = ring::Contents { head: psk.ckpt_rx_head.unwrap_or(0), unread: Vec::new() };
+        let mut to_send = ring::Contents { head: psk.ckpt_tx_head.unwrap_or(0), unread: Vec::new() };
+        for (index, packet) in queues.remove(&psk.id).unwrap_or_default() {
+            let Some(slot) = packet.ckpt_ring_slot else { continue };
+            let (ring, contents) = match packet.ckpt_ring_transmit {
+                Some(true) => (&psk.tx_ring, &mut to_send),
+                _ => (&psk.rx_ring, &mut received),
+            };
+            let limit = ring.as_ref().map_or(0, |ring| ring.block_size).into();
+            let bytes = opening.set.payload_bytes(Image::SkQueues, 0, index, limit)?;
+            contents.unread.push((slot, bytes));
         }
-        restore_one(opening, psk, &contents, &transmit, &what).with_context(|| what.clone())?;
+        restore_one(opening, psk, &received, &to_send, &what).with_context(|| what.clone())?;
     }
     Ok(())
 }
@@ -312,8 +305,8 @@ pub(super) fn restore(opening: &mut Opening<'_>, files: &[FileEntry]) -> anyhow:
 fn restore_one(
     opening: &mut Opening<'_>,
     psk: &PacketSockEntry,
-    contents: &ring::Contents,
-    transmit: &ring::Contents,
+    received: &ring::Contents,
+    to_send: &ring::Contents,
     what: &str,
 ) -> anyhow::Result<()> {
     let kind = match i32::try_from(psk.r#type) {
@@ -346,13 +339,13 @@ fn restore_one(
             set_ring(fd_ref, name, psk.version, ring).context("its ring")?;
         }
     }
-    if let Some(rx) = psk.rx_ring.as_ref().filter(|_| contents.head != 0 || !contents.unread.is_empty()) {
-        ring::refill(fd_ref, psk.version, rx, psk.tx_ring.as_ref(), contents)
+    if let Some(rx) = psk.rx_ring.as_ref().filter(|_| !received.is_new()) {
+        ring::refill(fd_ref, psk.version, rx, psk.tx_ring.as_ref(), received)
             .context("what was received into its ring")?;
         sock::detach_filter(fd_ref)?;
     }
-    if let Some(tx) = psk.tx_ring.as_ref().filter(|_| transmit.head != 0 || !transmit.unread.is_empty()) {
-        transmit::refill(fd_ref, psk, tx, transmit).context("its transmit ring")?;
+    if let Some(tx) = psk.tx_ring.as_ref().filter(|_| !to_send.is_new()) {
+        transmit::refill(fd_ref, psk, tx, to_send).context("its transmit ring")?;
     }
     sockopt::restore(fd_ref, what, class, &options, When::Last)?;
     for membership in &psk.mclist {

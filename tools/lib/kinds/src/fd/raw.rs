@@ -7,14 +7,11 @@
 use std::{collections::HashMap, fs, os::fd::AsFd};
 
 use anyhow::Context;
-use ckpt_proto::{
-    Image,
-    types::{FdTypes, FileEntry, InetSkEntry},
-};
-use ckpt_sys::{FileId, diag::InetSocket, sock};
+use ckpt_proto::types::{FdTypes, FileEntry, InetSkEntry};
+use ckpt_sys::{diag::InetSocket, sock};
 
 use super::{Descriptor, Opening, inet, multicast, socket};
-use crate::{Sink, fd::socket::Completion, sink::emit};
+use crate::{Sink, fd::socket::Completion};
 
 pub(super) fn recognise(d: &Descriptor) -> bool {
     d.is_socket(libc::AF_INET, libc::SOCK_RAW) || d.is_socket(libc::AF_INET6, libc::SOCK_RAW)
@@ -66,17 +63,15 @@ pub(super) fn complete(
     let groups = multicast::groups()?;
     for socket in &sockets {
         let what = format!("{} socket {}", name(socket.stub.r#type), socket.stub.ino);
-        let mut isk = inet::entry(socket, table.get(&socket.stub.ino), &what, completion)?;
-        isk.ckpt_groups = multicast::dump(socket.copy()?.as_fd(), inet::is_v6(isk.family), &groups)?;
+        let diag = table.get(&socket.stub.ino);
+        let isk = inet::datagram_entry(socket, diag, &what, &groups, completion)?;
         let happened = sock::poll_now(socket.copy()?.as_fd(), libc::POLLIN | libc::POLLRDHUP)?;
         if happened & libc::POLLERR != 0 {
             socket.leave_out(&what, "an error waits to be read", completion)?;
         } else if happened & (libc::POLLIN | libc::POLLRDHUP) == libc::POLLIN {
             socket.leave_out(&what, "packets are received and not read", completion)?;
         }
-        let kind = FdTypes::Inetsk.into();
-        let entry = FileEntry { r#type: kind, id: socket.file_id, isk: Some(isk), ..FileEntry::default() };
-        emit(sink, Image::Files, 0, &entry)?;
+        socket.emit(FdTypes::Inetsk, FileEntry { isk: Some(isk), ..FileEntry::default() }, sink)?;
     }
     Ok(())
 }
@@ -92,14 +87,7 @@ pub(super) fn restore(opening: &mut Opening<'_>, entries: &[&InetSkEntry]) -> an
         if bound && local.port() != 0 {
             inet::bind(fd.as_fd(), &what, local)?;
         }
-        if isk.state == u32::from(inet::ESTABLISHED) {
-            inet::connect(fd.as_fd(), inet::destination(isk)?).with_context(|| what.clone())?;
-        }
-        multicast::restore(fd.as_fd(), isk).with_context(|| what.clone())?;
-        inet::finish(fd.as_fd(), isk, &what)?;
-        inet::shut_down(fd.as_fd(), isk).with_context(|| what.clone())?;
-        Opening::set_flags(fd.as_fd(), isk.flags)?;
-        opening.keep(FileId(isk.id), fd)?;
+        inet::keep_datagram(opening, fd, isk, &what)?;
     }
     Ok(())
 }

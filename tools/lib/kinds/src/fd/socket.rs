@@ -8,17 +8,24 @@
 
 use std::{
     collections::{HashMap, hash_map::Entry},
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     rc::Rc,
 };
 
 use anyhow::{Context, bail};
-use ckpt_proto::types::{FdTypes, FileEntry, SocketStub};
+use ckpt_images::ImageSet;
+use ckpt_proto::{
+    Image,
+    types::{FdTypes, FileEntry, SkPacketEntry, SkShutdown, SocketStub},
+};
 use ckpt_sys::{FileId, Pid, Refused, TargetFd, pidfd, sock};
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+use nix::{
+    errno::Errno,
+    sys::socket::{AddressFamily, Shutdown, SockFlag, SockType, shutdown, socket},
+};
 
 use super::{Descriptor, Look, dump::comm, netlink, packet, raw, sockopt::Defaults, tcp, udp, unix};
-use crate::Sink;
+use crate::{Sink, sink::emit};
 
 /// What to do with what an external connection has received and not read.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -123,6 +130,31 @@ impl Socket<'_> {
         Err(self.refuse(what, received).advise(advice))
     }
 
+    /// Puts the socket's number and kind into `entry`, which holds all else, and emits it.
+    ///
+    /// # Errors
+    /// The sink's.
+    pub(super) fn emit(&self, kind: FdTypes, entry: FileEntry, sink: &mut dyn Sink) -> anyhow::Result<()> {
+        let entry = FileEntry { r#type: kind.into(), id: self.file_id, ..entry };
+        emit(sink, Image::Files, 0, &entry)
+    }
+
+    /// Emits a message of its queue: what is known of it, and its bytes.
+    ///
+    /// # Errors
+    /// The sink's; [`Refused`] if the images can't hold its length.
+    pub(super) fn emit_queued(
+        &self,
+        packet: SkPacketEntry,
+        bytes: &[u8],
+        sink: &mut dyn Sink,
+    ) -> anyhow::Result<()> {
+        let length = u32::try_from(bytes.len())
+            .map_err(|_| self.refuse("a message in its queue", format!("{} bytes", bytes.len())))?;
+        emit(sink, Image::SkQueues, 0, &SkPacketEntry { id_for: self.file_id, length, ..packet })?;
+        sink.data(Image::SkQueues, 0, bytes)
+    }
+
     /// Its inode, which has 32 bits in the images.
     ///
     /// # Errors
@@ -169,6 +201,32 @@ fn is_ping(stub: &SocketStub) -> bool {
     matches!(stub.protocol.cast_signed(), libc::IPPROTO_ICMP | libc::IPPROTO_ICMPV6)
 }
 
+/// What is shut down (1: reading, 2: writing), as the images have it.
+pub(super) fn shutdown_entry(shut: u8) -> Option<i32> {
+    match shut & 3 {
+        0 => None,
+        1 => Some(SkShutdown::Read.into()),
+        2 => Some(SkShutdown::Write.into()),
+        _ => Some(SkShutdown::Both.into()),
+    }
+}
+
+/// Shuts down what was shut down.
+pub(super) fn shut_down(fd: BorrowedFd<'_>, entry: Option<i32>) -> anyhow::Result<()> {
+    let how = match entry.and_then(|s| SkShutdown::try_from(s).ok()) {
+        Some(SkShutdown::Read) => Shutdown::Read,
+        Some(SkShutdown::Write) => Shutdown::Write,
+        Some(SkShutdown::Both) => Shutdown::Both,
+        None | Some(SkShutdown::None) => return Ok(()),
+    };
+    match shutdown(fd.as_raw_fd(), how) {
+        // Datagram sockets that are not connected say so, and are shut down all the same; what was closed by its peer
+        // is shut down by that.
+        Ok(()) | Err(Errno::ENOTCONN) => Ok(()),
+        Err(errno) => Err(errno).context("shutdown"),
+    }
+}
+
 /// Whether it is a listening socket.
 pub(super) fn listens(fd: BorrowedFd<'_>) -> anyhow::Result<bool> {
     Ok(sock::option(fd, libc::SOL_SOCKET, libc::SO_ACCEPTCONN)? != 0)
@@ -200,6 +258,15 @@ pub(super) fn of<'f, T>(file: &'f FileEntry, held: Option<&'f T>, kind: &str) ->
         let stub = if file.ckpt_stub.is_some() { " (it did not pass ckpt-sk)" } else { "" };
         format!("{kind} {} without its entry{stub}", file.id)
     })
+}
+
+/// What is queued in sockets, by the file that it is for; with its number in the image, by which its bytes are found.
+pub(super) fn queues(set: &ImageSet) -> anyhow::Result<HashMap<u32, Vec<(usize, SkPacketEntry)>>> {
+    let mut queues: HashMap<u32, Vec<_>> = HashMap::new();
+    for (index, packet) in set.all::<SkPacketEntry>(Image::SkQueues, 0)?.into_iter().enumerate() {
+        queues.entry(packet.id_for).or_default().push((index, packet));
+    }
+    Ok(queues)
 }
 
 /// Replaces `stubs` by full entries, and adds what is queued.

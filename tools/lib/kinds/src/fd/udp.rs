@@ -32,7 +32,7 @@ use ckpt_proto::{
     types::{DatagramHeaders, FdTypes, FileEntry, InetSkEntry, SkPacketEntry},
 };
 use ckpt_sys::{
-    FileId, Refused,
+    Refused,
     sock::{self, LentOption},
 };
 use nix::{
@@ -46,7 +46,7 @@ use super::{
     socket::{self, Completion},
     sockopt::{self, Class, Options, When},
 };
-use crate::{Sink, sink::emit};
+use crate::Sink;
 
 /// Longest payload that IPv4 can carry; also what fits through the loopback interface.
 const LONGEST: usize = 65_535;
@@ -81,16 +81,14 @@ pub(super) fn complete(
     let groups = multicast::groups()?;
     for socket in &sockets {
         let what = what(socket.stub.protocol, socket.stub.ino);
-        let mut isk = inet::entry(socket, table.get(&socket.stub.ino), &what, completion)?;
-        isk.ckpt_groups = multicast::dump(socket.copy()?.as_fd(), inet::is_v6(isk.family), &groups)?;
+        let diag = table.get(&socket.stub.ino);
+        let isk = inet::datagram_entry(socket, diag, &what, &groups, completion)?;
         check_corked(socket, &what)?;
         let queue = queue(socket, &what, &isk, completion)?;
-        let kind = FdTypes::Inetsk.into();
-        let entry = FileEntry { r#type: kind, id: socket.file_id, isk: Some(isk), ..FileEntry::default() };
-        emit(sink, Image::Files, 0, &entry)?;
-        for (packet, bytes) in queue {
-            emit(sink, Image::SkQueues, 0, &packet)?;
-            sink.data(Image::SkQueues, 0, &bytes)?;
+        socket.emit(FdTypes::Inetsk, FileEntry { isk: Some(isk), ..FileEntry::default() }, sink)?;
+        for (headers, bytes) in queue {
+            let packet = SkPacketEntry { ckpt_headers: Some(headers), ..SkPacketEntry::default() };
+            socket.emit_queued(packet, &bytes, sink)?;
         }
     }
     Ok(())
@@ -113,13 +111,16 @@ fn check_corked(socket: &socket::Socket<'_>, what: &str) -> anyhow::Result<()> {
     }
 }
 
+/// A datagram: what its packet said, and its payload.
+type Datagram = (DatagramHeaders, Vec<u8>);
+
 /// Everything that a socket has received and not read, as far as it can be given back.
 fn queue(
     socket: &socket::Socket<'_>,
     what: &str,
     isk: &InetSkEntry,
     completion: Completion<'_>,
-) -> anyhow::Result<Vec<(SkPacketEntry, Vec<u8>)>> {
+) -> anyhow::Result<Vec<Datagram>> {
     let happened = sock::poll_now(socket.copy()?.as_fd(), libc::POLLIN)?;
     // Any receive call would take a waiting error from the target.
     if happened & libc::POLLERR != 0 {
@@ -129,21 +130,13 @@ fn queue(
     if memory(socket.copy()?.as_fd())? == 0 && happened & libc::POLLIN == 0 {
         return Ok(Vec::new());
     }
-    let datagrams = match peek_all(socket, isk)? {
-        Ok(datagrams) => datagrams,
+    match peek_all(socket, isk)? {
+        Ok(datagrams) => Ok(datagrams),
         Err(why) => {
             socket.leave_out(what, &format!("a datagram is received and not read, {why}"), completion)?;
-            return Ok(Vec::new());
+            Ok(Vec::new())
         }
-    };
-    let packet = |(headers, bytes): (DatagramHeaders, Vec<u8>)| -> anyhow::Result<_> {
-        let length = u32::try_from(bytes.len()).context("a datagram's length")?;
-        let ckpt_headers = Some(headers);
-        let packet =
-            SkPacketEntry { id_for: socket.file_id, length, ckpt_headers, ..SkPacketEntry::default() };
-        Ok((packet, bytes))
-    };
-    datagrams.into_iter().map(packet).collect()
+    }
 }
 
 /// Memory taken by the receive queue.
@@ -151,8 +144,6 @@ fn memory(fd: BorrowedFd<'_>) -> anyhow::Result<u32> {
     let info = sock::option_bytes(fd, libc::SOL_SOCKET, SO_MEMINFO, 64)?;
     info.first_chunk().map(|b| u32::from_ne_bytes(*b)).context("SO_MEMINFO is too short")
 }
-
-type Datagram = (DatagramHeaders, Vec<u8>);
 
 /// All datagrams, or why one of them can't be given back.
 fn peek_all(socket: &socket::Socket<'_>, isk: &InetSkEntry) -> anyhow::Result<Result<Vec<Datagram>, String>> {
@@ -254,7 +245,7 @@ pub(super) fn restore(opening: &mut Opening<'_>, entries: &[&InetSkEntry]) -> an
     if entries.is_empty() {
         return Ok(());
     }
-    let packets: Vec<SkPacketEntry> = opening.set.all(Image::SkQueues, 0)?;
+    let mut queues = socket::queues(opening.set)?;
     let mut injector = Injector::default();
     for isk in entries {
         let what = what(isk.proto, isk.ino.into());
@@ -264,22 +255,15 @@ pub(super) fn restore(opening: &mut Opening<'_>, entries: &[&InetSkEntry]) -> an
             inet::bind(fd.as_fd(), &what, local)?;
         }
         let mut queue = Vec::new();
-        for (index, packet) in packets.iter().enumerate().filter(|(_, p)| p.id_for == isk.id) {
+        for (index, packet) in queues.remove(&isk.id).unwrap_or_default() {
             let bytes = opening.set.payload_bytes(Image::SkQueues, 0, index, LONGEST as u64)?;
-            let headers = packet.ckpt_headers.as_ref().context("a datagram without its sender")?;
+            let headers = packet.ckpt_headers.context("a datagram without its sender")?;
             queue.push((headers, bytes));
         }
         if !queue.is_empty() {
             injector.refill(fd.as_fd(), isk, &what, &queue)?;
         }
-        if isk.state == u32::from(inet::ESTABLISHED) {
-            inet::connect(fd.as_fd(), inet::destination(isk)?).with_context(|| what.clone())?;
-        }
-        multicast::restore(fd.as_fd(), isk).with_context(|| what.clone())?;
-        inet::finish(fd.as_fd(), isk, &what)?;
-        inet::shut_down(fd.as_fd(), isk).with_context(|| what.clone())?;
-        Opening::set_flags(fd.as_fd(), isk.flags)?;
-        opening.keep(FileId(isk.id), fd)?;
+        inet::keep_datagram(opening, fd, isk, &what)?;
     }
     Ok(())
 }
@@ -298,7 +282,7 @@ impl Injector {
         fd: BorrowedFd<'_>,
         isk: &InetSkEntry,
         what: &str,
-        queue: &[(&DatagramHeaders, Vec<u8>)],
+        queue: &[Datagram],
     ) -> anyhow::Result<()> {
         let local = inet::source(isk)?;
         let total = queue.iter().map(|(_, bytes)| bytes.len().saturating_mul(2).saturating_add(4096)).sum();

@@ -67,6 +67,13 @@ pub(super) struct Contents {
     pub(super) unread: Vec<(u32, Vec<u8>)>,
 }
 
+impl Contents {
+    /// Whether they are those of a ring that nothing has happened to.
+    pub(super) fn is_new(&self) -> bool {
+        self.head == 0 && self.unread.is_empty()
+    }
+}
+
 /// A ring's memory, in slots: frames, or blocks of version 3.
 struct Ring {
     memory: RingMemory,

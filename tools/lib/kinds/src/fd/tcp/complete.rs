@@ -148,9 +148,8 @@ pub fn complete(
                 return Err(socket.refuse(format!("in state {}", state::name(other))).advise(advice).into());
             }
         }
-        let (ino, id) = (isk.ino, socket.open.file_id);
-        let entry = FileEntry { r#type: FdTypes::Inetsk.into(), id, isk: Some(isk), ..FileEntry::default() };
-        emit(sink, Image::Files, 0, &entry)?;
+        let ino = isk.ino;
+        socket.open.emit(FdTypes::Inetsk, FileEntry { isk: Some(isk), ..FileEntry::default() }, sink)?;
         if let Some(Stream { entry, queues }) = stream {
             emit(sink, Image::TcpStream, ino.into(), &entry)?;
             for piece in queues.iter().flat_map(|queue| queue.chunks(PIECE)) {
@@ -231,7 +230,7 @@ fn unaccepted<'b>(
         Entry::Occupied(known) => known.into_mut(),
         Entry::Vacant(new) => {
             let copy = listener.copy()?;
-            let read = look.at_sockets(|kernel| kernel.tcp_backlog(copy.as_fd())).map_err(refuse)?;
+            let read = look.ask(|kernel| kernel.tcp_backlog(copy.as_fd())).map_err(refuse)?;
             new.insert(read)
         }
     };

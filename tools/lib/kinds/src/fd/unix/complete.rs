@@ -10,12 +10,9 @@ use std::{
 };
 
 use anyhow::{Context, bail};
-use ckpt_proto::{
-    Image,
-    types::{
-        ExternalSocket as ExternalEntry, FdTypes, FileEntry, FilePermsEntry, ScmEntry, SkCreds,
-        SkPacketEntry, SkShutdown, UnixSkEntry, external_socket::PolicyKind,
-    },
+use ckpt_proto::types::{
+    ExternalSocket as ExternalEntry, FdTypes, FileEntry, FilePermsEntry, ScmEntry, SkCreds, SkPacketEntry,
+    UnixSkEntry, external_socket::PolicyKind,
 };
 use ckpt_sys::{
     Pid, Refused, TargetFd,
@@ -38,7 +35,6 @@ use crate::{
         socket::{self, Completion, Queued, Say, SkOptions},
         sockopt,
     },
-    sink::emit,
 };
 
 /// Who holds a socket: pid, command, descriptor.
@@ -185,12 +181,8 @@ pub fn complete(
         } else if waits_at.is_some() {
             messages.extend(unaccepted(socket, look)?);
         }
-        emit(
-            sink,
-            Image::Files,
-            0,
-            &entry(socket, external, waits_at, backlog, net_ns(socket.pid()), defaults)?,
-        )?;
+        let usk = entry(socket, external, waits_at, backlog, net_ns(socket.pid()), defaults)?;
+        socket.emit(FdTypes::Unixsk, FileEntry { usk: Some(usk), ..FileEntry::default() }, sink)?;
         if is_external || socket.diag.state != LISTEN {
             queues.push((socket, messages));
         }
@@ -207,9 +199,7 @@ pub fn complete(
     queue::add_hidden(&mut queues, &sockets, look)?;
     for (socket, messages) in queues {
         for message in messages {
-            let entry = SkPacketEntry {
-                id_for: socket.file_id,
-                length: u32::try_from(message.bytes.len()).context("message length")?,
+            let packet = SkPacketEntry {
                 scm: (!message.rights.is_empty())
                     .then(|| ScmEntry { r#type: libc::SCM_RIGHTS.unsigned_abs(), rights: message.rights })
                     .into_iter()
@@ -219,8 +209,7 @@ pub fn complete(
                 ckpt_unsent: message.unsent.then_some(true),
                 ..SkPacketEntry::default()
             };
-            emit(sink, Image::SkQueues, 0, &entry)?;
-            sink.data(Image::SkQueues, 0, &message.bytes)?;
+            socket.emit_queued(packet, &message.bytes, sink)?;
         }
     }
     Ok(())
@@ -341,7 +330,7 @@ fn decide(
 /// What was sent over a connection that is not accepted yet. Its far end has no descriptor anywhere.
 fn far_queue(socket: &Socket<'_>, look: &Look) -> Result<Vec<Message>, String> {
     let copy = socket.copy().map_err(|error| format!("{error:#}"))?;
-    let queue = look.at_sockets(|kernel| kernel.unix_peer_queue(copy.as_fd()))?;
+    let queue = look.ask(|kernel| kernel.unix_peer_queue(copy.as_fd()))?;
     if queue.iter().any(|message| message.rights) {
         return Err("descriptors (SCM_RIGHTS) are among them, which can't be followed there".to_owned());
     }
@@ -515,7 +504,7 @@ fn entry(
     backlog: Vec<(u32, SkCreds)>,
     ns_id: Option<u32>,
     defaults: &sockopt::Defaults,
-) -> anyhow::Result<FileEntry> {
+) -> anyhow::Result<UnixSkEntry> {
     let (stub, diag) = (socket.stub, &socket.diag);
     let fits =
         |n: u64| u32::try_from(n).map_err(|_| socket.refuse("an inode that does not fit into the images"));
@@ -524,7 +513,7 @@ fn entry(
     let peek_off = sock::option(copy.as_fd(), libc::SOL_SOCKET, libc::SO_PEEK_OFF).unwrap_or(-1);
     // The kernel calls a datagram socket connected too if another one has connected to it.
     let state = if diag.kind == libc::SOCK_DGRAM && diag.peer.is_none() { CLOSE } else { diag.state };
-    let usk = UnixSkEntry {
+    Ok(UnixSkEntry {
         id: socket.file_id,
         ino: fits(diag.id)?,
         r#type: diag.kind.unsigned_abs(),
@@ -537,12 +526,7 @@ fn entry(
         fown: stub.fown,
         opts: sockopt::dump(socket, &socket.what(), defaults)?.sk,
         name: diag.name.clone(),
-        shutdown: match diag.shutdown {
-            0 => None,
-            1 => Some(SkShutdown::Read.into()),
-            2 => Some(SkShutdown::Write.into()),
-            _ => Some(SkShutdown::Both.into()),
-        },
+        shutdown: socket::shutdown_entry(diag.shutdown),
         file_perms,
         name_dir,
         deleted,
@@ -558,9 +542,7 @@ fn entry(
         }),
         ckpt_backlog: backlog.iter().map(|(ino, _)| *ino).collect(),
         ckpt_backlog_creds: backlog.into_iter().map(|(_, creds)| creds).collect(),
-    };
-    let kind = FdTypes::Unixsk.into();
-    Ok(FileEntry { r#type: kind, id: socket.file_id, usk: Some(usk), ..FileEntry::default() })
+    })
 }
 
 type SocketFile = (Option<FilePermsEntry>, Option<Vec<u8>>, Option<bool>);

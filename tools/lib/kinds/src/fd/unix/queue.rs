@@ -255,7 +255,7 @@ pub(super) fn add_hidden(
     let Some(refused) = something_hidden(queues, sockets)? else { return Ok(()) };
     for (socket, messages) in queues.iter_mut().filter(|(s, _)| s.diag.kind != libc::SOCK_STREAM) {
         let copy = socket.copy()?;
-        let there = look.at_sockets(|kernel| kernel.unix_queue(copy.as_fd()));
+        let there = look.ask(|kernel| kernel.unix_queue(copy.as_fd()));
         let there = there
             .map_err(|why| Refused { reason: format!("{}: {why}", refused.reason), ..refused.clone() })?;
         let mut found = std::mem::take(messages).into_iter().peekable();
