@@ -21,8 +21,6 @@
 
 pub mod complete;
 mod in_flight;
-mod others;
-mod outside;
 mod queue;
 mod restore;
 

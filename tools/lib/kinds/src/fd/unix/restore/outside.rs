@@ -27,8 +27,10 @@ use nix::{
 };
 
 use super::{
-    restore::{Place, Sockets, is_datagram, is_external, new_socket, remove_stale, socket_path, what},
-    shown,
+    Sockets, is_datagram, is_external,
+    listen::Place,
+    names::{remove_stale, socket_path},
+    new_socket, shown, what,
 };
 use crate::fd::{Opening, dump::path};
 
