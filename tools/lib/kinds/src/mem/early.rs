@@ -103,21 +103,17 @@ impl Early {
     /// # Errors
     /// /proc can't be read.
     pub fn mappings(&mut self, process: &Process, now: Option<&[Mapping]>) -> anyhow::Result<Vec<Mapping>> {
-        let pid = process.pid;
-        if let (Some(known), Some(now)) = (self.known.remove(&pid), now) {
-            let same =
-                |a: &Mapping, b: &Mapping| *b == Mapping { flags: Vec::new(), page_kib: 0, ..a.clone() };
-            let unchanged =
-                known.mappings.len() == now.len() && known.mappings.iter().zip(now).all(|(a, b)| same(a, b));
-            let locked: u64 = known.mappings.iter().filter(|m| m.has(b"lo")).map(Mapping::len).sum();
-            let still = locked == process.threads.first().map_or(0, |t| t.status.locked_kib * 1024);
-            if unchanged && still && (!self.at_rest || known.rested(process)) {
-                let mappings = known.mappings.clone();
-                self.known.insert(pid, known);
-                return Ok(mappings);
+        let holds = |known: &Known| {
+            now.is_some_and(|now| known.is_of(process, now)) && (!self.at_rest || known.rested(process))
+        };
+        match self.known.get(&process.pid) {
+            Some(known) if holds(known) => Ok(known.mappings.clone()),
+            _ => {
+                // It is no use comparing a twin with it either.
+                self.known.remove(&process.pid);
+                smaps(process.pid)
             }
         }
-        smaps(pid)
     }
 
     /// Compares flags that were read ahead with those of `twin`, a copy of `pid` made in the freeze.
@@ -153,6 +149,15 @@ impl Early {
 }
 
 impl Known {
+    /// Whether the mappings are still those that the frozen process has: `now`, which have no flags.
+    fn is_of(&self, process: &Process, now: &[Mapping]) -> bool {
+        let same = |a: &Mapping, b: &Mapping| *b == Mapping { flags: Vec::new(), page_kib: 0, ..a.clone() };
+        let locked: u64 = self.mappings.iter().filter(|m| m.has(b"lo")).map(Mapping::len).sum();
+        self.mappings.len() == now.len()
+            && self.mappings.iter().zip(now).all(|(a, b)| same(a, b))
+            && locked == process.threads.first().map_or(0, |t| t.status.locked_kib * 1024)
+    }
+
     fn rested(&self, process: &Process) -> bool {
         let lasted = |thread: &Thread| {
             let rest = self.rests.iter().find(|(tid, _)| *tid == thread.tid);
