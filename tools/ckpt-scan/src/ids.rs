@@ -76,7 +76,7 @@ pub fn assign(processes: &[Process]) -> anyhow::Result<Ids> {
         }
         for pair in sorted.windows(2) {
             if kcmp::compare(pair[0].pid.leader(), pair[1].pid.leader(), object)? == Ordering::Equal {
-                let subject = format!("pid {} ({})", pair[1].pid, pair[1].comm());
+                let subject = pair[1].subject();
                 let reason =
                     format!("shares its {name} with process {}, which can't be restored yet", pair[0].pid);
                 return Err(Refused::new(subject, reason).into());
@@ -87,7 +87,7 @@ pub fn assign(processes: &[Process]) -> anyhow::Result<Ids> {
         for thread in process.threads.iter().skip(1) {
             for (object, name) in [SHAREABLE[1], SHAREABLE[2]] {
                 if kcmp::compare(process.pid.leader(), thread.tid, object)? != Ordering::Equal {
-                    let subject = format!("pid {} ({}) tid {}", process.pid, process.comm(), thread.tid);
+                    let subject = format!("{} tid {}", process.subject(), thread.tid);
                     let reason = format!("the thread has a {name} of its own, which can't be restored yet");
                     return Err(Refused::new(subject, reason).into());
                 }

@@ -546,7 +546,7 @@ fn dump(
     let processes = frozen.processes.clone();
     let live: Vec<Pid> = processes.iter().filter(|p| !p.zombie).map(|p| p.pid).collect();
     for process in processes.iter().filter(|p| !p.zombie) {
-        task::check(process).with_context(|| format!("pid {} ({})", process.pid, process.comm()))?;
+        task::check(process).with_context(|| process.subject())?;
     }
     let ids = ids::assign(&processes)?;
     let inventory = InventoryEntry {
@@ -567,7 +567,7 @@ fn dump(
     let mut files = FileTable::new(live, options, survey);
     let mut memory = Vec::new();
     for process in &processes {
-        let what = || format!("pid {} ({})", process.pid, process.comm());
+        let what = || process.subject();
         if process.zombie {
             emit(writer, Image::Core, number(process.pid.0), &task::dump_zombie(&process.stat))?;
             continue;
@@ -610,7 +610,7 @@ fn dump(
         .into_iter()
         .map(|(process, vmas, watched)| Private {
             pid: process.pid,
-            ppid: process.ppid,
+            ppid: process.parent(),
             comm: process.comm(),
             vmas,
             watched,
@@ -641,9 +641,9 @@ fn pstree(process: &ckpt_remote::Process, root: Pid) -> anyhow::Result<PstreeEnt
     }
     Ok(PstreeEntry {
         pid: field(process.pid.0, "pid")?,
-        ppid: if process.pid == root { 0 } else { field(process.ppid.0, "ppid")? },
-        pgid: field(process.pgid, "pgid")?,
-        sid: field(process.sid, "sid")?,
+        ppid: if process.pid == root { 0 } else { field(process.stat.ppid, "ppid")? },
+        pgid: field(process.stat.pgrp, "pgid")?,
+        sid: field(process.stat.session, "sid")?,
         threads,
     })
 }

@@ -85,7 +85,7 @@ fn look(mut frozen: Frozen, tracking: &mut Tracking) -> anyhow::Result<Vec<Plan>
             Ok(Some(Plan::new(pid, &vmas, pages_id, Some(tracked))?.while_running(tracked)?))
         };
         let pages_id = u32::try_from(plans.len() + 1)?;
-        plans.extend(look(pages_id).with_context(|| format!("pid {pid} ({})", process.comm()))?);
+        plans.extend(look(pages_id).with_context(|| process.subject())?);
     }
     let held = frozen.since().elapsed();
     frozen.release(Release::Run);

@@ -62,7 +62,7 @@ pub fn run(args: &Args, mut output: File) -> anyhow::Result<()> {
         error => error.into(),
     })?;
     for process in frozen.processes.clone().iter().filter(|p| !p.zombie) {
-        let what = || format!("pid {} ({})", process.pid, process.comm());
+        let what = || process.subject();
         let uffd = arm(&mut frozen, process).with_context(what)?;
         tracker.watch(process.pid, start_time(process.pid)?, uffd);
     }

@@ -68,14 +68,6 @@ pub struct Thread {
 pub struct Process {
     /// Its id.
     pub pid: Pid,
-    /// Its parent: a process of the tree, but for the root.
-    pub ppid: Pid,
-    /// Process group.
-    pub pgid: i32,
-    /// Session.
-    pub sid: i32,
-    /// Command name.
-    pub comm: Vec<u8>,
     /// What `/proc/PID/stat` says of it.
     pub stat: Stat,
     /// Dead, but not waited for; it has no threads.
@@ -87,10 +79,22 @@ pub struct Process {
 }
 
 impl Process {
+    /// Its parent: a process of the tree, but for the root.
+    #[must_use]
+    pub fn parent(&self) -> Pid {
+        Pid(self.stat.ppid)
+    }
+
     /// Command name for messages.
     #[must_use]
     pub fn comm(&self) -> String {
-        self.comm.escape_ascii().to_string()
+        self.stat.comm.escape_ascii().to_string()
+    }
+
+    /// How messages call it.
+    #[must_use]
+    pub fn subject(&self) -> String {
+        format!("pid {} ({})", self.pid, self.comm())
     }
 }
 
@@ -197,7 +201,7 @@ impl Frozen {
         let denied = |p: &&Process| nix::sys::signal::kill(p.pid.nix(), None) == Err(Errno::EPERM);
         match self.processes.iter().find(denied) {
             Some(process) => {
-                let subject = format!("pid {} ({})", process.pid, process.comm());
+                let subject = process.subject();
                 Err(Refused::new(subject, "to send signals to it needs CAP_KILL")
                     .advise("run as the same user, as root, or with that capability"))
             }
@@ -575,17 +579,8 @@ impl Attempt {
                 }
                 continue;
             };
-            let mut process = Process {
-                pid,
-                ppid: Pid(stat.ppid),
-                pgid: stat.pgrp,
-                sid: stat.session,
-                comm: stat.comm.clone(),
-                stat,
-                zombie: zombies.contains(&pid),
-                stopped_by: None,
-                threads: Vec::new(),
-            };
+            let mut process =
+                Process { pid, stat, zombie: zombies.contains(&pid), stopped_by: None, threads: Vec::new() };
             for (&tid, (owner, stop)) in &threads {
                 if *owner == pid {
                     if let Some(Stop::Group(signal)) = stop {
@@ -656,7 +651,7 @@ fn sort_parents_first(processes: &mut Vec<Process>, root: Pid) {
         sorted.push(rest.remove(at));
     }
     while !level.is_empty() {
-        let (next, others): (Vec<_>, Vec<_>) = rest.into_iter().partition(|p| level.contains(&p.ppid));
+        let (next, others): (Vec<_>, Vec<_>) = rest.into_iter().partition(|p| level.contains(&p.parent()));
         level = next.iter().map(|p| p.pid).collect();
         sorted.extend(next);
         rest = others;

@@ -178,7 +178,7 @@ impl Frozen {
         let mut adopters = HashSet::new();
         let mut twins = Vec::new();
         for process in self.processes.clone().into_iter().filter(|p| !p.zombie) {
-            let adopted = adopters.contains(&process.ppid);
+            let adopted = adopters.contains(&process.parent());
             if adopted {
                 adopters.insert(process.pid);
             }

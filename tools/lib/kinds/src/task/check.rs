@@ -18,7 +18,7 @@ const NAMESPACES: [&str; 10] =
 
 pub(super) fn check(process: &Process) -> anyhow::Result<()> {
     let (pid, stat) = (process.pid, &process.stat);
-    let subject = format!("pid {pid} ({})", String::from_utf8_lossy(&process.comm));
+    let subject = process.subject();
     if stat.flags & PF_KTHREAD != 0 {
         return Err(Refused::new(subject, "is a kernel thread").into());
     }
@@ -107,10 +107,6 @@ mod tests {
         let tid = pid.leader();
         Process {
             pid,
-            ppid: Pid(stat.ppid),
-            pgid: stat.pgrp,
-            sid: stat.session,
-            comm: stat.comm.clone(),
             stat,
             zombie: false,
             stopped_by: None,
