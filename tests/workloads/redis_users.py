@@ -9,17 +9,9 @@ SIGUSR1 the root sees that every user goes on.
 
 import mmap, os, signal, socket, struct, subprocess, sys, threading, time
 
-log, path, port, users = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+from report import broken, say
 
-
-def say(line):
-    with open(log, "a") as f:
-        f.write(line + "\n")
-
-
-def broken(what):
-    say("BROKEN " + what)
-    os._exit(1)
+path, port, users = sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 
 
 def connect(kind):

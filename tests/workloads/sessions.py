@@ -9,7 +9,9 @@ HASH". On SIGUSR1 the server sees that its sessions, their timers and the client
 
 import asyncio, os, signal, sys
 
-log, path, port, clients = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+from report import broken, say
+
+path, port, clients = sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 
 SHELL = """
 n=0 h=7
@@ -20,16 +22,6 @@ while read -r word value; do
     esac
 done
 """
-
-
-def say(line):
-    with open(log, "a") as f:
-        f.write(line + "\n")
-
-
-def broken(what):
-    say("BROKEN " + what)
-    os._exit(1)
 
 
 class Session:
