@@ -7,6 +7,7 @@ use std::process::Command;
 crate::survives! {
     tree_keeps_ids_groups_sessions_zombies_and_stops: "process_tree";
     two_hundred_threads_in_forty_processes_go_on: "crowd";
+    descriptors_and_directories_that_processes_share_stay_shared: "shared_tables";
 }
 
 /// Either it can be restored, or it is refused by name; never half.
@@ -30,6 +31,16 @@ fn survives_or_is_refused(workload: &str, word: &str, asked: impl Fn(&Target) ->
 #[test]
 fn exited_leader_is_restored_or_refused() {
     survives_or_is_refused("leader_exited", "thread", |t| t.pid);
+}
+
+#[test]
+fn a_table_of_siblings_alone_is_refused() {
+    let target = Target::start("table_of_siblings");
+    let before = target.at_rest();
+    let outcome = target.dump("img");
+    let _ = outcome.fails("ckpt-scan", 3, &["descriptor table", "not with its parent"]);
+    target.unchanged(&before);
+    target.passes("the original");
 }
 
 #[test]

@@ -369,7 +369,7 @@ fn build(
     let terminals = files.controlling_terminals();
     let terminals = terminals.into_iter().map(|(sid, fd)| (sid, fd.as_raw_fd())).collect();
     let mut memory = Builder::new(tree, set, files, &region, bulk, lazy, steps)?;
-    family.fork_all(steps, &mut memory, &terminals)?;
+    family.fork_all(tree, steps, &mut memory, &terminals)?;
     family.bury(tree)?;
     signals.check()?;
     stats::phase("pages");

@@ -112,6 +112,7 @@ impl Family {
     /// A pid is taken; what reading memory meets; the kernel's.
     pub fn fork_all(
         &mut self,
+        tree: &Tree,
         steps: &[Step],
         memory: &mut Builder<'_>,
         terminals: &BTreeMap<i32, i32>,
@@ -121,7 +122,8 @@ impl Family {
                 Step::Fork { parent: 0, child } => self.fork_root(Pid(child))?,
                 Step::Fork { parent, child } => {
                     memory.before_fork(self, parent)?;
-                    let new = self.task(parent)?.clone_task(Tid(child), false);
+                    let shares = tree.shares(child, parent)?;
+                    let new = self.task(parent)?.clone_process(Pid(child), shares);
                     let new = new.map_err(|error| name_taken(error, child))?;
                     self.made.push(Pid(child));
                     self.tasks.insert(child, new);
@@ -293,11 +295,15 @@ impl Family {
     ) -> anyhow::Result<()> {
         self.progress.end();
         for (process, body) in bodies(tree) {
-            self.place_files(process, body, files, own_root).with_context(|| process.name())?;
+            self.place_directories(process, body, files, own_root).with_context(|| process.name())?;
+        }
+        // From here on numbers have other meanings, also for those who share them.
+        for (process, body) in bodies(tree).filter(|(_, body)| !body.shares.files) {
+            self.place_files(process, body, files).with_context(|| process.name())?;
         }
         for (process, _) in bodies(tree) {
             for thread in process.threads.iter().skip(1) {
-                let new = self.task(process.pid.0)?.clone_task(thread.tid, true);
+                let new = self.task(process.pid.0)?.clone_thread(thread.tid);
                 let new =
                     new.map_err(|error| name_taken(error, thread.tid.0)).with_context(|| process.name())?;
                 self.tasks.insert(thread.tid.0, new);
@@ -321,33 +327,25 @@ impl Family {
         Ok(())
     }
 
-    fn place_files(
+    /// What is found by numbers of this process's own table: executable, cwd and root.
+    fn place_directories(
         &mut self,
         process: &Process,
         body: &Body,
         files: &OpenFiles,
         own_root: &[u8],
     ) -> anyhow::Result<()> {
-        let number = |id: u32, what: &str| {
-            let fd = files.fd(FileId(id)).with_context(|| format!("{what}: file {id} is in no image"))?;
-            anyhow::Ok(fd.as_raw_fd())
-        };
         let mm = &body.space.mm;
-        let exe = number(mm.exe_file_id, "the executable")?;
-        let mut wanted = Vec::new();
-        for entry in body.fds.iter().filter(|entry| !files.is_fetched(FileId(entry.id))) {
-            let to =
-                i32::try_from(entry.fd).ok().with_context(|| format!("fd {}: no such number", entry.fd))?;
-            wanted.push(Move {
-                from: number(entry.id, &format!("fd {to}"))?,
-                to,
-                cloexec: entry.flags & 1 == 1,
-            });
+        let exe = number(files, mm.exe_file_id, "the executable")?;
+        let built = self.task(process.pid.0)?;
+        let auxv_at = built.place(&task::auxv_bytes(mm))?;
+        built.run(&task::mm_calls(mm, exe, auxv_at))?;
+        if body.shares.fs {
+            return Ok(());
         }
-        // First what is wanted of numbers that may have another meaning then.
         let mut calls = Vec::new();
-        let cwd = number(body.fs.cwd_id, "the working directory")?;
-        let root = number(body.fs.root_id, "the root directory")?;
+        let cwd = number(files, body.fs.cwd_id, "the working directory")?;
+        let root = number(files, body.fs.root_id, "the root directory")?;
         let fchdir = |fd: i32| Call::new("fchdir", libc::SYS_fchdir, [Arg::from(fd)]);
         if crate::region::link(&format!("/proc/self/fd/{root}"))? != own_root {
             calls.push(fchdir(root));
@@ -357,6 +355,23 @@ impl Family {
         if let Some(umask) = body.fs.umask {
             calls.push(Call::new("umask", libc::SYS_umask, [Arg::from(u64::from(umask))]));
         }
+        built.run(&calls)?;
+        Ok(())
+    }
+
+    /// Moves descriptors to their numbers, and closes all others.
+    fn place_files(&mut self, process: &Process, body: &Body, files: &OpenFiles) -> anyhow::Result<()> {
+        let mut wanted = Vec::new();
+        for entry in body.fds.iter().filter(|entry| !files.is_fetched(FileId(entry.id))) {
+            let to =
+                i32::try_from(entry.fd).ok().with_context(|| format!("fd {}: no such number", entry.fd))?;
+            wanted.push(Move {
+                from: number(files, entry.id, &format!("fd {to}"))?,
+                to,
+                cloexec: entry.flags & 1 == 1,
+            });
+        }
+        let mut calls = Vec::new();
         for Move { from, to, cloexec } in moves::in_order(&wanted)? {
             let flag = |flag: i32| if cloexec { flag } else { 0 };
             calls.push(if from == to {
@@ -367,9 +382,6 @@ impl Family {
                 Call::new(format!("dup3(fd {to})"), libc::SYS_dup3, args)
             });
         }
-        let built = self.task(process.pid.0)?;
-        let auxv_at = built.place(&task::auxv_bytes(mm))?;
-        built.run(&task::mm_calls(mm, exe, auxv_at))?;
         let mut targets: Vec<i32> = wanted.iter().map(|step| step.to).collect();
         targets.sort_unstable();
         let mut from = 0;
@@ -384,7 +396,7 @@ impl Family {
             }
             from = fd.saturating_add(1);
         }
-        built.run(&calls)?;
+        self.task(process.pid.0)?.run(&calls)?;
         Ok(())
     }
 
@@ -566,6 +578,12 @@ impl Family {
     pub fn serve(&mut self, server: Option<lazy::Handle>) {
         self.server = server;
     }
+}
+
+/// The number that a file has in this process, and in tasks whose descriptors are not in place yet.
+fn number(files: &OpenFiles, id: u32, what: &str) -> anyhow::Result<i32> {
+    let fd = files.fd(FileId(id)).with_context(|| format!("{what}: file {id} is in no image"))?;
+    Ok(fd.as_raw_fd())
 }
 
 fn built(tasks: &mut BTreeMap<i32, Built>, pid: i32) -> anyhow::Result<&mut Built> {

@@ -14,6 +14,7 @@ use ckpt_proto::{
         CoreEntry, FdinfoEntry, FsEntry, InventoryEntry, PstreeEntry, TaskKobjIdsEntry, core_entry::March,
     },
 };
+use ckpt_remote::build::Shares;
 use ckpt_sys::{Pid, Refused, Tid};
 
 /// Newest version of this project's additions that this release knows.
@@ -37,8 +38,10 @@ pub struct Body {
     pub space: AddressSpace,
     /// cwd, root, umask.
     pub fs: FsEntry,
-    /// Its descriptors.
+    /// Its descriptors; none if it has them by its parent's table.
     pub fds: Vec<FdinfoEntry>,
+    /// What it has in common with its parent.
+    pub shares: Shares,
 }
 
 /// One process.
@@ -106,7 +109,7 @@ impl Tree {
             order.push(process.pid);
             found.insert(process.pid, process);
         }
-        check_sharing(set, &found)?;
+        share(set, &mut found)?;
         // Parents first, else as listed.
         let mut processes = Vec::new();
         let mut placed = BTreeSet::new();
@@ -136,6 +139,25 @@ impl Tree {
     /// The root.
     pub fn root(&self) -> &Process {
         &self.processes[0]
+    }
+
+    /// What `child` will have in common with `forker`, which makes it.
+    ///
+    /// # Errors
+    /// [`Refused`] if it shares something with its parent, and that is another.
+    pub fn shares(&self, child: i32, forker: i32) -> anyhow::Result<Shares> {
+        let process = self.processes.iter().find(|p| p.pid.0 == child);
+        let shares = process.and_then(|p| Some((p, p.body.as_ref()?.shares)));
+        match shares {
+            Some((process, shares)) if shares != Shares::default() && process.ppid != forker => {
+                let why = format!(
+                    "it shares descriptors or directories with its parent {}, and is in a session that this was never in",
+                    process.ppid
+                );
+                Err(Refused::new(process.name(), why).into())
+            }
+            shares => Ok(shares.map(|(_, shares)| shares).unwrap_or_default()),
+        }
     }
 
     /// Every pid and tid that will be in use, those of groups and sessions included.
@@ -203,7 +225,7 @@ fn read_process(set: &ImageSet, entry: &PstreeEntry, inventory: &InventoryEntry)
         let space = AddressSpace::read(set, Pid(pid))?;
         let fs = set.one(Image::Fs, entry.pid.into())?;
         let fds = set.all(Image::Fdinfo, ids.files_id.into())?;
-        Some(Body { space, fs, fds })
+        Some(Body { space, fs, fds, shares: Shares::default() })
     };
     let (ppid, pgid, sid) =
         (number(entry.ppid, "a ppid")?, number(entry.pgid, "a pgid")?, number(entry.sid, "a sid")?);
@@ -236,21 +258,35 @@ fn check_namespaces(pid: i32, ids: &TaskKobjIdsEntry, inventory: &InventoryEntry
     Ok(())
 }
 
-/// Processes that share memory, descriptors, handlers or directories (CLONE_* without CLONE_THREAD) are not restored.
-fn check_sharing(set: &ImageSet, found: &BTreeMap<Pid, Process>) -> anyhow::Result<()> {
-    let mut seen = BTreeMap::new();
+/// Finds out what processes share with their parents. What a process shares with others, but not with its parent, it can't
+/// be given (CLONE_* without CLONE_THREAD), nor memory and signal handlers.
+fn share(set: &ImageSet, found: &mut BTreeMap<Pid, Process>) -> anyhow::Result<()> {
+    let mut all = BTreeMap::new();
     for process in found.values().filter(|p| p.body.is_some()) {
-        let pid = process.pid.0.unsigned_abs();
-        let ids = ids(set, pid, process.core())?;
-        for (what, id) in [
-            ("memory", ids.vm_id),
-            ("descriptor table", ids.files_id),
-            ("working directory", ids.fs_id),
-            ("signal handlers", ids.sighand_id),
+        all.insert(process.pid.0, ids(set, process.pid.0.unsigned_abs(), process.core())?);
+    }
+    let mut owners = BTreeMap::new();
+    for process in found.values_mut() {
+        let name = process.name();
+        let (Some(own), Some(body)) = (all.get(&process.pid.0), &mut process.body) else { continue };
+        let parent = all.get(&process.ppid);
+        let with_parent = |id: fn(&TaskKobjIdsEntry) -> u32| parent.is_some_and(|p| id(p) == id(own));
+        body.shares = Shares { files: with_parent(|ids| ids.files_id), fs: with_parent(|ids| ids.fs_id) };
+        if body.shares.files {
+            body.fds.clear();
+        }
+        for (what, id, has) in [
+            ("memory", own.vm_id, false),
+            ("descriptor table", own.files_id, body.shares.files),
+            ("working directory", own.fs_id, body.shares.fs),
+            ("signal handlers", own.sighand_id, false),
         ] {
-            if let Some(other) = seen.insert((what, id), process.pid) {
+            if has {
+                continue;
+            }
+            if let Some(other) = owners.insert((what, id), process.pid) {
                 let why = format!("it shares its {what} with process {other}, which can't be restored");
-                return Err(Refused::new(process.name(), why).into());
+                return Err(Refused::new(name, why).into());
             }
         }
     }

@@ -79,6 +79,15 @@ pub struct Fill {
 /// Bytes of calls that one run can take.
 const ROOM: usize = (Area::SLOT - WORDS) as usize;
 
+/// What a process has in common with its parent, beside what threads have.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Shares {
+    /// The table of descriptors (CLONE_FILES).
+    pub files: bool,
+    /// Working directory, root and umask (CLONE_FS).
+    pub fs: bool,
+}
+
 /// A task being built: traced, stopped, all signals blocked.
 #[derive(Debug)]
 pub struct Built {
@@ -350,19 +359,35 @@ impl Built {
         Err(RemoteError::Call { tid: self.tid, name, errno: Errno::from_raw(errno) })
     }
 
-    /// Makes a child process with pid `pid` (`thread`: a thread of this process with that tid) by
-    /// clone3 inside the task.
+    /// Makes a child process with this pid by clone3 inside the task.
     ///
     /// # Errors
     /// See [`RemoteError`]; EEXIST if the number is taken.
-    pub fn clone_task(&mut self, new: Tid, thread: bool) -> Result<Self, RemoteError> {
+    pub fn clone_process(&mut self, new: Pid, shares: Shares) -> Result<Self, RemoteError> {
+        let files = if shares.files { libc::CLONE_FILES } else { 0 };
+        let fs = if shares.fs { libc::CLONE_FS } else { 0 };
+        self.clone_task(format!("clone3(process {new})"), new, new.leader(), files | fs, libc::SIGCHLD)
+    }
+
+    /// Makes a thread of this process with this tid.
+    ///
+    /// # Errors
+    /// See [`RemoteError`]; EEXIST if the number is taken.
+    pub fn clone_thread(&mut self, new: Tid) -> Result<Self, RemoteError> {
+        let shared = libc::CLONE_VM | libc::CLONE_FS | libc::CLONE_FILES | libc::CLONE_SIGHAND;
+        let flags = shared | libc::CLONE_THREAD | libc::CLONE_SYSVSEM;
+        self.clone_task(format!("clone3(thread {new})"), self.pid, new, flags, 0)
+    }
+
+    fn clone_task(
+        &mut self,
+        name: String,
+        pid: Pid,
+        new: Tid,
+        flags: i32,
+        exit_signal: i32,
+    ) -> Result<Self, RemoteError> {
         memory::write_all(self.pid, self.words(), &new.0.to_ne_bytes())?;
-        let (flags, exit_signal) = if thread {
-            let shared = libc::CLONE_VM | libc::CLONE_FS | libc::CLONE_FILES | libc::CLONE_SIGHAND;
-            (shared | libc::CLONE_THREAD | libc::CLONE_SYSVSEM, 0)
-        } else {
-            (0, libc::SIGCHLD)
-        };
         let args = CloneArgs {
             flags: u64::from(flags.unsigned_abs()),
             exit_signal: u64::from(exit_signal.unsigned_abs()),
@@ -372,11 +397,7 @@ impl Built {
         };
         let bytes = args.bytes();
         let len = bytes.len() as u64;
-        let what = if thread { "thread" } else { "process" };
-        let call =
-            Call::new(format!("clone3({what} {new})"), libc::SYS_clone3, [Arg::In(bytes), Arg::Val(len)]);
-        self.run(&[call])?;
-        let pid = if thread { self.pid } else { Pid(new.0) };
+        self.run(&[Call::new(name, libc::SYS_clone3, [Arg::In(bytes), Arg::Val(len)])])?;
         Self::adopt(pid, new, self.area)
     }
 
@@ -386,7 +407,7 @@ impl Built {
     /// # Errors
     /// See [`RemoteError`].
     pub fn helper(&mut self, tid: Tid, index: usize) -> Result<Self, RemoteError> {
-        let mut helper = self.clone_task(tid, true)?;
+        let mut helper = self.clone_thread(tid)?;
         helper.slot = 1 + index.min(Area::HELPERS - 1) as u64;
         Ok(helper)
     }

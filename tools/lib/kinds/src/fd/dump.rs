@@ -237,6 +237,8 @@ pub struct FileTable {
     pub(super) tree: HashSet<Pid>,
     pub(super) options: DumpOptions,
     pub(super) next_id: u32,
+    /// Descriptor tables that have been added.
+    tables: HashSet<u32>,
     /// Open files by device and inode, each list in kcmp's order.
     known: HashMap<(u64, u64), Vec<Known>>,
     /// Descriptors by file id and by task: where epoll sets look for their members.
@@ -263,6 +265,7 @@ impl FileTable {
             tree: tree.into_iter().collect(),
             options,
             next_id: 1,
+            tables: HashSet::new(),
             known: HashMap::new(),
             holders: BTreeMap::new(),
             paths: HashMap::new(),
@@ -306,7 +309,7 @@ impl FileTable {
     }
 
     /// All descriptors of one descriptor table: its FDINFO entries (image number `files_id`) and the
-    /// FILES entries that are new.
+    /// FILES entries that are new. Nothing if that table has been added for another task that shares it.
     ///
     /// # Errors
     /// [`Refused`] for what can't be checkpointed; the sink's.
@@ -317,6 +320,9 @@ impl FileTable {
         files_id: u32,
         sink: &mut dyn Sink,
     ) -> anyhow::Result<()> {
+        if !self.tables.insert(files_id) {
+            return Ok(());
+        }
         let known = self.survey.links.get(&pid).map(|links| links.iter().map(|(fd, _)| *fd).collect());
         let fds = known.map_or_else(|| descriptors(pid), Ok)?;
         self.add_descriptors(pid, comm, files_id, &fds, sink)
@@ -346,7 +352,7 @@ impl FileTable {
             };
             emit(sink, Image::Fdinfo, u64::from(files_id), &entry)?;
             self.holders.entry(id).or_default().push((pid, fd));
-            self.locks.add(pid, comm, fd, &info)?;
+            self.locks.add(&self.tree, pid, comm, fd, &info)?;
         }
         Ok(())
     }

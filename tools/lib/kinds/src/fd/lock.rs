@@ -1,16 +1,16 @@
-//! Locks on files: fcntl(2) record locks, which belong to a process and a file; flock(2) and
-//! open-file-description locks, which belong to an open file.
+//! Locks on files: fcntl(2) record locks, which belong to a descriptor table and a file, and tell who of those that share
+//! the table has taken them; flock(2) and open-file-description locks, which belong to an open file.
 //!
 //! `fdinfo` lists those that a descriptor gives its task. They are taken again inside a task once
 //! its descriptors are in place, without waiting: if somebody else has such a lock meanwhile, the restore fails.
 
-use std::collections::HashSet;
+use std::{cmp::Ordering, collections::HashSet};
 
 use anyhow::{Context, bail};
 use ckpt_proc::fdinfo::FdInfo;
 use ckpt_proto::{Image, types::FileLockEntry};
 use ckpt_remote::{Arg, Call};
-use ckpt_sys::{Pid, Refused, TargetFd};
+use ckpt_sys::{Pid, Refused, TargetFd, kcmp};
 
 use crate::{Sink, sink::emit};
 
@@ -29,10 +29,10 @@ pub(super) struct Locks {
     seen: HashSet<String>,
 }
 
-/// `1: POSIX  ADVISORY  WRITE 4711 fe:00:1048 0 EOF`.
-fn parse(line: &str) -> Option<(u32, u32, i64, i64)> {
+/// `1: POSIX  ADVISORY  WRITE 4711 fe:00:1048 0 EOF`: flag, type, who has taken it, start, length.
+fn parse(line: &str) -> Option<(u32, u32, Pid, i64, i64)> {
     let words: Vec<&str> = line.split_ascii_whitespace().collect();
-    let [_, class, "ADVISORY", kind, _, _, start, end] = words[..] else { return None };
+    let [_, class, "ADVISORY", kind, pid, _, start, end] = words[..] else { return None };
     let flag = match class {
         "POSIX" => POSIX,
         "FLOCK" => FLOCK,
@@ -46,18 +46,32 @@ fn parse(line: &str) -> Option<(u32, u32, i64, i64)> {
     };
     let start: i64 = start.parse().ok()?;
     let len = if end == "EOF" { 0 } else { end.parse::<i64>().ok()?.checked_sub(start)?.checked_add(1)? };
-    Some((flag, u32::try_from(kind).ok()?, start, len))
+    Some((flag, u32::try_from(kind).ok()?, Pid(pid.parse().ok()?), start, len))
+}
+
+fn same_table(a: Pid, b: Pid) -> anyhow::Result<bool> {
+    Ok(a == b || kcmp::compare(a.leader(), b.leader(), kcmp::Object::Files)? == Ordering::Equal)
 }
 
 impl Locks {
-    pub(super) fn add(&mut self, pid: Pid, comm: &str, fd: TargetFd, info: &FdInfo) -> anyhow::Result<()> {
+    /// Adds those of a descriptor of `pid`, one of the processes `tree`.
+    pub(super) fn add(
+        &mut self,
+        tree: &HashSet<Pid>,
+        pid: Pid,
+        comm: &str,
+        fd: TargetFd,
+        info: &FdInfo,
+    ) -> anyhow::Result<()> {
         for line in &info.locks {
-            let Some((flag, kind, start, len)) = parse(line) else {
+            let Some((flag, kind, taker, start, len)) = parse(line) else {
                 let reason = format!("a file lock or lease of this kind is not supported: {line}");
                 return Err(Refused::new(format!("pid {pid} ({comm}) fd {fd}"), reason).into());
             };
             // A record lock shows at each descriptor of its file; one of an open file at each that shares it.
             let owner = if flag == POSIX { pid.to_string() } else { String::new() };
+            let pid =
+                if flag == POSIX && tree.contains(&taker) && same_table(pid, taker)? { taker } else { pid };
             let identity = line.split_once(':').map_or("", |(_, rest)| rest);
             if self.seen.insert(format!("{owner} {identity}")) {
                 self.entries.push(FileLockEntry { flag, r#type: kind, pid: pid.0, fd: fd.0, start, len });
@@ -105,8 +119,14 @@ mod tests {
 
     #[test]
     fn lines_of_proc() {
-        assert_eq!(parse("1: POSIX  ADVISORY  WRITE 4711 fe:00:1048 10 19"), Some((POSIX, 1, 10, 10)));
-        assert_eq!(parse("1: FLOCK  ADVISORY  READ 4711 fe:00:1048 0 EOF"), Some((FLOCK, 0, 0, 0)));
+        assert_eq!(
+            parse("1: POSIX  ADVISORY  WRITE 4711 fe:00:1048 10 19"),
+            Some((POSIX, 1, Pid(4711), 10, 10))
+        );
+        assert_eq!(
+            parse("1: FLOCK  ADVISORY  READ 4711 fe:00:1048 0 EOF"),
+            Some((FLOCK, 0, Pid(4711), 0, 0))
+        );
         assert_eq!(parse("1: LEASE  ACTIVE  WRITE 4711 fe:00:1048 0 EOF"), None);
         assert_eq!(
             parse("1: POSIX  ADVISORY  WRITE 1 fe:00:1 -9223372036854775808 9223372036854775807"),
