@@ -52,16 +52,18 @@ impl Drop for Tracker {
 }
 
 /// How a tracked checkpoint is made: who stores memory, and from where.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 pub struct How {
     /// ckpt-mem, as a stage of its own.
     pub stage: bool,
     pub snapshot: bool,
+    /// What forked processes share is stored once.
+    pub share: bool,
 }
 
 /// A tracked checkpoint NAME, an increment of PARENT if that is given.
 pub fn dump(target: &Target, address: &str, name: &str, parent: Option<&str>) -> Outcome {
-    dump_so(target, address, name, parent, How { stage: false, snapshot: false })
+    dump_so(target, address, name, parent, How::default())
 }
 
 pub fn dump_so(target: &Target, address: &str, name: &str, parent: Option<&str>, how: How) -> Outcome {
@@ -78,6 +80,9 @@ pub fn dump_so(target: &Target, address: &str, name: &str, parent: Option<&str>,
     }
     if how.snapshot {
         memory.push("--snapshot".into());
+    }
+    if how.share {
+        memory.push("--share".into());
     }
     let pipeline = Pipeline::new(target.dir.path());
     let pipeline = if how.stage {
@@ -242,7 +247,7 @@ fn no_write_is_ever_missed() {
     for round in 1..=rounds {
         work();
         // Whoever stores memory, from wherever: it is the same chain.
-        let how = How { stage: round % 4 < 2, snapshot: round % 2 == 1 };
+        let how = How { stage: round % 4 < 2, snapshot: round % 2 == 1, share: round % 5 < 2 };
         if round % 3 == 0 {
             // A full one, from a snapshot, of a tree that goes on all the time: what is written while the copy is
             // being read must be in the next.
@@ -427,7 +432,7 @@ fn what_can_not_be_an_increment_is_full_and_says_so() {
     let _ = stage.run().fails("ckpt-mem", 3, &["userfaultfd", "ckpt-mem --track"]);
     tracker.end();
     full(dump(&target, &tracker.address, "7", Some("3")), "no tracker", "7");
-    let stage = How { stage: true, snapshot: false };
+    let stage = How { stage: true, ..How::default() };
     full(dump_so(&target, &tracker.address, "8", Some("7"), stage), "no tracker", "8");
     target.passes("the target");
     let uw =

@@ -51,7 +51,7 @@ pub struct Args {
     #[arg(long, value_name = "DIR", requires = "track")]
     pub parent: Option<PathBuf>,
     /// Store pages that forked processes share once; CRIU can't restore such images
-    #[arg(long, conflicts_with = "track")]
+    #[arg(long)]
     pub share: bool,
     #[command(flatten)]
     #[allow(missing_docs)]

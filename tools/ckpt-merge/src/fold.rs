@@ -3,15 +3,15 @@
 //! Entries are those of the last directory. Of pages, the file is made by copy_file_range(2) from the
 //! files that have them, so that a file system which can share room between files does so. The
 //! checkpoint keeps its id: to those that are increments of it nothing has changed.
+//!
+//! What a process has stored with its parent process stays so if the result can say it: where the parent process still
+//! has that page. Where it has written to it since, each child gets a page of its own.
 
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
 use ckpt_images::{DirWriter, ImageError, ImageSet, PageRun, PagesFile, Place, chain, pack::PackedFile};
-use ckpt_proto::{
-    Image, Message, Payload,
-    types::{InventoryEntry, PagemapEntry},
-};
+use ckpt_proto::{Image, Message, Payload, types::InventoryEntry};
 use ckpt_sys::Refused;
 
 /// The checkpoint that the result is to be an increment of.
@@ -98,37 +98,21 @@ fn pagemap(
     };
     out.entry(image, arg, head)?;
     let id = set.pagemap(image, arg)?.0;
-    let further_back = |run: &PageRun| base.is_some_and(|base| run.file.level >= base.level);
-    // Stored once, and shared with the parent process: only in a checkpoint without a chain, so far (`ckpt-scan --share`).
-    let shared = |run: &PageRun| !set.is_increment() && run.file.id != id;
-    let mut last: Option<PagemapEntry> = None;
-    let mut here = Vec::new();
-    for run in set.page_runs(image, arg)? {
-        let entry = if further_back(&run) {
-            run.parent_entry()
-        } else if shared(&run) {
-            run.parent_process_entry()
-        } else {
-            here.push(run);
-            run.pagemap_entry()
+    let (mut entries, mut here) = (Vec::new(), Vec::new());
+    for (run, shared) in set.runs_with_parent(image, arg)? {
+        let further_back = base.is_some_and(|base| run.is_of(base.level));
+        let entry = match (further_back, shared) {
+            (true, _) => run.parent_entry(),
+            (false, true) => run.parent_process_entry(),
+            (false, false) => {
+                here.push(run);
+                run.pagemap_entry()
+            }
         };
-        match &mut last {
-            Some(last)
-                if last.flags == entry.flags
-                    && last.vaddr + ckpt_images::chain::pages_of(last) * 4096 == entry.vaddr =>
-            {
-                let pages = ckpt_images::chain::pages_of(last) + ckpt_images::chain::pages_of(&entry);
-                last.nr_pages = Some(pages);
-            }
-            _ => {
-                if let Some(last) = last.replace(entry) {
-                    out.entry(image, arg, &last.encode_to_vec())?;
-                }
-            }
-        }
+        chain::add_entry(&mut entries, entry);
     }
-    if let Some(last) = last {
-        out.entry(image, arg, &last.encode_to_vec())?;
+    for entry in entries {
+        out.entry(image, arg, &entry.encode_to_vec())?;
     }
     Ok(Some((id, here)))
 }

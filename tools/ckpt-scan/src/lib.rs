@@ -85,7 +85,7 @@ pub struct Args {
     ])]
     pub pre_dump: bool,
     /// Store pages that forked processes share once (not for CRIU)
-    #[arg(long, conflicts_with_all = ["no_mem", "track"])]
+    #[arg(long, conflicts_with = "no_mem")]
     pub share: bool,
     /// What is outside the tree too: pipe:[ID], shm:[ID], pidfd:[PID]
     #[arg(long, value_name = "RESOURCE")]

@@ -80,6 +80,9 @@ pub struct Args {
     /// Copy the pages of full checkpoints while the tree runs, and those written meanwhile in the freeze
     #[arg(long, conflicts_with = "no_snapshot")]
     pub pre_dump: bool,
+    /// Store pages that forked processes share once (not for CRIU)
+    #[arg(long, conflicts_with = "pre_dump")]
+    pub share: bool,
     /// The far end is outside the tree: ID[:PATH] of a socket, pipe:[ID] or shm:[ID]
     #[arg(long, value_name = "RESOURCE")]
     pub external: Vec<OsString>,
@@ -360,6 +363,9 @@ fn stages(
     let option = |words: &mut Vec<OsString>, name: &str, value: &Option<OsString>| {
         words.extend(value.iter().flat_map(|value| [name.into(), value.clone()]));
     };
+    if args.share {
+        scan.push("--share".into());
+    }
     if is_checkpoint {
         option(&mut scan, "--ghost-limit", &args.ghost_limit);
     }

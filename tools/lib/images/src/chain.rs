@@ -16,12 +16,17 @@
 //! runs          3 +0      2 +0      1 +0x2000
 //! ```
 //!
+//! A page can also be the one that the parent process has (`ckpt-scan --share`). That is said of the
+//! checkpoint whose pagemap says it, and of the tree as it was then: the parent process is that of its own pstree.img. So
+//! a search takes one of two steps at a time - to the same process in the directory before, or to the parent process
+//! in the same directory - and both can come any number of times in any order ([`Search`]).
+//!
 //! The link is the only one in a directory of images that is followed: it names a directory as the
 //! caller's own argument does, and only files with names of images are opened in it. That it leads to
 //! the right checkpoint is told by the ids in the inventories, where our tools have put them.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, btree_map::Entry},
     ops::Range,
     os::fd::AsFd,
     path::{Path, PathBuf},
@@ -76,9 +81,33 @@ pub struct PageRun {
     pub file: PagesFile,
     /// Where in that file, bytes.
     pub offset: u64,
+    /// How many links lead to the first directory on the way to that file which has it as a page of the parent
+    /// process: in those up to there it is the process's own.
+    pub crossed: Option<usize>,
 }
 
 impl PageRun {
+    /// Whether the directory that `level` links lead to, or one before it, has this run, and has it as the same process's.
+    #[must_use]
+    pub fn is_of(&self, level: usize) -> bool {
+        self.file.level >= level && self.crossed.is_none_or(|crossed| crossed >= level)
+    }
+
+    fn end(&self) -> u64 {
+        self.addr + self.len
+    }
+
+    /// Those of its pages that are before `end`.
+    fn until(&self, end: u64) -> Self {
+        Self { len: self.len.min(end - self.addr), ..*self }
+    }
+
+    /// Its pages from `addr` on.
+    fn from(&self, addr: u64) -> Self {
+        let skip = addr - self.addr;
+        Self { addr, len: self.len - skip, offset: self.offset + skip, ..*self }
+    }
+
     /// The entry that an increment has for this run, which is further back.
     #[must_use]
     pub fn parent_entry(&self) -> PagemapEntry {
@@ -153,7 +182,98 @@ struct Pagemap {
     forked: Vec<Range<u64>>,
 }
 
+/// Pages that are looked for.
+#[derive(Debug, Clone)]
+struct Search {
+    /// Who needs them.
+    image: Image,
+    arg: u64,
+    /// Whose they are in the directory that is looked at.
+    owner: u64,
+    /// See [`PageRun::crossed`].
+    crossed: Option<usize>,
+    generation: usize,
+    /// In order.
+    ranges: Vec<Range<u64>>,
+}
+
+/// One directory of a chain, as far as it is needed.
+struct Level<'a> {
+    set: &'a ImageSet,
+    level: usize,
+    maps: BTreeMap<(Image, u64), Pagemap>,
+    /// Files that something was taken from.
+    used: BTreeSet<PagesFile>,
+}
+
+impl<'a> Level<'a> {
+    fn new(set: &'a ImageSet, level: usize) -> Self {
+        Self { set, level, maps: BTreeMap::new(), used: BTreeSet::new() }
+    }
+
+    /// Empty if there is none.
+    fn map(&mut self, image: Image, arg: u64) -> Result<&Pagemap, ImageError> {
+        if let Entry::Vacant(place) = self.maps.entry((image, arg)) {
+            let is_there = !self.set.entries(image, arg).is_empty();
+            place.insert(match is_there {
+                true => Pagemap::parse(self.set, image, arg, self.level)?,
+                false => Pagemap::default(),
+            });
+        }
+        Ok(&self.maps[&(image, arg)])
+    }
+
+    /// Takes what is stored here; gives what is further back.
+    fn follow(
+        &mut self,
+        searches: Vec<Search>,
+        found: &mut BTreeMap<(Image, u64), Vec<PageRun>>,
+    ) -> Result<Vec<Search>, ImageError> {
+        let (mut here, mut later) = (searches, Vec::new());
+        while let Some(search) = here.pop() {
+            let (image, level) = (search.image, self.level);
+            let bad = |what: String| ImageError::Stream { file: image.file_name(search.owner), what };
+            let runs = found.entry((image, search.arg)).or_default();
+            let before = runs.len();
+            let elsewhere = take(&search, self.map(image, search.owner)?, runs)
+                .map_err(|addr| bad(format!("pages at {addr:#x} should be there and are not")))?;
+            self.used.extend(runs[before..].iter().map(|run| run.file));
+            if !elsewhere.in_parent.is_empty() {
+                later.push(Search { ranges: elsewhere.in_parent, ..search });
+            }
+            let Some(range) = elsewhere.forked.first() else { continue };
+            let parent = self.set.parent_process(search.owner).filter(|_| image == Image::Pagemap);
+            let Some(owner) = parent.filter(|_| search.generation < MAX_GENERATIONS) else {
+                let what = format!("pages at {:#x} are of a parent process, which is not there", range.start);
+                return Err(bad(what));
+            };
+            here.push(Search {
+                owner,
+                crossed: search.crossed.or(Some(level)),
+                generation: search.generation + 1,
+                ranges: elsewhere.forked,
+                ..search
+            });
+        }
+        Ok(later)
+    }
+
+    /// Bytes that a pages file should have, by the pagemaps that were looked at.
+    fn size(&self, id: u64) -> u64 {
+        self.maps.values().find(|map| map.id == id).map_or(0, |map| map.bytes)
+    }
+}
+
 impl Pagemap {
+    /// The search for all of it.
+    fn search(&self, image: Image, arg: u64) -> Search {
+        let stored = self.stored.iter().map(|run| run.addr..run.end());
+        let others = self.in_parent.iter().chain(&self.forked).cloned();
+        let mut ranges: Vec<Range<u64>> = stored.chain(others).collect();
+        ranges.sort_by_key(|range| range.start);
+        Search { image, arg, owner: arg, crossed: None, generation: 0, ranges }
+    }
+
     fn parse(set: &ImageSet, image: Image, arg: u64, level: usize) -> Result<Self, ImageError> {
         let (id, entries) = set.pagemap(image, arg)?;
         let bad = |what: String| ImageError::Stream { file: image.file_name(arg), what };
@@ -180,7 +300,8 @@ impl Pagemap {
                 offset += len;
             } else if flags & PRESENT != 0 {
                 let lazy = flags & LAZY != 0;
-                let run = PageRun { addr, len, lazy, file: PagesFile { level, id }, offset };
+                let file = PagesFile { level, id };
+                let run = PageRun { addr, len, lazy, file, offset, crossed: None };
                 push(&mut map.stored, run);
                 offset += len;
             } else if flags & IN_PARENT != 0 {
@@ -206,14 +327,23 @@ pub fn flags_of(entry: &PagemapEntry) -> u32 {
     entry.flags.unwrap_or(if entry.in_parent() { IN_PARENT } else { PRESENT })
 }
 
+/// Adds an entry to a pagemap, to the one before if it says the same of the pages behind them.
+pub fn add_entry(entries: &mut Vec<PagemapEntry>, entry: PagemapEntry) {
+    match entries.last_mut() {
+        Some(last) if last.flags == entry.flags && last.vaddr + pages_of(last) * PAGE == entry.vaddr => {
+            last.nr_pages = Some(pages_of(last) + pages_of(&entry));
+        }
+        _ => entries.push(entry),
+    }
+}
+
 /// Adds a run, to the one before if it goes on where that ends.
 fn push(runs: &mut Vec<PageRun>, run: PageRun) {
     match runs.last_mut() {
         Some(last)
-            if last.addr + last.len == run.addr
+            if last.end() == run.addr
                 && last.offset + last.len == run.offset
-                && last.file == run.file
-                && last.lazy == run.lazy =>
+                && (last.file, last.lazy, last.crossed) == (run.file, run.lazy, run.crossed) =>
         {
             last.len += run.len;
         }
@@ -232,43 +362,59 @@ impl ImageSet {
         if let Some(runs) = self.chain.runs.get(&(image, arg)) {
             return Ok(runs.clone());
         }
-        self.runs_here(image, arg, 0, 0)
-    }
-
-    /// The same for a pagemap of a checkpoint that stands by itself, `level` links away.
-    fn runs_here(
-        &self,
-        image: Image,
-        arg: u64,
-        level: usize,
-        generation: usize,
-    ) -> Result<Vec<PageRun>, ImageError> {
         if self.entries(image, arg).is_empty() {
             return Ok(Vec::new());
         }
-        let bad = |what: String| ImageError::Stream { file: image.file_name(arg), what };
-        let map = Pagemap::parse(self, image, arg, level)?;
-        if let Some(range) = map.in_parent.first() {
-            return Err(bad(format!(
+        let mut here = Level::new(self, 0);
+        let map = here.map(image, arg)?;
+        if map.in_parent.is_empty() && map.forked.is_empty() {
+            return Ok(map.stored.clone());
+        }
+        let search = map.search(image, arg);
+        let mut found = BTreeMap::new();
+        if let Some(range) = here.follow(vec![search], &mut found)?.first().and_then(|s| s.ranges.first()) {
+            let what = format!(
                 "pages at {:#x} are in an earlier checkpoint, where nobody has looked for them",
                 range.start
-            )));
+            );
+            return Err(ImageError::Stream { file: image.file_name(arg), what });
         }
-        if map.forked.is_empty() {
-            return Ok(map.stored);
-        }
-        let parent = self.parent_process(arg).filter(|_| image == Image::Pagemap);
-        let Some(parent) = parent.filter(|_| generation < MAX_GENERATIONS) else {
-            return Err(bad("it has pages of a parent process, which is not there".to_owned()));
-        };
-        let mut theirs = Pagemap { stored: self.runs_here(image, parent, level, generation + 1)?, ..map };
-        let (forked, own) = (std::mem::take(&mut theirs.forked), map.stored);
-        let mut runs = Vec::new();
-        take(&forked, &theirs, &mut runs)
-            .map_err(|addr| bad(format!("its parent process {parent} has no page at {addr:#x}")))?;
-        runs.extend(own);
-        runs.sort_by_key(|run: &PageRun| run.addr);
+        let mut runs = found.remove(&(image, arg)).unwrap_or_default();
+        runs.sort_by_key(|run| run.addr);
         Ok(runs)
+    }
+
+    /// The runs of [`Self::page_runs`], cut where one begins or ends that the parent process has too; and whether it has.
+    ///
+    /// # Errors
+    /// As [`Self::page_runs`].
+    pub fn runs_with_parent(&self, image: Image, arg: u64) -> Result<Vec<(PageRun, bool)>, ImageError> {
+        let runs = self.page_runs(image, arg)?;
+        let theirs = match self.parent_process(arg).filter(|_| image == Image::Pagemap) {
+            Some(parent) => self.page_runs(image, parent)?,
+            None => Vec::new(),
+        };
+        let mut theirs = theirs.iter().peekable();
+        let mut parted = Vec::new();
+        for run in runs {
+            let mut rest = run;
+            while rest.len > 0 {
+                while theirs.next_if(|theirs| theirs.end() <= rest.addr).is_some() {}
+                let next = theirs.peek().filter(|theirs| theirs.addr < rest.end());
+                let (until, same) = match next {
+                    Some(theirs) if theirs.addr <= rest.addr => {
+                        let there = theirs.from(rest.addr);
+                        (theirs.end(), (there.file, there.offset) == (rest.file, rest.offset))
+                    }
+                    Some(theirs) => (theirs.addr, false),
+                    None => (rest.end(), false),
+                };
+                let part = rest.until(until);
+                parted.push((part, same));
+                rest = rest.from(part.end());
+            }
+        }
+        Ok(parted)
     }
 
     fn parent_process(&self, pid: u64) -> Option<u64> {
@@ -389,26 +535,24 @@ impl ImageSet {
     /// Follows the links until all pages are found.
     pub(crate) fn resolve(&mut self, dir: Dir, path: &Path) -> Result<(), ImageError> {
         let mut found: BTreeMap<(Image, u64), Vec<PageRun>> = BTreeMap::new();
-        let mut wanted: BTreeMap<(Image, u64), Vec<Range<u64>>> = BTreeMap::new();
-        let pagemaps: Vec<_> = self.images().filter(|(image, _)| is_pagemap(*image)).collect();
-        for (image, arg) in pagemaps {
+        let mut searches: Vec<Search> = Vec::new();
+        let mut is_increment = false;
+        let mut here = Level::new(self, 0);
+        for (image, arg) in self.images().filter(|(image, _)| is_pagemap(*image)) {
             // Whoever needs a malformed pagemap meets the error again.
-            let Ok(map) = Pagemap::parse(self, image, arg, 0) else { continue };
+            let Ok(map) = here.map(image, arg) else { continue };
             if map.freed {
                 return Err(ImageError::Freed { path: path.to_owned() });
             }
-            if !map.in_parent.is_empty() {
-                if !map.forked.is_empty() {
-                    let what = "it has pages of an earlier checkpoint and of a parent process".to_owned();
-                    return Err(ImageError::Stream { file: image.file_name(arg), what });
-                }
-                found.insert((image, arg), map.stored);
-                wanted.insert((image, arg), map.in_parent);
+            is_increment |= !map.in_parent.is_empty();
+            if !map.in_parent.is_empty() || !map.forked.is_empty() {
+                searches.push(map.search(image, arg));
             }
         }
-        if wanted.is_empty() {
+        if !is_increment {
             return Ok(());
         }
+        let mut wanted = here.follow(searches, &mut found)?;
         let mut id = self.parent_id();
         let mut seen = vec![identity(&dir, path)?];
         let (mut dir, mut path) = (dir, path.to_owned());
@@ -423,7 +567,7 @@ impl ImageSet {
                 return Err(bad("the chain of parents is a loop".to_owned()));
             }
             seen.push(this);
-            let part = Self::read_part(&mut dir, &path, &|image, arg| wanted.contains_key(&(image, arg)))?;
+            let part = Self::read_level(&mut dir, &path, &wanted)?;
             if let Some(id) = id.filter(|id| part.id().as_ref() != Some(id)) {
                 let what = match part.id() {
                     Some(other) => format!("its id is {}", hex(&other)),
@@ -435,39 +579,11 @@ impl ImageSet {
                 )));
             }
             id = part.parent_id();
-            let mut still = BTreeMap::new();
-            for ((image, arg), ranges) in wanted {
-                let mut map = if part.entries(image, arg).is_empty() {
-                    Pagemap::default()
-                } else {
-                    Pagemap::parse(&part, image, arg, level)?
-                };
-                let mut sizes = BTreeMap::from([(map.id, map.bytes)]);
-                if !map.forked.is_empty() {
-                    let all = Self::read_part(&mut dir, &path, &|image, _| {
-                        matches!(image, Image::Pagemap | Image::Pstree)
-                    })?;
-                    map.stored = all.runs_here(image, arg, level, 0)?;
-                    for pid in all.args(Image::Pagemap) {
-                        let map = Pagemap::parse(&all, image, pid, level)?;
-                        sizes.insert(map.id, map.bytes);
-                    }
-                }
-                let runs = found.entry((image, arg)).or_default();
-                let before = runs.len();
-                let later = take(&ranges, &map, runs).map_err(|addr| {
-                    bad(format!("{}: pages at {addr:#x} should be there and are not", image.file_name(arg)))
-                })?;
-                let files: BTreeSet<PagesFile> = runs[before..].iter().map(|run| run.file).collect();
-                for file in files {
-                    let size = sizes.get(&file.id).copied().unwrap_or(0);
-                    self.open_ancestor(&dir, &path, &part, file, size)?;
-                }
-                if !later.is_empty() {
-                    still.insert((image, arg), later);
-                }
+            let mut here = Level::new(&part, level);
+            wanted = here.follow(wanted, &mut found).map_err(|error| bad(error.to_string()))?;
+            for &file in &here.used {
+                self.open_ancestor(&dir, &path, &part, file, here.size(file.id))?;
             }
-            wanted = still;
         }
         for runs in found.values_mut() {
             runs.sort_by_key(|run| run.addr);
@@ -475,6 +591,17 @@ impl ImageSet {
         self.chain.runs = found;
         self.chain.depth = level;
         Ok(())
+    }
+
+    /// What is needed of a directory to go on with `searches`. Where pages are of a parent process, any can be needed.
+    fn read_level(dir: &mut Dir, path: &Path, searches: &[Search]) -> Result<Self, ImageError> {
+        let owners: BTreeSet<(Image, u64)> = searches.iter().map(|s| (s.image, s.owner)).collect();
+        let part = Self::read_part(dir, path, &|image, arg| owners.contains(&(image, arg)))?;
+        let mut maps = owners.iter().filter_map(|&(image, arg)| Some(part.pagemap(image, arg).ok()?.1));
+        if !maps.any(|map| map.iter().any(|entry| flags_of(entry) & AS_PARENT_PROCESS != 0)) {
+            return Ok(part);
+        }
+        Self::read_part(dir, path, &|image, _| is_pagemap(image) || image == Image::Pstree)
     }
 
     fn open_ancestor(
@@ -547,34 +674,51 @@ pub(crate) fn is_pagemap(image: Image) -> bool {
     matches!(image, Image::Pagemap | Image::ShmemPagemap)
 }
 
-/// Takes from `map` what it has of `ranges`, in order of address; gives what is further back.
+/// What a pagemap says of pages that it does not store.
+#[derive(Debug, Default)]
+struct Elsewhere {
+    in_parent: Vec<Range<u64>>,
+    forked: Vec<Range<u64>>,
+}
+
+/// Takes from `map` what it has of a search's ranges, in order of address; gives what is elsewhere.
 /// Err: the first address that is nowhere.
-fn take(ranges: &[Range<u64>], map: &Pagemap, runs: &mut Vec<PageRun>) -> Result<Vec<Range<u64>>, u64> {
-    let mut later: Vec<Range<u64>> = Vec::new();
-    let (mut stored, mut parents) = (map.stored.iter().peekable(), map.in_parent.iter().peekable());
-    for range in ranges {
+fn take(search: &Search, map: &Pagemap, runs: &mut Vec<PageRun>) -> Result<Elsewhere, u64> {
+    let mut elsewhere = Elsewhere::default();
+    let mut stored = map.stored.iter().peekable();
+    let (mut in_parent, mut forked) = (map.in_parent.iter().peekable(), map.forked.iter().peekable());
+    for range in &search.ranges {
         let mut at = range.start;
         while at < range.end {
-            while stored.next_if(|run| run.addr + run.len <= at).is_some() {}
-            while parents.next_if(|range| range.end <= at).is_some() {}
-            if let Some(run) = stored.peek().filter(|run| run.addr <= at) {
-                let skip = at - run.addr;
-                let len = (run.len - skip).min(range.end - at);
-                push(runs, PageRun { addr: at, len, offset: run.offset + skip, ..**run });
-                at += len;
-            } else if let Some(range_back) = parents.peek().filter(|back| back.start <= at) {
-                let end = range_back.end.min(range.end);
-                match later.last_mut() {
-                    Some(last) if last.end == at => last.end = end,
-                    _ => later.push(at..end),
-                }
-                at = end;
+            while stored.next_if(|run| run.end() <= at).is_some() {}
+            while in_parent.next_if(|range| range.end <= at).is_some() {}
+            while forked.next_if(|range| range.end <= at).is_some() {}
+            let back = in_parent.peek().filter(|back| back.start <= at);
+            let theirs = forked.peek().filter(|theirs| theirs.start <= at);
+            at = if let Some(run) = stored.peek().filter(|run| run.addr <= at) {
+                let run = PageRun { crossed: search.crossed, ..run.from(at).until(range.end) };
+                push(runs, run);
+                run.end()
+            } else if let Some(back) = back {
+                add(&mut elsewhere.in_parent, at..back.end.min(range.end))
+            } else if let Some(theirs) = theirs {
+                add(&mut elsewhere.forked, at..theirs.end.min(range.end))
             } else {
                 return Err(at);
-            }
+            };
         }
     }
-    Ok(later)
+    Ok(elsewhere)
+}
+
+/// Adds a range, to the one before if it goes on where that ends; gives its end.
+fn add(ranges: &mut Vec<Range<u64>>, range: Range<u64>) -> u64 {
+    let end = range.end;
+    match ranges.last_mut() {
+        Some(last) if last.end == range.start => last.end = end,
+        _ => ranges.push(range),
+    }
+    end
 }
 
 /// The directory and all before it, nearest first, by their real paths: where the links lead, whether pages

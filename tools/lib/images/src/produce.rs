@@ -6,14 +6,14 @@
 //! blocks that they are stored in.
 //!
 //! An increment becomes a full checkpoint: its pages come from whichever directory of the chain has
-//! them (see [`crate::chain`]), and come plain.
+//! them (see [`crate::chain`]), and come plain. What forked processes share there, they share in the stream.
 
 use std::{collections::BTreeMap, fs::File, os::fd::AsFd};
 
 use ckpt_proto::{
     Image, Message, Payload,
     stream::Writer,
-    types::{CoreEntry, Hello, InventoryEntry, PstreeEntry, core_entry::March},
+    types::{CoreEntry, Hello, InventoryEntry, PagemapEntry, PstreeEntry, core_entry::March},
 };
 use nix::{
     fcntl::OFlag,
@@ -21,36 +21,47 @@ use nix::{
 };
 
 use crate::{
-    ImageError, ImageSet, PageRun, Place, recode,
+    ImageError, ImageSet, PageRun, Place, chain, recode,
     stage::{self, Check},
     sums::Verification,
 };
 
-/// Where pages come from.
+/// Where the pages of one `pages-N.img` come from.
 #[derive(Debug)]
-struct Sources {
-    /// Pages files to be written as they are.
-    whole: Vec<u64>,
-    packed: Vec<u64>,
-    /// Those that are made of the pages of a chain.
-    gathered: BTreeMap<u64, Vec<PageRun>>,
+enum Source {
+    /// A file that is to be written as it is.
+    Whole,
+    Packed,
+    /// The pages of a chain.
+    Gathered(Vec<PageRun>),
 }
 
-impl Sources {
-    fn of(set: &ImageSet) -> Result<Self, ImageError> {
-        let mut gathered = BTreeMap::new();
-        for image in [Image::Pagemap, Image::ShmemPagemap] {
-            for arg in set.args(image) {
-                let runs = set.page_runs(image, arg)?;
-                if runs.iter().any(|run| run.file.level > 0) {
-                    gathered.insert(set.pagemap(image, arg)?.0, runs);
-                }
+/// By their numbers: what is shared with a parent process comes before what its children have beside it.
+type Sources = BTreeMap<u64, Source>;
+
+fn sources(set: &ImageSet) -> Result<Sources, ImageError> {
+    let mut sources = Sources::new();
+    sources.extend(set.args(Image::Pages).into_iter().map(|id| (id, Source::Whole)));
+    sources.extend(set.args(Image::CkptPages).into_iter().map(|id| (id, Source::Packed)));
+    for image in [Image::Pagemap, Image::ShmemPagemap] {
+        for arg in set.args(image) {
+            let mut runs = own_runs(set, image, arg)?;
+            if runs.iter().any(|(run, _)| run.file.level > 0) {
+                runs.retain(|(_, shared)| !shared);
+                let runs = runs.into_iter().map(|(run, _)| run).collect();
+                sources.insert(set.pagemap(image, arg)?.0, Source::Gathered(runs));
             }
         }
-        let as_it_is =
-            |image| set.args(image).into_iter().filter(|id| !gathered.contains_key(id)).collect::<Vec<_>>();
-        Ok(Self { whole: as_it_is(Image::Pages), packed: as_it_is(Image::CkptPages), gathered })
     }
+    Ok(sources)
+}
+
+/// The runs of a pagemap, and whether they are those of the parent process.
+fn own_runs(set: &ImageSet, image: Image, arg: u64) -> Result<Vec<(PageRun, bool)>, ImageError> {
+    if set.is_increment() {
+        return set.runs_with_parent(image, arg);
+    }
+    Ok(set.page_runs(image, arg)?.into_iter().map(|run| (run, false)).collect())
 }
 
 /// What the stream of a set begins with; says what can be said without the tree.
@@ -76,7 +87,7 @@ pub fn hello(set: &ImageSet) -> Result<Hello, ImageError> {
         control: None,
         lacks: Vec::new(),
         root_pid: set.all::<PstreeEntry>(Image::Pstree, 0)?.first().map(|root| root.pid),
-        packed: (!Sources::of(set)?.packed.is_empty()).then_some(true),
+        packed: sources(set)?.values().any(|source| matches!(source, Source::Packed)).then_some(true),
     })
 }
 
@@ -85,11 +96,13 @@ pub fn hello(set: &ImageSet) -> Result<Hello, ImageError> {
 /// # Errors
 /// Malformed images.
 pub fn bytes(set: &ImageSet) -> Result<u64, ImageError> {
-    let sources = Sources::of(set)?;
-    let mut sum = sources.whole.iter().filter_map(|&id| set.pages(id)).map(|place| place.len).sum();
-    sum += sources.gathered.values().flatten().map(|run| run.len).sum::<u64>();
-    for id in sources.packed {
-        sum += set.packed(id)?.map_or(0, |packed| packed.plain_len());
+    let mut sum = 0;
+    for (id, source) in sources(set)? {
+        sum += match source {
+            Source::Whole => set.pages(id).map_or(0, |place| place.len),
+            Source::Packed => set.packed(id)?.map_or(0, |packed| packed.plain_len()),
+            Source::Gathered(runs) => runs.iter().map(|run| run.len).sum(),
+        };
     }
     Ok(sum)
 }
@@ -105,10 +118,11 @@ pub fn write(
     verify: bool,
     progress: &mut dyn FnMut(u64),
 ) -> Result<(), ImageError> {
-    let sources = Sources::of(set)?;
+    let sources = sources(set)?;
     // Pages of an increment are gathered from pieces of files whose checksums cover the whole piece: a
     // thread looks at those meanwhile.
-    let verification = match verify && !sources.gathered.is_empty() {
+    let gathered = sources.values().any(|source| matches!(source, Source::Gathered(_)));
+    let verification = match verify && gathered {
         true => Some(set.verification()?),
         false => None,
     };
@@ -127,28 +141,32 @@ fn write_from(
     for (image, arg) in set.images().filter(|(image, _)| !skipped.contains(image)) {
         write_image(set, out, image, arg)?;
     }
-    let (empty, full): (Vec<u64>, Vec<u64>) =
-        sources.whole.iter().partition(|&&id| set.pages(id).is_none_or(|place| place.len == 0));
-    let gathered = sources.gathered.iter().filter(|(_, runs)| runs.is_empty()).map(|(&id, _)| id);
-    for id in empty.into_iter().chain(gathered) {
+    let is_empty = |id, source: &Source| match source {
+        Source::Whole => set.pages(id).is_none_or(|place| place.len == 0),
+        Source::Packed => false,
+        Source::Gathered(runs) => runs.is_empty(),
+    };
+    for (&id, _) in sources.iter().filter(|&(&id, source)| is_empty(id, source)) {
         out.data_header(Image::Pages.name(), id, 0).map_err(ImageError::output)?;
     }
     out.bulk().map_err(ImageError::output)?;
-    for id in full {
-        let Some(place) = set.pages(id) else { continue };
-        let pieces = set.pieces(id);
-        let check = if verify { Check::Read(&pieces) } else { Check::Trust(&pieces) };
-        stage::write_pages(out, id, place, check, &mut *progress)?;
-    }
-    for &id in &sources.packed {
-        let Some(packed) = set.packed(id)? else { continue };
-        packed.for_each_block(|block, plain| {
-            progress(plain);
-            out.data(Image::CkptPages, id, block).map_err(ImageError::output)
-        })?;
-    }
-    for (&id, runs) in &sources.gathered {
-        stage::write_runs(out, id, set, runs, &mut *progress)?;
+    for (&id, source) in sources.iter().filter(|&(&id, source)| !is_empty(id, source)) {
+        match source {
+            Source::Whole => {
+                let Some(place) = set.pages(id) else { continue };
+                let pieces = set.pieces(id);
+                let check = if verify { Check::Read(&pieces) } else { Check::Trust(&pieces) };
+                stage::write_pages(out, id, place, check, &mut *progress)?;
+            }
+            Source::Packed => {
+                let Some(packed) = set.packed(id)? else { continue };
+                packed.for_each_block(|block, plain| {
+                    progress(plain);
+                    out.data(Image::CkptPages, id, block).map_err(ImageError::output)
+                })?;
+            }
+            Source::Gathered(runs) => stage::write_runs(out, id, set, runs, &mut *progress)?,
+        }
     }
     Ok(())
 }
@@ -190,15 +208,12 @@ fn write_pagemap(set: &ImageSet, out: &mut Writer<File>, image: Image, arg: u64)
         return Err(ImageError::Missing { file: image.file_name(arg) });
     };
     out.entry(image, arg, head).map_err(ImageError::output)?;
-    let mut runs: Vec<PageRun> = Vec::new();
-    for run in set.page_runs(image, arg)? {
-        match runs.last_mut() {
-            Some(last) if last.addr + last.len == run.addr && last.lazy == run.lazy => last.len += run.len,
-            _ => runs.push(run),
-        }
+    let mut entries: Vec<PagemapEntry> = Vec::new();
+    for (run, shared) in own_runs(set, image, arg)? {
+        chain::add_entry(&mut entries, if shared { run.parent_process_entry() } else { run.pagemap_entry() });
     }
-    for run in runs {
-        out.entry(image, arg, &run.pagemap_entry().encode_to_vec()).map_err(ImageError::output)?;
+    for entry in entries {
+        out.entry(image, arg, &entry.encode_to_vec()).map_err(ImageError::output)?;
     }
     Ok(())
 }

@@ -4,7 +4,13 @@
 //! stored with the parent, and the child's pagemap says so
 //! ([`page::AS_PARENT_PROCESS`](super::page::AS_PARENT_PROCESS)). /proc/PID/pagemap tells which frame,
 //! or which place in the swap, is behind an address (Documentation/admin-guide/mm/pagemap.rst); equal
-//! ones at the same address are the same page. The numbers are zero without CAP_SYS_ADMIN.
+//! ones at the same address are the same page. The numbers are zero without CAP_SYS_ADMIN. Pages move while a tree
+//! is frozen too (reclaim, compaction), and a frame that one process has left can be the other's a moment later: what
+//! moved between two looks is taken for different.
+//!
+//! In an increment, what a process has not written since the checkpoint before is in that, with the parent process or
+//! not, and stays so: only the rest is looked at, such as all of a child that was forked since. What it has
+//! from its parent process may be in the checkpoint before with that ([`ckpt_images::chain`] follows both).
 
 use std::{collections::HashMap, fs::File, os::unix::fs::FileExt};
 
@@ -52,7 +58,8 @@ fn marked(plan: &Plan, parent: &Plan) -> anyhow::Result<Vec<Run>> {
         let mut at = run.start;
         while at < run.end {
             while candidates.next_if(|theirs| theirs.end <= at).is_some() {}
-            let both = match candidates.peek().filter(|theirs| theirs.start < run.end && !run.vdso) {
+            let alone = run.vdso || run.in_parent;
+            let both = match candidates.peek().filter(|theirs| theirs.start < run.end && !alone) {
                 Some(theirs) if theirs.start <= at => theirs.end.min(run.end),
                 other => {
                     let end = other.map_or(run.end, |theirs| theirs.start);
@@ -74,21 +81,22 @@ fn marked(plan: &Plan, parent: &Plan) -> anyhow::Result<Vec<Run>> {
 
 /// For each page whether both have the same one.
 fn compare(ours: &File, theirs: &File, start: u64, end: u64) -> anyhow::Result<Vec<bool>> {
-    let [ours, theirs] = [ours, theirs].map(|pagemap| -> anyhow::Result<Vec<u8>> {
+    let [before, theirs, ours] = [ours, theirs, ours].map(|pagemap| -> anyhow::Result<Vec<u8>> {
         let mut bytes = vec![0; usize::try_from((end - start) / PAGE * 8)?];
         pagemap.read_exact_at(&mut bytes, start / PAGE * 8).context("read pagemap")?;
         Ok(bytes)
     });
-    let (ours, theirs) = (ours?, theirs?);
+    let (before, theirs, ours) = (before?, theirs?, ours?);
     let word = |bytes: &[u8]| bytes.try_into().map_or(0, u64::from_ne_bytes) & IDENTITY;
     let mut same = Vec::new();
-    for (a, b) in ours.chunks_exact(8).zip(theirs.chunks_exact(8)) {
-        let (a, b) = (word(a), word(b));
+    let looks = before.chunks_exact(8).zip(theirs.chunks_exact(8)).zip(ours.chunks_exact(8));
+    for ((before, b), a) in looks {
+        let (before, a, b) = (word(before), word(a), word(b));
         if a & PRESENT != 0 && a & NUMBER == 0 {
             let refused = Refused::new("--share", "the kernel does not tell which pages are the same");
             return Err(refused.advise("run with CAP_SYS_ADMIN, or without --share").into());
         }
-        same.push(a == b && a & (PRESENT | SWAPPED) != 0);
+        same.push(before == b && a == b && a & (PRESENT | SWAPPED) != 0);
     }
     Ok(same)
 }
