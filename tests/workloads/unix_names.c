@@ -1,6 +1,6 @@
 /* Names of unix sockets, and who is told by a signal: relative names whose directory is no more the current one, deleted
  * ones, an owner and a mode, a datagram socket that keeps its name when it is connected no more, two that have had the
- * same name, SO_PEEK_OFF, F_SETOWN, F_SETSIG and O_ASYNC on sockets of every family. */
+ * same name, three whose files were moved, SO_PEEK_OFF, F_SETOWN, F_SETSIG and O_ASYNC on sockets of every family. */
 #include "workload.h"
 #include <arpa/inet.h>
 #include <linux/if_packet.h>
@@ -93,6 +93,14 @@ int main(int argc, char **argv)
 	/* Deleted; another one has the name now. */
 	int deleted = bound(SOCK_STREAM, "gone");
 	NEED(!listen(deleted, 5) && !unlink("gone"));
+	/* Bound elsewhere, and moved to where clients look when all was set: by rename(2), by link(2), and by a relative name. */
+	char here[80], full[3][100], made[2][108];
+	NEED(getcwd(here, sizeof here));
+	for (int i = 0; i < 3; i++) strcat(strcpy(full[i], here), (char *[]){ "/renamed", "/linked", "/b/taken" }[i]);
+	for (int i = 0; i < 2; i++) strcat(strcpy(made[i], full[i]), ".new");
+	int renamed = bound(SOCK_STREAM, made[0]), linked = bound(SOCK_STREAM, made[1]), taken = bound(SOCK_STREAM, "a/taken");
+	NEED(!listen(renamed, 5) && !listen(linked, 5) && !listen(taken, 5) && !chmod(made[0], 0604));
+	NEED(!rename(made[0], full[0]) && !link(made[1], full[1]) && !unlink(made[1]) && !rename("a/taken", full[2]));
 	int first = bound(SOCK_DGRAM, "twice");
 	NEED(!unlink("twice"));
 	int second = bound(SOCK_DGRAM, "twice");
@@ -139,6 +147,9 @@ int main(int argc, char **argv)
 	BREAK("mode") chmod("a/server", 0400);
 	BREAK("relative") close(relative);
 	BREAK("upwards") close(upwards);
+	BREAK("renamed") unlink(full[0]);
+	BREAK("linked") NEED(!link(full[1], made[1]));
+	BREAK("taken") NEED(!rename(full[2], "a/taken"));
 	BREAK("queue") NEED(hears(second, "to the second"));
 	BREAK("loose") NEED(reach(loose, "twice"));
 	BREAK("peek") NEED(!setsockopt(peek[1], SOL_SOCKET, SO_PEEK_OFF, &(int){ 0 }, 4));
@@ -148,6 +159,10 @@ int main(int argc, char **argv)
 	CHECK(!stat("a/server", &now) && now.st_mode == before.st_mode && now.st_uid == 7 && now.st_gid == 8, "mode %o of %d %d", now.st_mode, now.st_uid, now.st_gid);
 	CHECK(is_named(relative, "server") && is_named(upwards, "../b/upwards") && is_named(deleted, "gone") && is_named(first, "twice") && is_named(second, "twice") && is_named(loose, "loose"), "names");
 	CHECK(answers(relative, "a/server") && answers(upwards, "b/upwards"), "relative names");
+	CHECK(is_named(renamed, made[0]) && is_named(linked, made[1]) && is_named(taken, "a/taken"), "names under which they were bound");
+	CHECK(answers(renamed, full[0]) && answers(linked, full[1]) && answers(taken, full[2]), "where their files were moved");
+	CHECK(!stat(full[0], &now) && (now.st_mode & 07777) == 0604, "mode %o of the renamed file", now.st_mode);
+	CHECK(access(made[0], F_OK) && access(made[1], F_OK) && access("a/taken", F_OK), "the old names are there again");
 	CHECK(stat("gone", &now) && errno == ENOENT, "the deleted name is there");
 	CHECK(hears(second, "to the second") && hears(second, "from loose") && recv(second, b, 1, MSG_DONTWAIT) < 0 && recv(first, b, 1, MSG_DONTWAIT) < 0, "the queue of the second");
 	CHECK(send(to_second, "more", 4, 0) == 4 && hears(second, "more"), "still connected to the second");

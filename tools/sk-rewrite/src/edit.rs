@@ -387,6 +387,12 @@ impl Sockets {
                     bail!("sockets bound to {other} and to {full} would both be bound to {now}");
                 }
             }
+            if let Some(file) = &mut unix.ckpt_file
+                && let Some(new) = apply(&SocketPath::from_image(file))?
+            {
+                effects.notes.push(format!("move the file of socket {name} to {new}"));
+                *file = new.bytes().to_vec();
+            }
             if let Some(external) = &mut unix.ckpt_external {
                 for path in [&mut external.path, &mut external.peer_name].into_iter().flatten() {
                     if let Some(new) = apply(&SocketPath::from_image(path))? {

@@ -371,6 +371,7 @@ fn paths_are_renamed_wherever_they_are() {
     let mut bound = socket(5, 50, 0, None);
     let unix = bound.usk.as_mut().unwrap();
     (unix.state, unix.name) = (10, b"/run/a/b.sock\0".to_vec());
+    unix.ckpt_file = Some(b"/run/a/moved".to_vec());
     let mut relative = socket(6, 60, 0, None);
     let unix = relative.usk.as_mut().unwrap();
     (unix.state, unix.name, unix.name_dir) = (10, b"c.sock\0".to_vec(), Some(b"/run/a".to_vec()));
@@ -379,6 +380,7 @@ fn paths_are_renamed_wherever_they_are() {
     let files: Vec<FileEntry> = ImageSet::from_stream(output).unwrap().all(Image::Files, 0).unwrap();
     let sockets: Vec<UnixSkEntry> = files.into_iter().filter_map(|f| f.usk).collect();
     assert_eq!(sockets[0].name, b"/srv/b.sock\0");
+    assert_eq!(sockets[0].ckpt_file.as_deref(), Some(&b"/srv/moved"[..]));
     assert_eq!(
         (&sockets[1].name[..], sockets[1].name_dir.as_deref()),
         (&b"c.sock\0"[..], Some(&b"/srv"[..]))

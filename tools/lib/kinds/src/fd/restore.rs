@@ -205,8 +205,11 @@ impl Opening<'_> {
         }
     }
 
-    /// Notes a name that goes only if the restore fails.
-    pub(super) fn created_socket(&mut self, name: PathBuf) {
+    /// What was noted goes only if the restore fails; its name is this now.
+    pub(super) fn keep_socket(&mut self, token: usize, name: PathBuf) {
+        if let Some(created) = self.created.get_mut(token) {
+            *created = None;
+        }
         self.sockets.push(name);
     }
 }

@@ -4,7 +4,10 @@ use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     os::{
         fd::{AsFd, AsRawFd},
-        unix::{ffi::OsStrExt, fs::MetadataExt},
+        unix::{
+            ffi::OsStrExt,
+            fs::{DirEntryExt, MetadataExt},
+        },
     },
     path::{Path, PathBuf},
 };
@@ -508,7 +511,7 @@ fn entry(
     let (stub, diag) = (socket.stub, &socket.diag);
     let fits =
         |n: u64| u32::try_from(n).map_err(|_| socket.refuse("an inode that does not fit into the images"));
-    let (file_perms, name_dir, deleted) = socket_file(socket)?;
+    let file = socket_file(socket)?;
     let copy = socket.copy()?;
     let peek_off = sock::option(copy.as_fd(), libc::SOL_SOCKET, libc::SO_PEEK_OFF).unwrap_or(-1);
     // The kernel calls a datagram socket connected too if another one has connected to it.
@@ -527,9 +530,10 @@ fn entry(
         opts: sockopt::dump(socket, &socket.what(), defaults)?.sk,
         name: diag.name.clone(),
         shutdown: socket::shutdown_entry(diag.shutdown),
-        file_perms,
-        name_dir,
-        deleted,
+        file_perms: file.perms,
+        name_dir: file.directory,
+        deleted: file.deleted,
+        ckpt_file: file.moved,
         ns_id,
         mnt_id: None,
         ckpt_external: external,
@@ -545,38 +549,81 @@ fn entry(
     })
 }
 
-type SocketFile = (Option<FilePermsEntry>, Option<Vec<u8>>, Option<bool>);
+/// The file of a socket that is bound to a path.
+#[derive(Default)]
+struct SocketFile {
+    /// Owner and mode.
+    perms: Option<FilePermsEntry>,
+    /// Where a relative path starts.
+    directory: Option<Vec<u8>>,
+    /// Whether it is gone.
+    deleted: Option<bool>,
+    /// Where it is, if that is not where it was bound.
+    moved: Option<Vec<u8>>,
+}
 
-/// The file of a socket that is bound to a path: owner and mode, the directory if the path is
-/// relative, and whether it is gone.
 fn socket_file(socket: &Socket<'_>) -> anyhow::Result<SocketFile> {
     let name = trim_path(&socket.diag.name);
     let Some((inode, device)) = socket.diag.file.filter(|_| name.first().is_some_and(|&b| b != 0)) else {
-        return Ok((None, None, None));
+        return Ok(SocketFile::default());
     };
     let is_it = |m: &std::fs::Metadata| {
         m.ino() & u64::from(u32::MAX) == u64::from(inode) && kernel_dev(m.dev()) == device
     };
-    let perms = |m: &std::fs::Metadata| FilePermsEntry { mode: m.mode(), uid: m.uid(), gid: m.gid() };
-    let here = |file: &Path| std::fs::symlink_metadata(file).ok().filter(is_it);
-    if name.starts_with(b"/") {
-        let found = here(path(name));
-        return Ok((found.as_ref().map(perms), None, found.is_none().then_some(true)));
+    let here = |file: &Path| {
+        let found = std::fs::symlink_metadata(file).ok().filter(is_it)?;
+        Some(FilePermsEntry { mode: found.mode(), uid: found.uid(), gid: found.gid() })
+    };
+    let bytes = |path: &Path| path.as_os_str().as_bytes().to_vec();
+    if name.starts_with(b"/")
+        && let Some(perms) = here(path(name))
+    {
+        return Ok(SocketFile { perms: Some(perms), ..SocketFile::default() });
     }
     let file = unixsock::bound_file(socket.copy()?.as_fd()).ok();
     let file = file.and_then(|file| std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd())).ok());
+    if name.starts_with(b"/") {
+        let moved = moved_file(path(name), file.as_deref(), u64::from(inode), &|file| here(file).is_some());
+        let perms = moved.as_deref().and_then(here);
+        let deleted = perms.is_none().then_some(true);
+        return Ok(SocketFile {
+            perms,
+            deleted,
+            moved: moved.as_deref().map(bytes),
+            ..SocketFile::default()
+        });
+    }
     let candidates = directories(socket, name, file.as_deref());
     let found = candidates.iter().find_map(|d| Some((d, here(&d.join(path(name)))?)));
-    let bytes = |d: &PathBuf| d.as_os_str().as_bytes().to_vec();
-    if let Some((directory, metadata)) = found {
-        return Ok((Some(perms(&metadata)), Some(bytes(directory)), None));
+    if let Some((directory, perms)) = found {
+        let directory = Some(bytes(directory));
+        return Ok(SocketFile { perms: Some(perms), directory, ..SocketFile::default() });
     }
-    if let Some(file) = file.filter(|file| here(file).is_some()) {
-        let name = shown(name);
-        let reason = format!("bound to {} as {name}, by way of a directory that is gone", file.display());
-        return Err(socket.refuse(reason).into());
+    if let Some((file, perms)) = file.and_then(|file| here(&file).map(|perms| (file, perms))) {
+        // From any directory in which the name leads somewhere it can be bound again, and moved.
+        let leads = |d: &&PathBuf| d.join(path(name)).parent().is_some_and(Path::is_dir);
+        let Some(directory) = candidates.iter().find(leads) else {
+            let name = shown(name);
+            let reason = format!("bound to {} as {name}, by way of a directory that is gone", file.display());
+            return Err(socket.refuse(reason).into());
+        };
+        let (directory, moved) = (Some(bytes(directory)), Some(bytes(&file)));
+        return Ok(SocketFile { perms: Some(perms), directory, moved, deleted: None });
     }
-    Ok((None, candidates.first().map(bytes), Some(true)))
+    let directory = candidates.first().map(|directory| bytes(directory));
+    Ok(SocketFile { directory, deleted: Some(true), ..SocketFile::default() })
+}
+
+/// Where a file was moved that was bound as `name`: programs that want it to appear with everything set bind elsewhere and
+/// rename it, which the kernel tells (`now`), or link it to its place, which it does not: then it is looked for beside it.
+fn moved_file(name: &Path, now: Option<&Path>, inode: u64, is_it: &dyn Fn(&Path) -> bool) -> Option<PathBuf> {
+    if let Some(now) = now.filter(|now| is_it(now)) {
+        return Some(now.to_owned());
+    }
+    let directories = [now, Some(name)].into_iter().filter_map(|file| file?.parent());
+    let entries = directories.filter_map(|directory| std::fs::read_dir(directory).ok()).flatten().flatten();
+    let same = |ino: u64| ino & u64::from(u32::MAX) == inode;
+    entries.filter(|entry| same(entry.ino())).map(|entry| entry.path()).find(|file| is_it(file))
 }
 
 /// Directories that a relative name may have started from: what is in front of it in the path of the file; the current

@@ -47,12 +47,7 @@ impl Sockets {
         }
         remove_stale(usk, &file)?;
         with_directory(usk, |name| Ok(sock::bind_unix(fd.as_fd(), name)?))?;
-        let made = if deleted {
-            Some(opening.created(file.clone(), false))
-        } else {
-            opening.created_socket(file.clone());
-            None
-        };
+        let made = opening.created(file.clone(), false);
         self.handles.insert(ino, open_handle(&file)?);
         if let Some(perms) = &usk.file_perms {
             let set = || -> std::io::Result<()> {
@@ -61,9 +56,17 @@ impl Sockets {
             };
             set().with_context(|| format!("owner and mode of {}", file.display()))?;
         }
-        if let Some(token) = made {
-            opening.remove_created(token);
+        if deleted {
+            opening.remove_created(made);
+            return Ok(());
         }
+        let moved = usk.ckpt_file.as_deref().map(|moved| path(moved).to_owned());
+        if let Some(moved) = &moved {
+            remove_stale(usk, moved)?;
+            fs::rename(&file, moved)
+                .with_context(|| format!("rename {} to {}", file.display(), moved.display()))?;
+        }
+        opening.keep_socket(made, moved.unwrap_or(file));
         Ok(())
     }
 
