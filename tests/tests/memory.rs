@@ -215,6 +215,18 @@ impl Drop for HugePages {
 }
 
 #[test]
+fn rings_for_asynchronous_io_are_refused_with_what_can_be_done() {
+    for (kind, word) in [("aio", "io_setup"), ("io_uring", "an io_uring")] {
+        let target = Target::start_with("async_rings", &["-", kind]);
+        let before = target.at_rest();
+        let outcome = target.dump("img");
+        let _ = outcome.fails("ckpt-scan", 3, &[word, "without asynchronous I/O"]);
+        target.unchanged(&before);
+        target.passes(kind);
+    }
+}
+
+#[test]
 fn private_huge_pages_come_back_as_such() {
     let Some(_pool) = HugePages::more(16) else {
         ckpt_tests::skip("huge pages", "the kernel's pool can't be enlarged");

@@ -207,7 +207,15 @@ fn dump_vma(
             return Err(refuse("memory of a device can't be checkpointed").into());
         }
         name if name.starts_with(b"/[aio]") || name.starts_with(b"[aio]") => {
-            return Err(refuse("an AIO ring (io_setup) can't be checkpointed yet").into());
+            let reason =
+                "an AIO ring (io_setup) can't be checkpointed: the kernel does not tell what is in flight";
+            return Err(refuse(reason).advise(WITHOUT_RINGS).into());
+        }
+        b"anon_inode:[io_uring]" => {
+            return Err(refuse("an io_uring can't be checkpointed").advise(WITHOUT_RINGS).into());
+        }
+        name if name.starts_with(b"anon_inode:") => {
+            return Err(refuse("memory of this kind can't be checkpointed").into());
         }
         _ if sysv::recognise(m) => {
             let id = files.sysv.add(pid, comm, m)?;
@@ -268,6 +276,10 @@ fn dump_vma(
     }
     Ok(entry)
 }
+
+/// What may be done about rings for asynchronous I/O.
+const WITHOUT_RINGS: &str = "run the program without asynchronous I/O of the kernel: most have an option for that (MariaDB \
+     --innodb-use-native-aio=0), or fall back if sysctl kernel.io_uring_disabled=2";
 
 /// The private mappings among `mappings`, and which of them a userfaultfd tracks: all that a pre-dump has to know. What can't
 /// be checkpointed is left out; the checkpoint says so.
