@@ -10,12 +10,17 @@ use std::{
 use ckpt_tests::{Outcome, Pipeline, Random, Target, process, soon, tool};
 use nix::sys::signal::Signal;
 
-use crate::increments::{Tracker, dump, dump_ok, same_as_live, sizes, stop};
+use crate::increments::{How, Tracker, dump, dump_ok, dump_so, same_as_live, sizes, stop};
 
 /// A pre-dump NAME on PARENT, if that is given.
 fn pre_dump(target: &Target, address: &str, name: &str, parent: Option<&str>) -> Outcome {
+    pre_dump_so(target, address, name, parent, &[])
+}
+
+fn pre_dump_so(target: &Target, address: &str, name: &str, parent: Option<&str>, more: &[&str]) -> Outcome {
     let pid = target.pid.to_string();
     let mut scan = vec!["ckpt-scan".into(), "--pre-dump".into(), "-t".into(), pid.into()];
+    scan.extend(more.iter().map(Into::into));
     scan.extend(["--track".into(), address.into()]);
     let mut write = vec!["ckpt-write".into(), target.path(name).into_os_string()];
     if let Some(parent) = parent {
@@ -30,10 +35,21 @@ fn pre_dump(target: &Target, address: &str, name: &str, parent: Option<&str>) ->
 /// compared with theirs.
 #[test]
 fn what_was_copied_while_it_changed_is_never_stale() {
+    copy_while_it_changes("memory_storm", How::default());
+}
+
+/// The same of what is stored once for a process and those that it forked, of which one writes and the others do not.
+#[test]
+fn what_was_copied_from_another_that_changed_it_is_never_stale() {
+    copy_while_it_changes("memory_family", How { share: true, ..How::default() });
+}
+
+fn copy_while_it_changes(workload: &str, how: How) {
     let rounds: usize = std::env::var("CKPT_STORM_ROUNDS").ok().and_then(|n| n.parse().ok()).unwrap_or(5);
     let seed = std::env::var("CKPT_STORM_SEED").unwrap_or_else(|_| std::process::id().to_string());
     println!("CKPT_STORM_SEED={seed}");
-    let target = Target::start_with("memory_storm", &[&seed]);
+    let target = Target::start_with(workload, &[&seed]);
+    let more: &[&str] = if how.share { &["--share"] } else { &[] };
     let tracker = Tracker::start(&target);
     let storms = AtomicUsize::new(0);
     let (mut stored, mut total) = (0, 0);
@@ -52,7 +68,7 @@ fn what_was_copied_while_it_changed_is_never_stale() {
                 }
             });
             for (name, parent) in [(&names[0], before.as_deref()), (&names[1], Some(names[0].as_str()))] {
-                let outcome = pre_dump(&target, &tracker.address, name, parent).ok("pre-dump");
+                let outcome = pre_dump_so(&target, &tracker.address, name, parent, more).ok("pre-dump");
                 assert!(!outcome.said.contains("is full"), "{outcome}");
             }
             calm.store(true, Ordering::Relaxed);
@@ -60,7 +76,8 @@ fn what_was_copied_while_it_changed_is_never_stale() {
         });
         let pids = process::tree(target.pid);
         pids.iter().for_each(|&pid| stop(pid));
-        dump_ok(&target, &tracker.address, &names[2], Some(&names[1]));
+        let outcome = dump_so(&target, &tracker.address, &names[2], Some(&names[1]), how).ok("dump");
+        assert!(!outcome.said.contains("warning"), "{outcome}");
         let (own, all) = same_as_live(&target.path(&names[2]));
         stored += own;
         total += all;

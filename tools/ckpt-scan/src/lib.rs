@@ -81,7 +81,7 @@ pub struct Args {
     pub parent: Option<PathBuf>,
     /// Write only memory, read while the tree runs, as a parent
     #[arg(long, requires = "track", conflicts_with_all = [
-        "no_mem", "kill", "leave_stopped", "snapshot", "share", "external", "ghost_limit"
+        "no_mem", "kill", "leave_stopped", "snapshot", "external", "ghost_limit"
     ])]
     pub pre_dump: bool,
     /// Store pages that forked processes share once (not for CRIU)

@@ -16,6 +16,10 @@
 //! is; nothing of it can be restored alone. CRIU's pre-dumps have the same files.
 //!
 //! Shared memory is left to the checkpoint, which stores it in full as every increment does.
+//!
+//! With `--share`, a page that a process has from the one that forked it is read from that, which may write to it before.
+//! Then the process that has not written has it no more in this pre-dump: for the next increment it counts as
+//! written there too ([`share::distrust_changed`]). The pre-dump has the tree's pstree.img, which says who forked whom.
 
 use std::{fs::File, time::Duration};
 
@@ -26,17 +30,21 @@ use ckpt_images::recode::{self, Behind, Recode};
 use ckpt_kinds::{
     mem::{
         dump::{Plan, private_vmas},
-        early,
+        early, share,
     },
     sink::emit,
 };
 use ckpt_pages::{Memory, Tracking};
-use ckpt_proto::{Image, stream::Writer, types::InventoryEntry};
+use ckpt_proto::{
+    Image,
+    stream::Writer,
+    types::{InventoryEntry, PstreeEntry},
+};
 use ckpt_remote::{Frozen, Release};
-use ckpt_sys::transfer::Output;
+use ckpt_sys::{Pid, transfer::Output};
 use ckpt_tracking::arm;
 
-use crate::{Args, as_refusal, blame, give_up, hello, inventory, lending, settle};
+use crate::{Args, as_refusal, blame, give_up, hello, inventory, lending, pstree, settle};
 
 /// Writes the stream of a pre-dump.
 ///
@@ -50,8 +58,8 @@ pub fn run(args: &Args, output: File, plain_file: bool) -> anyhow::Result<()> {
         bail!("a pre-dump without tracking is of no use");
     }
     let frozen = Frozen::freeze(args.tree, Duration::from_secs(args.freeze_timeout)).map_err(as_refusal)?;
-    let plans = look(frozen, &mut tracking)?;
-    stats::count("tree", "processes", plans.len() as u64);
+    let found = look(args, frozen, &mut tracking)?;
+    stats::count("tree", "processes", found.plans.len() as u64);
     let (output, behind) = match args.compress {
         Some(codec) => recode::behind(output, Recode::Pack(codec))?,
         None => (output, Behind::default()),
@@ -60,7 +68,7 @@ pub fn run(args: &Args, output: File, plain_file: bool) -> anyhow::Result<()> {
     let mut writer = Writer::open(lending(output, &holder), hello).context("write the stream")?;
     let holder = (!plain_file).then_some(&holder);
     stats::phase("pages");
-    if let Err(error) = write(&plans, &tracking, &mut writer) {
+    if let Err(error) = write(&found, &tracking, &mut writer) {
         return give_up(None, Some(writer), error).map_err(|e| blame(e, holder));
     }
     ckpt_pages::count(&writer);
@@ -73,9 +81,23 @@ pub fn run(args: &Args, output: File, plain_file: bool) -> anyhow::Result<()> {
     args.stats.write()
 }
 
+/// What was found in the freeze.
+struct Found {
+    plans: Vec<Plan>,
+    /// If pages are stored once: who forked whom, parents first.
+    tree: Vec<PstreeEntry>,
+}
+
+impl Found {
+    fn parent(&self, pid: Pid) -> Option<Pid> {
+        let entry = self.tree.iter().find(|entry| entry.pid == pid.0.unsigned_abs())?;
+        i32::try_from(entry.ppid).ok().map(Pid)
+    }
+}
+
 /// Finds what is to be stored, protects it, and lets the tree run.
-fn look(mut frozen: Frozen, tracking: &mut Tracking) -> anyhow::Result<Vec<Plan>> {
-    let mut plans = Vec::new();
+fn look(args: &Args, mut frozen: Frozen, tracking: &mut Tracking) -> anyhow::Result<Found> {
+    let (mut plans, mut tree) = (Vec::new(), Vec::new());
     for process in frozen.processes.clone().iter().filter(|p| !p.zombie) {
         let pid = process.pid;
         tracking.watch(pid, || Ok(arm(&mut frozen, process)?));
@@ -86,21 +108,33 @@ fn look(mut frozen: Frozen, tracking: &mut Tracking) -> anyhow::Result<Vec<Plan>
         };
         let pages_id = u32::try_from(plans.len() + 1)?;
         plans.extend(look(pages_id).with_context(|| process.subject())?);
+        if args.share {
+            tree.push(pstree(process, args.tree)?);
+        }
     }
+    let mut found = Found { plans: Vec::new(), tree };
+    share::share(&mut plans, &|pid| found.parent(pid))?;
+    found.plans = plans;
     let held = frozen.since().elapsed();
     frozen.release(Release::Run);
     stats::seconds("frozen", held);
     ckpt_cli::note!(1, "the tree was frozen for {:.2} ms", held.as_secs_f64() * 1000.0);
-    Ok(plans)
+    Ok(found)
 }
 
-fn write(plans: &[Plan], tracking: &Tracking, writer: &mut Writer<Output>) -> anyhow::Result<()> {
+fn write(found: &Found, tracking: &Tracking, writer: &mut Writer<Output>) -> anyhow::Result<()> {
     let inventory = InventoryEntry { ckpt_pre_dump: Some(true), ..inventory(tracking)? };
     emit(writer, Image::Inventory, 0, &inventory)?;
+    for task in &found.tree {
+        emit(writer, Image::Pstree, 0, task)?;
+    }
+    let plans = &found.plans;
     for plan in plans {
         plan.emit(writer)?;
     }
     writer.bulk().context("write the stream")?;
     let mut progress = ckpt_cli::Progress::new("pages", Some(plans.iter().map(Plan::bytes).sum()));
-    plans.iter().try_for_each(|plan| plan.copy(writer, |n| progress.inc(n)))
+    plans.iter().try_for_each(|plan| plan.copy(writer, |n| progress.inc(n)))?;
+    share::distrust_changed(plans, &|pid| found.parent(pid));
+    Ok(())
 }

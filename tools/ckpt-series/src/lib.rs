@@ -81,7 +81,7 @@ pub struct Args {
     #[arg(long, conflicts_with = "no_snapshot")]
     pub pre_dump: bool,
     /// Store pages that forked processes share once (not for CRIU)
-    #[arg(long, conflicts_with = "pre_dump")]
+    #[arg(long)]
     pub share: bool,
     /// The far end is outside the tree: ID[:PATH] of a socket, pipe:[ID] or shm:[ID]
     #[arg(long, value_name = "RESOURCE")]

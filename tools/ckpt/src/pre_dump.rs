@@ -167,6 +167,7 @@ impl Dump {
         let scan = stage("ckpt-scan", |words| {
             words.verbose(self.verbose);
             words.flag("--pre-dump", true);
+            words.flag("--share", self.share);
             words.option("--track", [address]);
             words.option("--parent", parent);
             words.option("--freeze-timeout", &self.freeze_timeout);

@@ -38,7 +38,7 @@ use ckpt_sys::{
         number::{CHECKPOINT_RESTORE, SYS_ADMIN},
     },
     gift::{self, Gift},
-    memory::{self, Page, PageRange},
+    memory::{self, Page, PageRange, Scan},
     transfer::Output,
     uffd,
 };
@@ -346,6 +346,8 @@ pub struct Plan {
 struct Running {
     /// Its memory: opened while it was frozen, so that it is not that of a later program.
     memory: File,
+    /// The same of what is known of its pages.
+    pagemap: File,
     /// What tracks its writes.
     uffd: OwnedFd,
 }
@@ -463,8 +465,10 @@ impl Plan {
     pub fn while_running(mut self, tracked: Tracked<'_>) -> anyhow::Result<Self> {
         let path = format!("/proc/{}/mem", self.pid);
         let memory = File::open(&path).context(path)?;
+        let path = format!("/proc/{}/pagemap", self.pid);
+        let pagemap = File::open(&path).context(path)?;
         let uffd = tracked.uffd.try_clone_to_owned().context("userfaultfd")?;
-        self.running = Some(Running { memory, uffd });
+        self.running = Some(Running { memory, pagemap, uffd });
         Ok(self)
     }
 
@@ -559,6 +563,29 @@ impl Plan {
             None => File::open(&path),
         }
         .context(path)
+    }
+
+    /// Of a process that runs: the parts of `range` whose pages are as they were when it was frozen. What can't be told
+    /// is not among them.
+    pub(super) fn unchanged(&self, range: &Range<u64>) -> Vec<PageRange> {
+        let mut same = Vec::new();
+        let Some(running) = &self.running else { return same };
+        let all = Page::WRITTEN | Page::WPALLOWED | Page::PRESENT;
+        let scan = Scan { inverted: Page::WRITTEN, all, any: Page::empty(), report: Page::empty() };
+        let (start, end) = (RemoteAddr(range.start), RemoteAddr(range.end));
+        match memory::pagemap_scan(running.pagemap.as_fd(), start, end, scan, &mut same) {
+            Ok(()) => same,
+            Err(_) => Vec::new(),
+        }
+    }
+
+    /// Of a process that runs: the next increment will store these pages, as if they were written now.
+    pub(super) fn count_as_written(&self, range: &Range<u64>) {
+        let Some(running) = &self.running else { return };
+        // One by one: some may be gone.
+        for start in range.clone().step_by(4096) {
+            uffd::count_as_written(running.uffd.as_fd(), RemoteAddr(start), RemoteAddr(start + PAGE));
+        }
     }
 
     /// Reads pages. Of a process that runs some may be gone: they are zeros, and count as written from here on, so that

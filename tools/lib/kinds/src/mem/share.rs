@@ -12,7 +12,7 @@
 //! not, and stays so: only the rest is looked at, such as all of a child that was forked since. What it has
 //! from its parent process may be in the checkpoint before with that ([`ckpt_images::chain`] follows both).
 
-use std::{collections::HashMap, fs::File, os::unix::fs::FileExt};
+use std::{collections::HashMap, fs::File, ops::Range, os::unix::fs::FileExt};
 
 use anyhow::Context;
 use ckpt_sys::{Pid, Refused};
@@ -39,6 +39,47 @@ pub fn share(plans: &mut [Plan], parent: &dyn Fn(Pid) -> Option<Pid>) -> anyhow:
         plans[at].set_runs(runs);
     }
     Ok(())
+}
+
+/// After the pages of processes that run have been read: what a process has stored with its parent process, and that may have
+/// written to before it was read, counts as written by the process itself, so that the next increment stores it.
+/// `plans` have parents before children.
+pub fn distrust_changed(plans: &[Plan], parent: &dyn Fn(Pid) -> Option<Pid>) {
+    let mut doubtful: HashMap<Pid, Vec<Range<u64>>> = HashMap::new();
+    for plan in plans {
+        let theirs = parent(plan.pid()).and_then(|parent| plans.iter().find(|plan| plan.pid() == parent));
+        let ranges = match theirs {
+            Some(theirs) => doubts(plan, theirs, doubtful.get(&theirs.pid()).map_or(&[], Vec::as_slice)),
+            None => Vec::new(),
+        };
+        ranges.iter().for_each(|range| plan.count_as_written(range));
+        doubtful.insert(plan.pid(), ranges);
+    }
+}
+
+/// What `plan` has from `parent`, whose own doubtful pages are `theirs`, that may have been read too late.
+fn doubts(plan: &Plan, parent: &Plan, theirs: &[Range<u64>]) -> Vec<Range<u64>> {
+    let mut doubts = Vec::new();
+    let runs: Vec<&Run> = parent.runs().filter(|run| !run.vdso && !run.in_parent).collect();
+    for run in plan.runs().filter(|run| run.forked) {
+        let first = runs.partition_point(|theirs| theirs.end <= run.start);
+        for stored in runs[first..].iter().take_while(|stored| stored.start < run.end) {
+            let both = run.start.max(stored.start)..run.end.min(stored.end);
+            if stored.forked {
+                let common = theirs.iter().map(|range| both.start.max(range.start)..both.end.min(range.end));
+                doubts.extend(common.filter(|range| !range.is_empty()));
+            } else {
+                let mut at = both.start;
+                for same in parent.unchanged(&both) {
+                    doubts.push(at..same.start);
+                    at = same.end;
+                }
+                doubts.push(at..both.end);
+            }
+        }
+    }
+    doubts.retain(|range| !range.is_empty());
+    doubts
 }
 
 /// The runs of `plan`, cut where sharing begins and ends.
