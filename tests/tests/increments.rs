@@ -551,14 +551,19 @@ fn every_checkpoint_of_a_series_can_be_restored() {
 
 #[test]
 fn old_checkpoints_are_folded_and_go() {
-    let target = Target::start("counting");
-    let series = Series::start(&target, &["--keep", "4"]);
-    let made = series.make_all(&target, 17);
-    let names = names(&target.path("series"));
-    assert!((4..=6).contains(&names.len()), "{names:?}");
-    target.end();
-    for name in &names {
-        goes_on_from(&target, name, &made);
+    for compress in [&[][..], &["--compress", "lz4"]] {
+        let target = Target::start("counting");
+        let series = Series::start(&target, &[&["--keep", "4"], compress].concat());
+        let made = series.make_all(&target, 17);
+        let numbers = names(&target.path("series"));
+        assert!((4..=6).contains(&numbers.len()), "{numbers:?}");
+        target.end();
+        for number in &numbers {
+            let files = names(&target.path("series").join(number));
+            let packed = files.iter().any(|name| name.starts_with("ckpt-pages-"));
+            assert_eq!(packed, !compress.is_empty(), "{number}: {files:?}");
+            goes_on_from(&target, number, &made);
+        }
     }
 }
 

@@ -175,6 +175,11 @@ fn rounds_end_in_one_directory() {
     let (own, all) = sizes(&target.path("img"));
     assert_eq!(own, all);
     target.unchanged(&before);
+    let _ = run("packed", &["--compress", "zstd", "--share"]).ok("dump, compressed");
+    let packed = fs::read_dir(target.path("packed")).expect("list").flatten().map(|file| file.file_name());
+    assert!(packed.into_iter().any(|name| name == "ckpt-pages-1.img"));
+    fs::rename(target.path("packed"), target.path("kept")).expect("rename");
+    target.unchanged(&before);
     // The status is that of the stage that failed, and nothing is left behind.
     let _ = run("img2", &["--external", "999999"]).fails("ckpt", 1, &["999999"]);
     assert_eq!(names(&target), ["img"]);
@@ -182,7 +187,7 @@ fn rounds_end_in_one_directory() {
     let _ = run("img3", &["--kill"]).ok("dump and kill");
     assert!(soon(|| process::is_free(target.pid)), "it is killed");
     assert_eq!(names(&target), ["img", "img3"]);
-    for name in ["img", "img3"] {
+    for name in ["img", "kept", "img3"] {
         target.restore_ok(name);
         target.looks_like(&before);
         target.passes(name);

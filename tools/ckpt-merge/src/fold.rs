@@ -7,12 +7,24 @@
 //! What a process has stored with its parent process stays so if the result can say it: where the parent process still
 //! has that page. Where it has written to it since, each child gets a page of its own.
 
-use std::path::{Path, PathBuf};
+use std::{
+    fs::File,
+    num::NonZero,
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+    thread,
+};
 
 use anyhow::{Context, ensure};
-use ckpt_images::{DirWriter, ImageError, ImageSet, PageRun, PagesFile, Place, chain, pack::PackedFile};
+use ckpt_images::{
+    DirWriter, ImageError, ImageSet, PageRun, PagesFile, Place, chain,
+    pack::{self, Codec, PackedFile},
+};
 use ckpt_proto::{Image, Message, Payload, types::InventoryEntry};
 use ckpt_sys::Refused;
+
+/// Blocks that a thread compresses before they are written.
+const BLOCKS: usize = 4;
 
 /// The checkpoint that the result is to be an increment of.
 #[derive(Debug)]
@@ -42,13 +54,14 @@ impl Base {
     }
 }
 
-/// Writes the set, all of it, to `out`. `progress` is told of bytes of pages.
+/// Writes the set, all of it, to `out`, with its pages plain or compressed. `progress` is told of bytes of pages.
 ///
 /// # Errors
 /// The images', the directory's.
 pub fn fold(
     set: &ImageSet,
     base: Option<&Base>,
+    compress: Option<Codec>,
     out: &mut DirWriter,
     progress: &mut dyn FnMut(u64),
 ) -> anyhow::Result<()> {
@@ -70,15 +83,18 @@ pub fn fold(
     if let Some(base) = base {
         out.link_parent(&base.dir)?;
     }
+    let mut source = Pages { set, packed: None };
     for (id, runs) in pages {
         ensure!(!out.has(Image::Pages, id), "{}: two pagemaps name it", Image::Pages.file_name(id));
-        if runs.is_empty() {
-            out.data(Image::Pages, id, &[])?;
-        }
-        let mut packed: Option<(PagesFile, PackedFile)> = None;
-        for run in runs {
-            copy_run(set, out, id, &run, &mut packed)?;
-            progress(run.len);
+        match compress {
+            _ if runs.is_empty() => out.data(Image::Pages, id, &[])?,
+            Some(codec) => source.pack(out, id, &runs, codec, progress)?,
+            None => {
+                for run in runs {
+                    source.copy(out, id, &run)?;
+                    progress(run.len);
+                }
+            }
         }
     }
     Ok(())
@@ -117,32 +133,89 @@ fn pagemap(
     Ok(Some((id, here)))
 }
 
-fn copy_run(
-    set: &ImageSet,
-    out: &mut DirWriter,
-    id: u64,
-    run: &PageRun,
-    packed: &mut Option<(PagesFile, PackedFile)>,
-) -> anyhow::Result<()> {
-    if let Some(whole) = set.pages_in(run.file) {
-        let place = Place { offset: whole.offset + run.offset, len: run.len, ..whole };
-        return Ok(out.pages_copied(id, place)?);
+/// Reads pages of a set, from wherever they are.
+struct Pages<'a> {
+    set: &'a ImageSet,
+    /// The compressed file that was read last.
+    packed: Option<(PagesFile, PackedFile)>,
+}
+
+impl Pages<'_> {
+    /// Writes a run as it is.
+    fn copy(&mut self, out: &mut DirWriter, id: u64, run: &PageRun) -> anyhow::Result<()> {
+        if let Some(whole) = self.set.pages_in(run.file) {
+            let place = Place { offset: whole.offset + run.offset, len: run.len, ..whole };
+            return Ok(out.pages_copied(id, place)?);
+        }
+        let mut buffer = Vec::new();
+        let mut done = 0;
+        while done < run.len {
+            buffer.resize(usize::try_from((run.len - done).min(1 << 20))?, 0);
+            self.read(run, done, &mut buffer)?;
+            out.data(Image::Pages, id, &buffer)?;
+            done += buffer.len() as u64;
+        }
+        Ok(())
     }
-    if packed.as_ref().is_none_or(|(file, _)| *file != run.file) {
-        let missing = || ImageError::Missing { file: Image::Pages.file_name(run.file.id) };
-        *packed = Some((run.file, set.packed_in(run.file)?.ok_or_else(missing)?));
+
+    /// Fills `buffer` with what is `skip` bytes behind the beginning of `run`.
+    fn read(&mut self, run: &PageRun, skip: u64, buffer: &mut [u8]) -> anyhow::Result<()> {
+        let name = || Image::Pages.file_name(run.file.id);
+        if let Some(whole) = self.set.pages_in(run.file) {
+            let file = File::from(whole.file.try_clone_to_owned().with_context(name)?);
+            return file.read_exact_at(buffer, whole.offset + run.offset + skip).with_context(name);
+        }
+        if self.packed.as_ref().is_none_or(|(file, _)| *file != run.file) {
+            let missing = || ImageError::Missing { file: name() };
+            self.packed = Some((run.file, self.set.packed_in(run.file)?.ok_or_else(missing)?));
+        }
+        let Some((_, file)) = &mut self.packed else { return Ok(()) };
+        Ok(file.read_exact_at(buffer, run.offset + skip)?)
     }
-    let Some((_, file)) = packed else { return Ok(()) };
-    let mut buffer = Vec::new();
-    let mut done = 0;
-    while done < run.len {
-        let len = (run.len - done).min(1 << 20);
-        buffer.resize(usize::try_from(len)?, 0);
-        file.read_exact_at(&mut buffer, run.offset + done)?;
-        out.data(Image::Pages, id, &buffer)?;
-        done += len;
+
+    /// Writes runs compressed, as many blocks at a time as there are processors.
+    fn pack(
+        &mut self,
+        out: &mut DirWriter,
+        id: u64,
+        runs: &[PageRun],
+        codec: Codec,
+        progress: &mut dyn FnMut(u64),
+    ) -> anyhow::Result<()> {
+        let workers = thread::available_parallelism().map_or(1, NonZero::get);
+        let most = workers * BLOCKS * pack::PLAIN;
+        let mut plain: Vec<u8> = Vec::with_capacity(most);
+        for run in runs {
+            let mut done = 0;
+            while done < run.len {
+                let at = plain.len();
+                plain.resize(most.min(at + usize::try_from(run.len - done)?), 0);
+                self.read(run, done, &mut plain[at..])?;
+                done += (plain.len() - at) as u64;
+                if plain.len() == most {
+                    write_packed(out, id, &plain, codec)?;
+                    progress(plain.len() as u64);
+                    plain.clear();
+                }
+            }
+        }
+        write_packed(out, id, &plain, codec)?;
+        progress(plain.len() as u64);
+        Ok(())
     }
-    Ok(())
+}
+
+/// Compresses blocks, [`BLOCKS`] in each thread, and writes them in their order.
+fn write_packed(out: &mut DirWriter, id: u64, plain: &[u8], codec: Codec) -> anyhow::Result<()> {
+    let pack_all = |part: &[u8]| part.chunks(pack::PLAIN).map(|block| pack::pack(codec, block)).collect();
+    let blocks: Vec<Vec<u8>> = thread::scope(|scope| {
+        let parts = plain.chunks(BLOCKS * pack::PLAIN);
+        let threads: Vec<_> =
+            parts.map(|part| scope.spawn(move || -> Vec<Vec<u8>> { pack_all(part) })).collect();
+        let joined = threads.into_iter().map(|thread| thread.join().ok().context("a thread has panicked"));
+        joined.collect::<anyhow::Result<Vec<_>>>().map(|parts| parts.into_iter().flatten().collect())
+    })?;
+    blocks.iter().try_for_each(|block| Ok(out.data(Image::CkptPages, id, block)?))
 }
 
 /// An image without pages, as it is.

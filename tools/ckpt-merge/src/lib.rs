@@ -18,7 +18,11 @@ use std::{fs::File, os::fd::AsFd, path::PathBuf};
 use anyhow::Context;
 use ckpt_cli::UsageError;
 use ckpt_cli::stats;
-use ckpt_images::{DirWriter, ImageSet, produce, stage};
+use ckpt_images::{
+    DirWriter, ImageSet, produce,
+    recode::{self, Behind, Codec, Recode},
+    stage,
+};
 use ckpt_proto::stream::Writer;
 use clap::{CommandFactory, Parser};
 
@@ -48,6 +52,9 @@ pub struct Args {
     /// With --dedup: take no notice of checkpoints that lead here and can't be read
     #[arg(long, requires = "dedup")]
     pub force: bool,
+    /// Compress pages of the result: zstd, zstd:LEVEL or lz4
+    #[arg(long, value_name = "HOW", conflicts_with = "dedup")]
+    pub compress: Option<Codec>,
     /// Do not compare pages with their checksums
     #[arg(long)]
     pub no_verify: bool,
@@ -104,7 +111,8 @@ pub fn run(args: &Args, output: File) -> anyhow::Result<()> {
         let cleanup = writer.cleanup();
         ckpt_cli::on_termination(move || cleanup.remove()).context("start a thread")?;
         let verification = if args.no_verify { None } else { Some(set.verification()?) };
-        fold::fold(&set, base.as_ref(), &mut writer, &mut |n| progress.inc(n)).with_context(shown)?;
+        fold::fold(&set, base.as_ref(), args.compress, &mut writer, &mut |n| progress.inc(n))
+            .with_context(shown)?;
         if let Some(verification) = verification {
             verification.finish().with_context(shown)?;
         }
@@ -120,10 +128,15 @@ pub fn run(args: &Args, output: File) -> anyhow::Result<()> {
     set.more_than_memory(&args.dir)?;
     ckpt_cli::not_a_terminal(&output, "standard output")?;
     stage::grow_pipe(output.as_fd());
+    let (output, behind) = match args.compress {
+        Some(codec) => recode::behind(output, Recode::Pack(codec))?,
+        None => (output, Behind::default()),
+    };
     let mut out = Writer::open(output, produce::hello(&set)?).context("write the stream")?;
     match produce::write(&set, &mut out, !args.no_verify, &mut |n| progress.inc(n)) {
         Ok(()) => {
             drop(out.end().context("write the stream")?);
+            behind.finish()?;
             args.stats.write()
         }
         Err(error) => {
@@ -163,6 +176,7 @@ mod tests {
             &["ckpt-merge", "--in-place", "a", "b"],
             &["ckpt-merge", "--dedup", "--in-place", "a"],
             &["ckpt-merge", "--force", "a"],
+            &["ckpt-merge", "--dedup", "--compress", "lz4", "a"],
         ] {
             assert!(Args::try_parse_from(wrong).is_err(), "{wrong:?}");
         }

@@ -139,21 +139,23 @@ proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(40) })]
 
     #[test]
-    fn folding_changes_no_page(steps in prop::collection::vec(step(), 2..6)) {
+    fn folding_changes_no_page(steps in prop::collection::vec(step(), 2..6), packed in any::<bool>()) {
+        let compress = packed.then_some(Codec::Lz4);
         let dir = tempfile::tempdir().unwrap();
         let dir = dir.path();
         let memories = chain(dir, &steps);
         let last = steps.len() - 1;
         let tip = dir.join(last.to_string());
-        merge(&Args { dir: tip.clone(), out: Some(dir.join("full")), ..Args::default() }).unwrap();
+        merge(&Args { dir: tip.clone(), out: Some(dir.join("full")), compress, ..Args::default() }).unwrap();
+        prop_assert!(memories[last].is_empty() || dir.join("full/ckpt-pages-1.img").exists() == packed);
         for base in 0..last {
             let (out, onto) = (dir.join(format!("onto-{base}")), Some(dir.join(base.to_string())));
-            merge(&Args { dir: tip.clone(), out: Some(out.clone()), onto, ..Args::default() }).unwrap();
+            merge(&Args { dir: tip.clone(), out: Some(out.clone()), onto, compress, ..Args::default() }).unwrap();
             prop_assert_eq!(&read(&out).unwrap(), &memories[last]);
         }
         // In the middle: those behind do not notice, and need nothing before it any more.
         let middle = last / 2;
-        merge(&Args { dir: dir.join(middle.to_string()), in_place: true, ..Args::default() }).unwrap();
+        merge(&Args { dir: dir.join(middle.to_string()), in_place: true, compress, ..Args::default() }).unwrap();
         for before in 0..middle {
             fs::remove_dir_all(dir.join(before.to_string())).unwrap();
         }

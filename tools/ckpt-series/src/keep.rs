@@ -22,7 +22,7 @@ use std::{
 };
 
 use anyhow::Context;
-use ckpt_images::{DirWriter, ImageSet};
+use ckpt_images::{DirWriter, ImageSet, recode::Codec};
 use nix::fcntl::{Flock, FlockArg};
 
 /// Beginning of the names of directories that are being removed.
@@ -133,18 +133,19 @@ impl Series {
         Ok(number)
     }
 
-    /// Removes what is older than the last `keep` checkpoints, when half as many more have gathered.
+    /// Removes what is older than the last `keep` checkpoints, when half as many more have gathered. The pages of one that
+    /// becomes a full one are compressed as those of the series are.
     ///
     /// # Errors
     /// Then all are as they were, or some of the old ones are gone.
-    pub fn prune(&mut self, keep: u64) -> anyhow::Result<()> {
+    pub fn prune(&mut self, keep: u64, compress: Option<Codec>) -> anyhow::Result<()> {
         let keep = usize::try_from(keep).unwrap_or(usize::MAX);
         let slack = (keep / 2).max(1);
         if self.numbers.len() <= keep.saturating_add(slack) {
             return Ok(());
         }
         let Some(&first) = self.numbers.iter().rev().nth(keep - 1) else { return Ok(()) };
-        self.fold(first)?;
+        self.fold(first, compress)?;
         let old: Vec<u64> = self.numbers.range(..first).copied().collect();
         self.remove(&before_name(first))?;
         for number in old.into_iter().rev() {
@@ -156,7 +157,7 @@ impl Series {
     }
 
     /// Makes a checkpoint full, if it is an increment.
-    fn fold(&self, number: u64) -> anyhow::Result<()> {
+    fn fold(&self, number: u64, compress: Option<Codec>) -> anyhow::Result<()> {
         let path = self.path(number);
         let what = || format!("{}: fold", path.display());
         let set = ImageSet::from_chain(&path).with_context(what)?;
@@ -165,7 +166,7 @@ impl Series {
         }
         let mut full = DirWriter::create_over(&path).with_context(what)?;
         let verification = set.verification().with_context(what)?;
-        ckpt_merge::fold::fold(&set, None, &mut full, &mut |_| ()).with_context(what)?;
+        ckpt_merge::fold::fold(&set, None, compress, &mut full, &mut |_| ()).with_context(what)?;
         verification.finish().with_context(what)?;
         full.finish().with_context(what)
     }
@@ -310,7 +311,7 @@ mod tests {
             assert_eq!(names(&dir), names(&before));
             let same = |n: u64| assert!(read(&series_path(&dir, n)).as_ref() == states.get(index(n)), "{n}");
             (1..=6).for_each(same);
-            series.prune(3).unwrap();
+            series.prune(3, None).unwrap();
             (4..=6).for_each(same);
             assert_eq!(names(&dir).into_iter().collect::<Vec<_>>(), ["000004", "000005", "000006"]);
             assert!(!dir.join("000004/parent").exists());

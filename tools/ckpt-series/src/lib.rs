@@ -28,7 +28,7 @@ use std::{
 };
 
 use anyhow::{Context, bail};
-use ckpt_images::Cleanup;
+use ckpt_images::{Cleanup, recode::Codec};
 use ckpt_sys::{Pid, pidfd};
 use ckpt_tracking::{Server, TrackError, Tracker};
 use clap::{CommandFactory, Parser};
@@ -91,7 +91,7 @@ pub struct Args {
     pub queued: Option<OsString>,
     /// Compress pages: zstd, zstd:LEVEL or lz4
     #[arg(long, value_name = "HOW")]
-    pub compress: Option<OsString>,
+    pub compress: Option<Codec>,
     /// Largest deleted file that is stored in the images, bytes
     #[arg(long, value_name = "BYTES")]
     pub ghost_limit: Option<OsString>,
@@ -167,7 +167,7 @@ pub fn run(args: &Args, input: File, mut output: File) -> anyhow::Result<()> {
         made += 1;
         parent = Some(dir);
         if let Some(keep) = args.keep {
-            series.prune(keep)?;
+            series.prune(keep, args.compress)?;
         }
     }
     Ok(())
@@ -371,7 +371,7 @@ fn stages(
     }
     option(&mut scan, "--freeze-timeout", &args.freeze_timeout);
     option(&mut sk, "--queued", &args.queued);
-    option(&mut write, "--compress", &args.compress);
+    option(&mut write, "--compress", &args.compress.map(|codec| codec.to_string().into()));
     write.extend(["--".into(), dir.into()]);
     let usage = |error: clap::Error| ckpt_cli::UsageError(error.render().to_string());
     Ok((

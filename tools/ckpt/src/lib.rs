@@ -78,7 +78,7 @@ pub struct Dump {
     pub parent: Option<OsString>,
     /// Copy memory while the tree runs, in rounds (at most ROUNDS, default 8), before it is frozen for the rest
     #[arg(long, value_name = "ROUNDS", num_args = 0..=1, require_equals = true, default_missing_value = "8",
-        value_parser = clap::value_parser!(u32).range(1..), conflicts_with = "compress")]
+        value_parser = clap::value_parser!(u32).range(1..))]
     pub pre_dump: Option<u32>,
     /// Kill the tree once the directory is safely in place
     #[arg(long, conflicts_with = "leave_stopped")]

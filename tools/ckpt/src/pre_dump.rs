@@ -70,7 +70,8 @@ pub fn run(dump: &Dump, rounds: u32, show: bool) -> anyhow::Result<ExitCode> {
         }
         before = stored;
     }
-    let last = Dump { track: Some(address), parent, ..dump.clone() };
+    // Its pages are compressed when they are merged.
+    let last = Dump { track: Some(address), parent, compress: None, ..dump.clone() };
     let code = if last.stats.file.is_some() { last.run_with_stats(show)? } else { last.run_pipeline(show)? };
     if code != ExitCode::SUCCESS {
         return Ok(code);
@@ -81,6 +82,7 @@ pub fn run(dump: &Dump, rounds: u32, show: bool) -> anyhow::Result<ExitCode> {
         words.flag("--in-place", true);
         // Those before the first round stay where they are.
         words.option("--onto", &dump.parent);
+        words.option("--compress", &dump.compress);
         words.0.push(path(&dump.dir));
     });
     let pipeline = Pipeline { stages: vec![fold] };
