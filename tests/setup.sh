@@ -7,7 +7,8 @@ PATH="$PATH:/usr/sbin:/sbin"
 needed=(gcc:gcc redis-server:redis-server redis-cli:redis-tools nginx:nginx-light sqlite3:sqlite3 python3:python3 gunicorn:gunicorn zstd:zstd
         perl:perl make:make openssl:openssl memcached:memcached socat:socat dbus-daemon:dbus-daemon dbus-send:dbus-bin
         mandoc:mandoc pg_ctlcluster:postgresql jq:jq crit:criu nft:nftables ip:iproute2 setsid:util-linux mount:mount
-        mkfs.btrfs:btrfs-progs mkfs.xfs:xfsprogs tmux:tmux script:bsdutils)
+        mkfs.btrfs:btrfs-progs mkfs.xfs:xfsprogs tmux:tmux script:bsdutils node:nodejs erl:erlang-base
+        supervisord:supervisor)
 missing=()
 for pair in "${needed[@]}"; do
     command -v "${pair%%:*}" >/dev/null || missing+=("${pair##*:}")

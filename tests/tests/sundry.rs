@@ -56,8 +56,11 @@ fn keeps_counting(name: &str, programs: &[&str], words: &[&str]) {
         dump(&target, "running", &[]);
         goes_on(&target);
         for round in ["first", "second"] {
+            // Some have sessions of their own.
+            let tree = process::tree(target.pid);
             dump(&target, round, &["--kill"]);
             process::wait_session_free(target.pid);
+            assert!(soon(|| tree.iter().all(|&pid| process::is_free(pid))), "{tree:?}");
             let last = ticks(&target);
             target.restore_ok(round);
             goes_on(&target);
@@ -248,4 +251,94 @@ fn memcached_behind_socat() {
             echo "tick $i" >>log; i=$((i + 1))
         done"#;
     keeps_counting("memcached_behind_socat", &["memcached", "socat"], &["bash", "-c", script]);
+}
+
+/// The event loop, a thread of its own engine, a child on pipes, both ends of a connection that is kept alive.
+#[test]
+fn node_with_a_worker_and_a_child() {
+    let script = r#"
+const { Worker } = require("worker_threads"), fs = require("fs"), http = require("http");
+const broken = (what) => fs.appendFileSync("log", `BROKEN ${what}\n`);
+const once = (from, event) => new Promise((good) => from.once(event, good));
+const twice = `const { parentPort: p } = require("worker_threads"); p.on("message", (n) => p.postMessage(2 * n))`;
+const worker = new Worker(twice, { eval: true }), cat = require("child_process").spawn("cat");
+const server = http.createServer((request, response) => response.end(request.url));
+server.keepAliveTimeout = 0;
+const agent = new http.Agent({ keepAlive: true });
+const get = (path) => new Promise((good, bad) => http.get({ host: "127.0.0.1", port: 7000, path, agent }, (answer) => {
+    let text = "";
+    answer.on("data", (bytes) => text += bytes).on("end", () => good(text));
+}).on("error", bad));
+server.listen(7000, "127.0.0.1", async () => {
+    for (let n = 0;; n++) {
+        const product = once(worker, "message"), echo = once(cat.stdout, "data");
+        worker.postMessage(n);
+        cat.stdin.write(`${n}`);
+        if (await product !== 2 * n) broken(`worker: ${await product}`);
+        if (String(await echo) !== `${n}`) broken(`child: ${await echo}`);
+        if (await get(`/${n}`) !== `/${n}`) broken("connection");
+        fs.appendFileSync("log", `tick ${n}\n`);
+    }
+});"#;
+    keeps_counting("node_with_a_worker_and_a_child", &["node"], &["node", "-e", script]);
+}
+
+/// Schedulers on all processors, a helper process that forks for it, a port to a child, both ends of a connection.
+#[test]
+fn erlang_with_a_port_and_a_connection() {
+    let script = r#"
+        Cat = open_port({spawn, "cat"}, [binary, {line, 100}]),
+        {ok, Listener} = gen_tcp:listen(7000, [binary, {packet, line}, {active, false}, {ip, {127, 0, 0, 1}}]),
+        spawn(fun() ->
+            {ok, Server} = gen_tcp:accept(Listener),
+            Echo = fun(Again) -> {ok, Line} = gen_tcp:recv(Server, 0), ok = gen_tcp:send(Server, Line), Again(Again) end,
+            Echo(Echo) end),
+        {ok, Client} = gen_tcp:connect({127, 0, 0, 1}, 7000, [binary, {packet, line}, {active, false}]),
+        Say = fun(Words) -> ok = file:write_file("log", [Words, 10], [append]) end,
+        Square = fun(N) -> Me = self(), spawn(fun() -> Me ! {square, N * N} end) end,
+        Count = fun(Again, N) ->
+            Text = integer_to_binary(N), Line = <<Text/binary, 10>>,
+            Cat ! {self(), {command, Line}},
+            receive {Cat, {data, {eol, Text}}} -> ok after 60000 -> Say("BROKEN port") end,
+            [Square(N) || _ <- lists:seq(1, 50)],
+            [receive {square, S} when S =:= N * N -> ok after 60000 -> Say("BROKEN process") end || _ <- lists:seq(1, 50)],
+            ok = gen_tcp:send(Client, Line),
+            case gen_tcp:recv(Client, 0, 60000) of {ok, Line} -> ok; Other -> Say(io_lib:format("BROKEN ~p", [Other])) end,
+            Say(["tick ", Text]),
+            Again(Again, N + 1) end,
+        Count(Count, 0)."#;
+    let words = ["erl", "-noshell", "-noinput", "-eval", script];
+    keeps_counting("erlang_with_a_port_and_a_connection", &["erl"], &words);
+}
+
+/// A supervisor whose control socket was bound under another name, and a program that it starts again and again.
+#[test]
+fn supervisord_restarts_a_program() {
+    let script = r#"
+        cat >conf <<'INI'
+[supervisord]
+nodaemon=true
+user=root
+logfile=said
+pidfile=pid
+[unix_http_server]
+file=%(here)s/sock
+[supervisorctl]
+serverurl=unix://%(here)s/sock
+[rpcinterface:supervisor]
+supervisor.rpcinterface_factory=supervisor.rpcinterface:make_main_rpcinterface
+[program:sleeper]
+command=sleep 10000
+startsecs=0
+INI
+        supervisord -c conf >output &
+        until supervisorctl -c conf status >status 2>&1; do sleep 0.05; done
+        i=0
+        while :; do
+            supervisorctl -c conf restart sleeper >restarted 2>&1
+            grep -q 'sleeper: started' restarted || echo "BROKEN restart: $(<restarted)" >>log
+            echo "tick $i" >>log; i=$((i + 1))
+        done"#;
+    let programs = ["supervisord", "supervisorctl"];
+    keeps_counting("supervisord_restarts_a_program", &programs, &["bash", "-c", script]);
 }
