@@ -3,11 +3,13 @@
 //! - [`process`]: trees of processes as `/proc` shows them; ending them and waiting until their pids are free.
 //! - [`workload`]: the C programs of `workloads/`, compiled once, started each in a directory of its own.
 //! - [`tools`]: pipelines of the built binaries, with their exit statuses and what they said.
+//! - [`hugepages`]: the pool of huge pages, for one test at a time.
 //! - [`snapshot`]: everything about a tree that an observer can see, for before/after comparisons.
 //!
 //! A test that fails panics; its directory is then kept and the message says how to look inside. A test that
 //! can't run here says `SKIP` and why on stderr ([`skip`]), and CI counts those.
 
+pub mod hugepages;
 pub mod net;
 pub mod process;
 pub mod snapshot;

@@ -3,6 +3,7 @@
 //! - `workloads`: the workloads themselves: they pass when left alone, and every check in them can fail
 //! - `memory`, `signals`, `tasks`, `files`, `sockets`, `tree`: one trip per kernel resource
 //! - `sharing`: copy-on-write memory of forked processes stays shared
+//! - `huge`: memory of huge pages (hugetlbfs)
 //! - `snapshots`: `ckpt-scan --snapshot`: the target runs on and notices nothing
 //! - `inet`: UDP, raw and other sockets that are not TCP; socket options
 //! - `tcp`: connections, and the network lock
@@ -33,6 +34,7 @@ mod denied;
 mod equal;
 mod examples;
 mod files;
+mod huge;
 mod images;
 mod increments;
 mod inet;

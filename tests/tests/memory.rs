@@ -140,7 +140,7 @@ fn a_segment_that_outlives_its_processes_gets_its_contents_back() {
     let pids = process::tree(target.pid);
     let before = target.at_rest();
     let size = sysv::state(id).expect("its state").expect("a segment").size;
-    let other = sysv::Attached::to(id, size).expect("attach");
+    let other = sysv::Attached::to(id, size, 4096).expect("attach");
     let us = format!("pid {}", std::process::id());
     let _ = target.dump("refused").fails("ckpt-scan", 3, &["outside of the tree", &us, "--external shm:["]);
     let dump = |name: &str, options: &[&str]| {
@@ -162,7 +162,7 @@ fn a_segment_that_outlives_its_processes_gets_its_contents_back() {
     process::wait_free(&pids);
     // It is there still, as somebody else leaves it.
     {
-        let other = sysv::Attached::to(id, size).expect("attach");
+        let other = sysv::Attached::to(id, size, 4096).expect("attach");
         let memory = std::fs::File::from(other.memory.try_clone().expect("a copy"));
         std::os::unix::fs::FileExt::write_all_at(&memory, &[9; 4096], 30 * 4096).expect("write");
         let _ = target.restore("img").fails("ckpt-restore", 3, &["in use by others", &us]);
@@ -179,7 +179,7 @@ fn a_segment_that_outlives_its_processes_gets_its_contents_back() {
     sysv::remove(id).expect("remove the segment");
     let _ = target.restore("external").fails("ckpt-restore", 1, &["external to the checkpoint"]);
     // Another one in its place.
-    sysv::create(id, 0, 4096, (0, 0)).expect("make another");
+    sysv::create(id, 0, 4096, (0, 0), 0).expect("make another");
     let _ = target.restore("img").fails("ckpt-restore", 3, &["belongs to another segment", "ipcrm"]);
     sysv::remove(id).expect("remove the other");
     for name in ["snapshot", "img"] {
@@ -192,28 +192,6 @@ fn a_segment_that_outlives_its_processes_gets_its_contents_back() {
     assert_eq!(sysv::state(id).expect("its state"), None);
 }
 
-/// Pages of hugetlbfs in the kernel's pool, for as long as this lives.
-struct HugePages(u64);
-
-impl HugePages {
-    const POOL: &str = "/proc/sys/vm/nr_hugepages";
-
-    /// `None` if there can't be so many more.
-    fn more(count: u64) -> Option<Self> {
-        let now = || std::fs::read_to_string(Self::POOL).ok()?.trim().parse::<u64>().ok();
-        let before = now()?;
-        std::fs::write(Self::POOL, (before + count).to_string()).ok()?;
-        let pool = Self(before);
-        (now()? >= before + count).then_some(pool)
-    }
-}
-
-impl Drop for HugePages {
-    fn drop(&mut self) {
-        let _ = std::fs::write(Self::POOL, self.0.to_string());
-    }
-}
-
 #[test]
 fn rings_for_asynchronous_io_are_refused_with_what_can_be_done() {
     for (kind, word) in [("aio", "io_setup"), ("io_uring", "an io_uring")] {
@@ -223,34 +201,5 @@ fn rings_for_asynchronous_io_are_refused_with_what_can_be_done() {
         let _ = outcome.fails("ckpt-scan", 3, &[word, "without asynchronous I/O"]);
         target.unchanged(&before);
         target.passes(kind);
-    }
-}
-
-#[test]
-fn private_huge_pages_come_back_as_such() {
-    let Some(_pool) = HugePages::more(16) else {
-        ckpt_tests::skip("huge pages", "the kernel's pool can't be enlarged");
-        return;
-    };
-    let target = Target::start("memory_huge");
-    let pids = process::tree(target.pid);
-    let before = target.at_rest();
-    assert!(process::text(target.pid, "smaps").contains(" ht "), "no huge pages");
-    let _ = target.dumping("snapshot", &["--snapshot"], &[]).run().ok("dump --snapshot");
-    target.unchanged(&before);
-    let tracker = Tracker::start(&target);
-    dump_ok(&target, &tracker.address, "1", None);
-    dump_ok(&target, &tracker.address, "2", Some("1"));
-    drop(tracker);
-    target.dump_ok("img");
-    target.unchanged(&before);
-    target.end();
-    process::wait_free(&pids);
-    for name in ["snapshot", "2", "img"] {
-        target.restore_ok(name);
-        target.looks_like(&before);
-        target.passes(name);
-        target.end();
-        process::wait_free(&pids);
     }
 }

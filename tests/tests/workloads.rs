@@ -16,7 +16,7 @@ const SPECIAL: &[&str] = &["terminal", "fullscreen"];
 pub(crate) const WITH_SOCKET: &[&str] = &["answering", "unix_listener"];
 
 /// Those that take more arguments, and do without them.
-const MODEST: &[&str] = &["memory_later", "memory_sparse"];
+const MODEST: &[&str] = &["huge_files", "memory_later", "memory_sparse"];
 
 /// All that can be started by [`start`]: others want more arguments than a log and what is to break.
 pub(crate) fn ordinary() -> Vec<String> {

@@ -259,7 +259,11 @@ impl<'a> Builder<'a> {
         if let (Some(_), Some(block), None) = (&self.bulk, &space.vdso, from) {
             calls.push(region.shadow_call(block));
         }
-        family.task(pid)?.run(&calls).with_context(|| process.name())?;
+        family
+            .task(pid)?
+            .run(&calls)
+            .map_err(|error| space.explain(error))
+            .with_context(|| process.name())?;
         if self.bulk.is_some() {
             for run in space.elsewhere(&inherited) {
                 copy(Pid(process.ppid), process.pid, run.addr, run.len).with_context(|| process.name())?;

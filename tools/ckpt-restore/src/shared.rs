@@ -10,6 +10,7 @@ use ckpt_images::{
 };
 use ckpt_kinds::{fd::OpenFiles, mem::restore::Pages};
 use ckpt_proto::Image;
+use ckpt_sys::hugetlb;
 use nix::{
     errno::Errno,
     fcntl::{SpliceFFlags, copy_file_range, splice},
@@ -50,12 +51,12 @@ impl Segment {
         self.pages.id.unwrap_or(0)
     }
 
-    fn memory<'a>(&self, files: &'a OpenFiles) -> anyhow::Result<BorrowedFd<'a>> {
+    fn memory<'a>(&self, files: &'a OpenFiles) -> anyhow::Result<Memory<'a>> {
         let name = Image::ShmemPagemap.file_name(self.shmid);
         let (fd, size) = files.shmem(self.shmid).with_context(|| format!("{name}: no such shared memory"))?;
         let end = self.pages.runs.last().map_or(0, |run| run.addr + run.len);
         ensure!(end <= size.next_multiple_of(4096), "{name}: pages up to {end:#x} in memory of {size} bytes");
-        Ok(fd)
+        Ok(Memory { fd, huge: hugetlb::page_size(fd).context(name)? })
     }
 
     /// Pieces of the runs that hold bytes `from..from + len` of the pages file: (offset in the segment, length).
@@ -96,11 +97,11 @@ impl Segment {
             let mut from = i64::try_from(place.offset + run.offset).context("offset of pages")?;
             let mut to = i64::try_from(run.addr).context("offset in shared memory")?;
             let mut left = run.len;
-            let mut buffer = Vec::new();
+            let mut buffer = memory.buffer(1 << 20);
             while left > 0 {
                 let want = usize::try_from(left).unwrap_or(usize::MAX).min(1 << 20);
                 let n = if buffer.is_empty() {
-                    match copy_file_range(place.file, Some(&mut from), memory, Some(&mut to), want) {
+                    match copy_file_range(place.file, Some(&mut from), memory.fd, Some(&mut to), want) {
                         Ok(n) => n,
                         // Not between these two file systems.
                         Err(_) => {
@@ -110,7 +111,7 @@ impl Segment {
                     }
                 } else {
                     let n = pread(place.file, &mut buffer[..want], from).context("read pages")?;
-                    write_all(memory, to, &buffer[..n])?;
+                    memory.write(to, &buffer[..n])?;
                     from += i64::try_from(n)?;
                     to += i64::try_from(n)?;
                     n
@@ -130,7 +131,7 @@ impl Segment {
         let memory = self.memory(files)?;
         for run in &self.pages.runs {
             lazy.for_each(run, |addr, bytes| {
-                write_all(memory, i64::try_from(addr).context("offset in shared memory")?, bytes)
+                memory.write(i64::try_from(addr).context("offset in shared memory")?, bytes)
             })?;
         }
         Ok(())
@@ -154,11 +155,11 @@ impl Segment {
         ensure!(sum == len, "{name}: more pages on the stream than the pagemap lists");
         for (offset, mut left) in pieces {
             let mut to = i64::try_from(offset).context("offset in shared memory")?;
-            let mut buffer = Vec::new();
+            let mut buffer = memory.buffer(1 << 16);
             while left > 0 {
                 let want = usize::try_from(left).unwrap_or(usize::MAX).min(1 << 20);
                 let n = if buffer.is_empty() {
-                    match splice(input, None, memory, Some(&mut to), want, SpliceFFlags::empty()) {
+                    match splice(input, None, memory.fd, Some(&mut to), want, SpliceFFlags::empty()) {
                         Ok(n) => n,
                         Err(Errno::EINTR) => continue,
                         // The input is no pipe.
@@ -170,7 +171,7 @@ impl Segment {
                 } else {
                     let want = want.min(buffer.len());
                     let n = read(input, &mut buffer[..want]).context("read the stream")?;
-                    write_all(memory, to, &buffer[..n])?;
+                    memory.write(to, &buffer[..n])?;
                     to += i64::try_from(n)?;
                     n
                 };
@@ -189,19 +190,43 @@ impl Segment {
         let memory = self.memory(files)?;
         let mut hash = Xxh3Default::new();
         for (offset, len) in self.pieces(from, len) {
-            hash_range(memory, offset, len, &mut [&mut hash]).context("read shared memory")?;
+            hash_range(memory.fd, offset, len, &mut [&mut hash]).context("read shared memory")?;
         }
         ensure!(hash.digest() == expected, damaged(self.pages_id()));
         Ok(())
     }
 }
 
-fn write_all(to: BorrowedFd<'_>, mut at: i64, mut bytes: &[u8]) -> anyhow::Result<()> {
-    while !bytes.is_empty() {
-        let n = pwrite(to, bytes, at).context("write shared memory")?;
-        ensure!(n > 0, "write shared memory: nothing was written");
-        at += i64::try_from(n)?;
-        bytes = &bytes[n..];
+/// The memory of a segment, open for reading and writing.
+#[derive(Debug, Clone, Copy)]
+struct Memory<'a> {
+    fd: BorrowedFd<'a>,
+    /// The size of its pages, if they are huge: to be written by mapping alone.
+    huge: Option<u64>,
+}
+
+impl Memory<'_> {
+    /// What its contents have to pass through; empty if the kernel may be able to do without.
+    fn buffer(self, size: usize) -> Vec<u8> {
+        vec![0; if self.huge.is_some() { size } else { 0 }]
     }
-    Ok(())
+
+    fn write(self, mut at: i64, mut bytes: &[u8]) -> anyhow::Result<()> {
+        let what = "write shared memory";
+        if let Some(page) = self.huge {
+            return match hugetlb::write(self.fd, page, u64::try_from(at).context(what)?, bytes) {
+                Err(error) if error.errno == Errno::ENOSPC => {
+                    Err(hugetlb::too_few(format!("{what}: {error}"), page).into())
+                }
+                written => written.context(what),
+            };
+        }
+        while !bytes.is_empty() {
+            let n = pwrite(self.fd, bytes, at).context(what)?;
+            ensure!(n > 0, "{what}: nothing was written");
+            at += i64::try_from(n)?;
+            bytes = &bytes[n..];
+        }
+        Ok(())
+    }
 }

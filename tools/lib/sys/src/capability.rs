@@ -98,6 +98,22 @@ pub fn effective() -> u64 {
     }
 }
 
+/// Takes all of the calling thread's permitted set into its effective set, which a change of its user has emptied.
+///
+/// # Errors
+/// EPERM.
+pub fn raise_permitted() -> Result<(), Errno> {
+    let mut header: [u32; 2] = [0x2008_0522, 0];
+    let mut data = [[0_u32; 3]; 2];
+    // SAFETY: as in `effective`.
+    Errno::result(unsafe { libc::syscall(libc::SYS_capget, header.as_mut_ptr(), data.as_mut_ptr()) })?;
+    for half in &mut data {
+        half[0] = half[1];
+    }
+    // SAFETY: as above; capset reads both, and changes this thread alone.
+    Errno::result(unsafe { libc::syscall(libc::SYS_capset, header.as_ptr(), data.as_ptr()) }).map(drop)
+}
+
 /// Whether the calling thread has `cap` in its effective set.
 #[must_use]
 pub fn held(cap: u32) -> bool {

@@ -370,12 +370,17 @@ pub fn terminal(fd: BorrowedFd<'_>) -> Result<Terminal, SysError> {
     Ok(Terminal { termios, winsize })
 }
 
-/// Shared anonymous memory of `size` bytes, as `mmap(MAP_SHARED | MAP_ANONYMOUS)` makes it, as an open file.
+/// Shared anonymous memory of `size` bytes, as `mmap(MAP_SHARED | MAP_ANONYMOUS)` makes it, as an open file. `huge` are flags
+/// of [`crate::hugetlb::MAP`], or 0; huge pages are neither made nor promised by this.
 ///
 /// # Errors
-/// EPERM without CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN; ENOMEM.
-pub fn shared_anonymous(size: usize) -> Result<OwnedFd, SysError> {
-    let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_ANONYMOUS);
+/// EPERM without CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN; ENOMEM; EINVAL if there are no pages of this size.
+pub fn shared_anonymous(size: usize, huge: u32) -> Result<OwnedFd, SysError> {
+    let prot = libc::PROT_READ | libc::PROT_WRITE;
+    let mut flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS | huge.cast_signed();
+    if huge != 0 {
+        flags |= libc::MAP_NORESERVE;
+    }
     // SAFETY: a new mapping at an address of the kernel's choice disturbs nothing.
     let start = unsafe { libc::mmap(std::ptr::null_mut(), size, prot, flags, -1, 0) };
     if start == libc::MAP_FAILED {
@@ -403,7 +408,7 @@ mod tests {
 
     #[test]
     fn anonymous_memory_is_named_as_the_kernel_names_it() {
-        let fd = shared_anonymous(5000).unwrap();
+        let fd = shared_anonymous(5000, 0).unwrap();
         let name = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())).unwrap();
         assert_eq!(name.to_str(), Some("/dev/zero (deleted)"));
     }

@@ -15,6 +15,7 @@ pub mod diag;
 pub mod error;
 pub mod file;
 pub mod gift;
+pub mod hugetlb;
 pub mod ids;
 pub mod kcmp;
 pub mod kernel;

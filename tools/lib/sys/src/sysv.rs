@@ -4,7 +4,7 @@ use std::{fs, os::fd::OwnedFd, path::Path};
 
 use nix::errno::Errno;
 
-use crate::{SysError, file};
+use crate::{SysError, capability, file};
 
 /// Bit of [`State::mode`]: removed, and gone with the last who detaches.
 pub const DEST: u32 = 0o1000;
@@ -56,12 +56,13 @@ pub fn state(id: i32) -> Result<Option<State>, SysError> {
     }))
 }
 
-/// Makes a segment with the id `id`, created by `uid` and `gid` as far as the caller may say so.
+/// Makes a segment with the id `id`, created by `uid` and `gid` as far as the caller may say so. `huge`: 0, or
+/// SHM_HUGETLB and the size of its pages.
 ///
 /// # Errors
 /// EEXIST: the key or the id is taken. EPERM or EACCES: choosing an id takes CAP_CHECKPOINT_RESTORE. ENOENT: the kernel
-/// has no CONFIG_CHECKPOINT_RESTORE. ENOSPC, ENOMEM.
-pub fn create(id: i32, key: i32, size: u64, (uid, gid): (u32, u32)) -> Result<(), SysError> {
+/// has no CONFIG_CHECKPOINT_RESTORE. ENOSPC, ENOMEM; EINVAL: there are no pages of this size.
+pub fn create(id: i32, key: i32, size: u64, (uid, gid): (u32, u32), huge: u32) -> Result<(), SysError> {
     const NEXT: &str = "/proc/sys/kernel/shm_next_id";
     let size = usize::try_from(size).map_err(|_| SysError::new("shmget", on(id), Errno::EINVAL))?;
     let tell = |error: std::io::Error| {
@@ -80,8 +81,13 @@ pub fn create(id: i32, key: i32, size: u64, (uid, gid): (u32, u32)) -> Result<()
             unsafe { libc::syscall(libc::SYS_setresgid, -1, gid, -1) };
             // SAFETY: as above.
             unsafe { libc::syscall(libc::SYS_setresuid, -1, uid, -1) };
+            // Another user may not make segments of huge pages, unless this thread still may (CAP_IPC_LOCK).
+            if huge != 0 {
+                let _ = capability::raise_permitted();
+            }
+            let flags = libc::IPC_CREAT | libc::IPC_EXCL | huge.cast_signed() | 0o600;
             // SAFETY: shmget takes integers.
-            let made = unsafe { libc::shmget(key, size, libc::IPC_CREAT | libc::IPC_EXCL | 0o600) };
+            let made = unsafe { libc::shmget(key, size, flags) };
             if made < 0 { Err(Errno::last()) } else { Ok(made) }
         })
         .join()
@@ -142,17 +148,17 @@ pub struct Attached {
 }
 
 impl Attached {
-    /// Attaches to segment `id`, which has `size` bytes.
+    /// Attaches to segment `id`, which has `size` bytes in pages of `page` bytes.
     ///
     /// # Errors
-    /// EACCES, EINVAL; EPERM: opening map_files takes CAP_CHECKPOINT_RESTORE.
-    pub fn to(id: i32, size: u64) -> Result<Self, SysError> {
+    /// EACCES, EINVAL; EPERM: opening map_files takes CAP_CHECKPOINT_RESTORE. ENOENT: its pages have another size.
+    pub fn to(id: i32, size: u64, page: u64) -> Result<Self, SysError> {
         // SAFETY: a new mapping at an address of the kernel's choice disturbs nothing.
         let start = unsafe { libc::shmat(id, std::ptr::null(), 0) } as usize;
         if start == usize::MAX {
             return Err(SysError::last("shmat", on(id)));
         }
-        let end = start as u64 + size.next_multiple_of(4096);
+        let end = start as u64 + size.next_multiple_of(page.max(1));
         let path = format!("/proc/self/map_files/{start:x}-{end:x}");
         match file::open(Path::new(&path), libc::O_RDWR.cast_unsigned(), 0) {
             Ok(memory) => Ok(Self { at: start, memory }),
@@ -183,10 +189,10 @@ mod tests {
     fn a_segment_has_the_id_that_was_asked_for() {
         // Of a slot far from those that others get, with a sequence number.
         let id = 3 << 15 | 3000;
-        if create(id, 0, 5000, (0, 0)).is_err() {
+        if create(id, 0, 5000, (0, 0), 0).is_err() {
             return;
         }
-        let attached = Attached::to(id, 5000).unwrap();
+        let attached = Attached::to(id, 5000, 4096).unwrap();
         set(id, (7, 8), 0o640).unwrap();
         nix::sys::uio::pwrite(&attached.memory, b"x", 4999).unwrap();
         remove(id).unwrap();
@@ -197,7 +203,7 @@ mod tests {
             State { key: 0, size: 5000, mode: 0o640 | DEST, uid: 7, gid: 8, attached: attached_by };
         assert_eq!(state, expected);
         assert!(attached_by >= 1);
-        assert!(create(id, 0, 5000, (0, 0)).is_err());
+        assert!(create(id, 0, 5000, (0, 0), 0).is_err());
         drop(attached);
         let gone = (0..5000).any(|_| {
             std::thread::sleep(std::time::Duration::from_millis(1));

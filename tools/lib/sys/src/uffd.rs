@@ -1,15 +1,16 @@
-//! userfaultfd(2), Documentation/admin-guide/mm/userfaultfd.rst: two uses of it.
+//! userfaultfd(2), Documentation/admin-guide/mm/userfaultfd.rst: three uses of it.
 //!
 //! - Tracking of writes: `UFFD_FEATURE_WP_ASYNC` (Linux 6.7) lets a write to a protected page through, and
 //!   takes note by dropping the protection. `PAGEMAP_SCAN` reads it ([`crate::memory`]).
 //! - Missing pages: who touches one waits until [`copy`] or [`zero`] has brought it. What the process
 //!   does to its mappings meanwhile is told as an [`Event`], and goes on when that has been read.
+//! - Minor faults: [`map_present`] tells which pages a file of huge pages has ([`crate::hugetlb`]).
 //!
 //! A userfaultfd acts on the address space of the process that made it, whoever uses the descriptor.
 
 use std::{
     ops::Range as Span,
-    os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
 };
 
 use nix::errno::Errno;
@@ -156,7 +157,7 @@ struct Copy {
     copy: i64,
 }
 
-/// `uffdio_zeropage` and `uffdio_poison`.
+/// `uffdio_zeropage`, `uffdio_poison` and `uffdio_continue`.
 #[repr(C)]
 struct Mark {
     start: u64,
@@ -197,6 +198,43 @@ pub fn zero(uffd: BorrowedFd<'_>, addr: RemoteAddr, len: u64) -> Result<u64, Sys
     // SAFETY: UFFDIO_ZEROPAGE reads and writes one `uffdio_zeropage`, which `arg` is.
     let ret = unsafe { libc::ioctl(uffd.as_raw_fd(), iowr(4, size_of::<Mark>()), &raw mut arg) };
     progress(ret, "ioctl(UFFDIO_ZEROPAGE)", addr, len, arg.done)
+}
+
+const MODE_MINOR: u64 = 1 << 2;
+/// UFFD_FEATURE_MINOR_HUGETLBFS (Linux 5.13).
+const FEATURE_MINOR_HUGETLBFS: u64 = 1 << 9;
+
+/// A userfaultfd of this process for minor faults.
+///
+/// # Errors
+/// EINVAL before Linux 5.13; EMFILE.
+pub fn minor_faults() -> Result<OwnedFd, SysError> {
+    // SAFETY: userfaultfd takes flags and gives a new descriptor.
+    let made = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | USER_MODE_ONLY) };
+    let Ok(fd @ 0..) = i32::try_from(made) else { return Err(SysError::last("userfaultfd", "minor faults")) };
+    // SAFETY: the descriptor has just been made and belongs to nobody else.
+    let uffd = unsafe { OwnedFd::from_raw_fd(fd) };
+    enable_features(uffd.as_fd(), FEATURE_MINOR_HUGETLBFS, "minor faults of huge pages")?;
+    Ok(uffd)
+}
+
+/// Prepares `[start, end)` for [`map_present`].
+///
+/// # Errors
+/// EPERM: the mapped file may not be written. EINVAL: it is of another kind.
+pub fn register_minor(uffd: BorrowedFd<'_>, start: RemoteAddr, end: RemoteAddr) -> Result<(), SysError> {
+    register_mode(uffd, start, end, MODE_MINOR)
+}
+
+/// Maps the pages that a file has from `addr` on, up to the first that it has not. Gives how many bytes that is.
+///
+/// # Errors
+/// EFAULT: the file has no page there.
+pub fn map_present(uffd: BorrowedFd<'_>, addr: RemoteAddr, len: u64) -> Result<u64, SysError> {
+    let mut arg = Mark { start: addr.0, len, mode: 0, done: 0 };
+    // SAFETY: UFFDIO_CONTINUE reads and writes one `uffdio_continue`, which has the layout of `arg`.
+    let ret = unsafe { libc::ioctl(uffd.as_raw_fd(), iowr(7, size_of::<Mark>()), &raw mut arg) };
+    progress(ret, "ioctl(UFFDIO_CONTINUE)", addr, len, arg.done)
 }
 
 /// Marks pages that are not there as lost, as after a memory failure: SIGBUS for who touches them, for good.

@@ -457,7 +457,7 @@ impl FileTable {
     /// Shared anonymous memory or a memfd that is mapped. `link` is its link in map_files.
     ///
     /// # Errors
-    /// [`Refused`] for System V and huge page memory; the sink's.
+    /// [`Refused`] for what is neither; the sink's.
     pub fn add_shmem(&mut self, pid: Pid, link: &Path, sink: &mut dyn Sink) -> anyhow::Result<Shmem> {
         memfd::add_mapped(self, pid, link, sink)
     }

@@ -158,7 +158,6 @@ pub const KINDS: &[Kind] = &[
         |d| d.link.starts_with(b"/SYSV"),
         "supported if it is attached to, not as an open file"
     ),
-    refused!("huge page memfd", |d| d.link.starts_with(b"/memfd:"), "not supported yet"),
     refused!("POSIX message queue", reg::is_mqueue, "not supported yet"),
     refused!("secret memory", |d| d.link.starts_with(b"/secretmem"), "not supported"),
     refused!("DMA buffer", |d| d.link.starts_with(b"/dmabuf:"), "not supported"),

@@ -38,6 +38,7 @@ use ckpt_sys::{
         number::{CHECKPOINT_RESTORE, SYS_ADMIN},
     },
     gift::{self, Gift},
+    hugetlb,
     memory::{self, Page, PageRange, Scan},
     transfer::Output,
     uffd,
@@ -76,9 +77,11 @@ const ADVICE: &[(&[u8; 2], i32)] = &[
     (b"rr", libc::MADV_RANDOM),
 ];
 
+/// What the kernel calls anonymous memory of huge pages, private or shared.
+const ANONYMOUS_HUGE: &[u8] = b"/anon_hugepage (deleted)";
+
 /// Mappings that can't be restored yet, by VmFlags, and how to say so.
 const REFUSED: &[(&[u8; 2], &str)] = &[
-    (b"ht", "shared memory or a file of huge pages (hugetlbfs)"),
     (b"um", "memory watched by userfaultfd (missing pages)"),
     (b"uw", "memory watched by userfaultfd (write protection)"),
     (b"ui", "memory watched by userfaultfd (minor faults)"),
@@ -161,16 +164,13 @@ fn dump_vma(
         pgoff: m.offset,
         shmid: 0,
         prot: bits(&[(m.read, libc::PROT_READ), (m.write, libc::PROT_WRITE), (m.exec, libc::PROT_EXEC)]),
-        flags: if m.shared { libc::MAP_SHARED } else { libc::MAP_PRIVATE }.unsigned_abs(),
+        flags: if m.shared { libc::MAP_SHARED } else { libc::MAP_PRIVATE }.unsigned_abs() | huge_flags(m),
         status: status::REGULAR,
         fd: -1,
         madv: None,
         fdflags: None,
     };
-    if let Some((flag, what)) = REFUSED
-        .iter()
-        .find(|(flag, _)| m.has(flag) && !(tracked && *flag == b"uw") && !(*flag == b"ht" && private_huge(m)))
-    {
+    if let Some((flag, what)) = REFUSED.iter().find(|(flag, _)| m.has(flag) && !(tracked && *flag == b"uw")) {
         let refused = refuse(&format!("{what} can't be checkpointed"));
         return Err(match *flag {
             b"um" => refused.advise("after ckpt-restore --lazy, wait until all pages have come"),
@@ -228,9 +228,7 @@ fn dump_vma(
         }
         _ if private_huge(m) => {
             entry.status |= status::ANON_PRIVATE;
-            // The size is in the flags as its logarithm (mmap(2)).
-            let size = (m.page_kib.max(1) * 1024).ilog2() << libc::MAP_HUGE_SHIFT;
-            entry.flags |= anonymous | libc::MAP_HUGETLB.unsigned_abs() | size;
+            entry.flags |= anonymous;
             entry.madv = (advice != 0).then_some(advice);
         }
         _ if !m.file() => {
@@ -281,10 +279,11 @@ fn dump_vma(
 const WITHOUT_RINGS: &str = "run the program without asynchronous I/O of the kernel: most have an option for that (MariaDB \
      --innodb-use-native-aio=0), or fall back if sysctl kernel.io_uring_disabled=2";
 
-/// The private mappings among `mappings`, and which of them a userfaultfd tracks: all that a pre-dump has to know. What can't
-/// be checkpointed is left out; the checkpoint says so.
+/// The private mappings among `mappings` that a pre-dump stores, and those that it leaves to the checkpoint: of huge pages, since
+/// to read one that has gone meanwhile would take a new one from the pool. What can't be checkpointed is left out; the
+/// checkpoint says so.
 #[must_use]
-pub fn private_vmas(mappings: &[Mapping]) -> (Vec<VmaEntry>, Vec<Range<u64>>) {
+pub fn private_vmas(mappings: &[Mapping]) -> (Vec<VmaEntry>, Vec<VmaEntry>) {
     let plain = |m: &&Mapping| {
         let known = REFUSED.iter().any(|(flag, _)| *flag != b"uw" && m.has(flag));
         let kernels = [&b"[vsyscall]"[..], b"[vdso]", b"[vvar]", b"[vvar_vclock]"].contains(&&m.name[..]);
@@ -294,9 +293,9 @@ pub fn private_vmas(mappings: &[Mapping]) -> (Vec<VmaEntry>, Vec<Range<u64>>) {
         let kind = if m.file() { status::FILE_PRIVATE } else { status::ANON_PRIVATE };
         VmaEntry { start: m.start, end: m.end, status: status::REGULAR | kind, ..VmaEntry::default() }
     };
-    let private: Vec<&Mapping> = mappings.iter().filter(plain).collect();
-    let watched = private.iter().filter(|m| m.has(b"uw")).map(|m| m.start..m.end).collect();
-    (private.into_iter().map(entry).collect(), watched)
+    let (huge, stored): (Vec<&Mapping>, _) = mappings.iter().filter(plain).partition(|m| m.has(b"ht"));
+    let entries = |list: Vec<&Mapping>| list.into_iter().map(entry).collect();
+    (entries(stored), entries(huge))
 }
 
 /// A refusal if the error says that we may not follow links in map_files (proc_pid_map_files(5)).
@@ -311,14 +310,20 @@ fn not_told(error: anyhow::Error, refuse: &dyn Fn(&str) -> Refused) -> anyhow::E
         .into()
 }
 
+/// The flags of a mapping of huge pages, with their size (mmap(2)); 0 for any other.
+pub(super) fn huge_flags(m: &Mapping) -> u32 {
+    let flags = || libc::MAP_HUGETLB.unsigned_abs() | hugetlb::size_flag(m.page_kib * 1024);
+    if m.has(b"ht") { flags() } else { 0 }
+}
+
 /// Whether a mapping is of MAP_PRIVATE, MAP_ANONYMOUS and MAP_HUGETLB, which the kernel makes with a file of its own.
 fn private_huge(m: &Mapping) -> bool {
-    m.has(b"ht") && !m.shared && m.name == b"/anon_hugepage (deleted)"
+    m.has(b"ht") && !m.shared && m.name == ANONYMOUS_HUGE
 }
 
 /// Whether a mapped file's name is that of a memfd or of shared anonymous memory.
 fn is_shmem(name: &[u8]) -> bool {
-    name.starts_with(b"/memfd:") || name == b"/dev/zero (deleted)"
+    name.starts_with(b"/memfd:") || [&b"/dev/zero (deleted)"[..], ANONYMOUS_HUGE].contains(&name)
 }
 
 /// The inode of a mapped socket.
@@ -775,13 +780,19 @@ pub struct ShmemPlan {
 }
 
 impl ShmemPlan {
-    /// Finds the populated parts of segment `shmid`, whose file is `fd`, by SEEK_DATA and SEEK_HOLE.
+    /// Finds the populated parts of segment `shmid`, whose file is `fd`, by SEEK_DATA and SEEK_HOLE, which a file of huge pages
+    /// has not.
     ///
     /// # Errors
     /// The kernel's.
     pub fn new(shmid: u64, fd: BorrowedFd<'_>, size: u64, pages_id: u32) -> anyhow::Result<Self> {
         let what = || format!("shared memory segment {shmid}");
         let mut plan = Self { shmid, pages_id, runs: Vec::new() };
+        if let Some(page) = hugetlb::page_size(fd).with_context(what)? {
+            let parts = hugetlb::populated(fd, page, size).with_context(what)?;
+            plan.runs = parts.into_iter().map(|part| (part.start, part.end)).collect();
+            return Ok(plan);
+        }
         let mut at = 0;
         while at < size {
             let offset = i64::try_from(at).with_context(what)?;

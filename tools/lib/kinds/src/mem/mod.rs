@@ -12,6 +12,8 @@
 //! | System V shared memory | once per segment, by offset |
 //! | vdso | all, to compare with the kernel that restores |
 //! | vvar, vsyscall | none: the kernel's |
+//!
+//! Memory of huge pages (hugetlbfs) is any of the first six, in pages of its own size ([`ckpt_sys::hugetlb`]).
 
 pub mod dump;
 pub mod early;
@@ -23,6 +25,11 @@ pub mod snapshot;
 pub mod stash;
 pub mod sysv;
 pub mod track;
+
+/// Whether a mapping is of huge pages (MAP_HUGETLB).
+pub(crate) fn is_huge(vma: &ckpt_proto::types::VmaEntry) -> bool {
+    vma.flags & libc::MAP_HUGETLB.unsigned_abs() != 0
+}
 
 /// `vma_entry.status`: what a mapping is.
 pub mod status {

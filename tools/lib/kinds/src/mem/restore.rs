@@ -22,14 +22,15 @@ use ckpt_proto::{
     Image,
     types::{MmEntry, PagemapEntry, VmaEntry},
 };
-use ckpt_remote::{Arg, Call, Done, build::Fill};
-use ckpt_sys::{FileId, Pid, Refused, RemoteAddr};
+use ckpt_remote::{Arg, Call, Done, RemoteError, build::Fill};
+use ckpt_sys::{FileId, Pid, Refused, RemoteAddr, hugetlb};
+use nix::errno::Errno;
 use std::{
     ops::Range,
     os::fd::{AsRawFd, RawFd},
 };
 
-use super::{guard, page, status, sysv};
+use super::{guard, is_huge, page, status, sysv};
 
 pub mod inherit;
 pub mod later;
@@ -41,9 +42,6 @@ use inherit::Inherited;
 const UNSUPPORTED: [(u32, &str); 1] = [(1 << 13, "an aio ring")];
 
 const PAGE: u64 = 4096;
-/// MAP_HUGETLB and the size of the pages (mmap(2)).
-const HUGE: u32 =
-    libc::MAP_HUGETLB.unsigned_abs() | libc::MAP_HUGE_MASK.unsigned_abs() << libc::MAP_HUGE_SHIFT;
 /// First address after user space (four-level page tables; the kernel maps above only on request).
 pub const USER_END: u64 = 0x7fff_ffff_f000;
 /// At most so many bytes by one call: little enough that pages made by populating are still in the
@@ -202,9 +200,6 @@ impl AddressSpace {
                     return Err(refuse(&format!("{what} can't be restored")).into());
                 }
             }
-            if vma.flags & HUGE != 0 && vma.status & status::ANON_PRIVATE == 0 {
-                return Err(refuse("shared memory or files of huge pages can't be restored").into());
-            }
             if vma.status & (status::VDSO | status::VVAR) != 0 {
                 block.add(vma)?;
                 continue;
@@ -329,9 +324,9 @@ impl AddressSpace {
             }
             let len = vma.end - vma.start;
             let mut flags =
-                (vma.flags & (KEPT.unsigned_abs() | HUGE)) | libc::MAP_FIXED_NOREPLACE.unsigned_abs();
+                (vma.flags & (KEPT.unsigned_abs() | hugetlb::MAP)) | libc::MAP_FIXED_NOREPLACE.unsigned_abs();
             let prot = self.first_prot(vma);
-            if prot != vma.prot && len > RESERVE_MAX {
+            if prot != vma.prot && len > RESERVE_MAX && !is_huge(vma) {
                 flags |= libc::MAP_NORESERVE.unsigned_abs();
             }
             let (fd, pgoff) = if is_file(vma) {
@@ -344,11 +339,10 @@ impl AddressSpace {
             } else {
                 flags |= libc::MAP_ANONYMOUS.unsigned_abs();
                 // Huge pages are of a file of the kernel's, whose offset they show.
-                (-1, if vma.flags & HUGE != 0 { vma.pgoff } else { 0 })
+                (-1, if is_huge(vma) { vma.pgoff } else { 0 })
             };
             for part in inherited.anew(vma.start..vma.end) {
-                let pgoff =
-                    if fd < 0 && vma.flags & HUGE == 0 { 0 } else { pgoff + (part.start - vma.start) };
+                let pgoff = if fd < 0 && !is_huge(vma) { 0 } else { pgoff + (part.start - vma.start) };
                 let args = [
                     Arg::Val(part.start),
                     Arg::Val(part.end - part.start),
@@ -357,12 +351,40 @@ impl AddressSpace {
                     fd.into(),
                     pgoff.into(),
                 ];
-                calls.push(Call::new(format!("mmap({})", text(vma)), libc::SYS_mmap, args));
+                calls.push(Call::new(mmap_name(vma), libc::SYS_mmap, args));
             }
             // Page size advice has to come before the pages.
             calls.extend(advice_calls(vma, true));
         }
+        calls.extend(self.huge_page_calls(inherited));
         Ok(calls)
+    }
+
+    /// Makes the huge pages that are to be filled: that there are too few is found here, not by who fills them.
+    fn huge_page_calls(&self, inherited: &Inherited) -> Vec<Call> {
+        let mut calls = Vec::new();
+        for vma in self.areas().filter(|vma| is_huge(vma)) {
+            let first = inherited.missing.partition_point(|run| run.addr + run.len <= vma.start);
+            for run in inherited.missing[first..].iter().take_while(|run| run.addr < vma.end) {
+                let (start, end) = (run.addr.max(vma.start), (run.addr + run.len).min(vma.end));
+                calls.push(populate(pages_name(vma), start, end - start));
+            }
+        }
+        calls
+    }
+
+    /// What has failed, if it is for want of huge pages.
+    #[must_use]
+    pub fn explain(&self, error: RemoteError) -> anyhow::Error {
+        let RemoteError::Call { name, errno, .. } = &error else { return error.into() };
+        let ours = |vma: &&VmaEntry| is_huge(vma) && [mmap_name(vma), pages_name(vma)].contains(name);
+        let Some(vma) = self.areas().find(ours) else { return error.into() };
+        let subject = format!("{name}: {errno}");
+        if *errno == Errno::EINVAL && is_file(vma) {
+            let why = "the file there is not of huge pages";
+            return Refused::new(subject, why).advise("mount the hugetlbfs that it was on").into();
+        }
+        hugetlb::too_few(subject, hugetlb::size_in(vma.flags)).into()
     }
 
     /// Protection while pages are filled in, and read again for their checksums.
@@ -421,7 +443,7 @@ impl AddressSpace {
                 .iter()
                 .filter(|&&(addr, len)| len >= POPULATE_MIN && self.anonymous(addr) && !inherited.keeps(addr))
             {
-                calls.push(populate(addr, len));
+                calls.push(populate("madvise(MADV_POPULATE_WRITE)".to_owned(), addr, len).may_fail());
             }
             let count = list.len() as u64;
             let iov = list.iter().flat_map(|(a, n)| [a.to_ne_bytes(), n.to_ne_bytes()].concat()).collect();
@@ -505,11 +527,20 @@ pub fn check_reads(calls: &[Call], done: &[Done]) -> anyhow::Result<u64> {
     Ok(bytes)
 }
 
-/// A failure is not told: the read that follows meets the same one.
-fn populate(addr: u64, len: u64) -> Call {
+/// Makes pages. Of ordinary memory a failure need not be told: the read that follows meets the same one.
+fn populate(name: String, addr: u64, len: u64) -> Call {
     const MADV_POPULATE_WRITE: i32 = 23;
     let args = [Arg::Val(addr), Arg::Val(len), MADV_POPULATE_WRITE.into()];
-    Call::new("madvise(MADV_POPULATE_WRITE)", libc::SYS_madvise, args).may_fail()
+    Call::new(name, libc::SYS_madvise, args)
+}
+
+fn mmap_name(vma: &VmaEntry) -> String {
+    format!("mmap({})", text(vma))
+}
+
+/// Of the calls that make the huge pages of an area.
+fn pages_name(vma: &VmaEntry) -> String {
+    format!("madvise({}, MADV_POPULATE_WRITE)", text(vma))
 }
 
 /// Reads pages of a plain file.

@@ -34,12 +34,12 @@ use ckpt_proto::{
 };
 use ckpt_remote::{Arg, Call};
 use ckpt_sys::{
-    Pid, Refused, file,
+    Pid, Refused, file, hugetlb,
     sysv::{self, Attached},
 };
 use nix::{errno::Errno, fcntl};
 
-use super::status;
+use super::{dump::huge_flags, is_huge, status};
 use crate::{Sink, fd::ShmemSegment, sink::emit};
 
 /// Numbers of their pagemaps begin here: those of other shared memory are inodes of 32 bits.
@@ -61,6 +61,8 @@ struct Met {
     place: PathBuf,
     /// How many mappings the tree has of it.
     mappings: u64,
+    /// Flags of mmap(2) that say of which huge pages it is.
+    huge: u32,
     subject: String,
 }
 
@@ -74,6 +76,7 @@ impl Segments {
         let met = self.0.entry(id).or_insert_with(|| Met {
             place: PathBuf::from(format!("/proc/{pid}/map_files/{:x}-{:x}", m.start, m.end)),
             mappings: 0,
+            huge: huge_flags(m),
             subject: format!("pid {pid} ({comm}) System V shared memory {id}"),
         });
         met.mappings += 1;
@@ -103,14 +106,28 @@ impl Segments {
             if !external && row.attached != met.mappings {
                 others(id, tree, row.attached.saturating_sub(met.mappings), &met.subject)?;
             }
-            let entry = SysvShmEntry { external: external.then_some(true), ..row.entry };
+            let huge = (met.huge != 0).then(|| hugetlb::SHM | hugetlb::size_flag(hugetlb::size_in(met.huge)));
+            let entry = SysvShmEntry { external: external.then_some(true), hugetlb_flag: huge, ..row.entry };
             emit(sink, Image::CkptSysvShm, 0, &entry)?;
             if !external {
                 let fd = file::open(&met.place, libc::O_RDONLY.cast_unsigned(), 0)?;
-                contents.push(ShmemSegment { shmid: pagemap_of(id), size: entry.size, fd });
+                contents.push(ShmemSegment { shmid: pagemap_of(id), size: memory_size(&entry), fd });
             }
         }
         Ok(contents)
+    }
+}
+
+/// The size of a segment's pages.
+fn page_of(entry: &SysvShmEntry) -> u64 {
+    hugetlb::size_in(entry.hugetlb_flag.unwrap_or(0)).max(PAGE)
+}
+
+/// The size of its memory: of huge pages, all that can be mapped may be used.
+fn memory_size(entry: &SysvShmEntry) -> u64 {
+    match entry.hugetlb_flag {
+        Some(_) => entry.size.next_multiple_of(page_of(entry)),
+        None => entry.size,
     }
 }
 
@@ -177,6 +194,7 @@ fn parse(text: &str) -> anyhow::Result<Vec<Row>> {
                 cuid: small(9)?,
                 cgid: small(10)?,
                 external: None,
+                hugetlb_flag: None,
             },
             attached: number(6)?,
         })
@@ -214,7 +232,8 @@ pub(super) fn check_whole(
         }
         if ours {
             let size = size(vma.shmid).with_context(|| format!("no System V shared memory {}", vma.shmid))?;
-            let end = vma.start.checked_add(size.next_multiple_of(PAGE)).context("size of a segment")?;
+            let page = if is_huge(vma) { hugetlb::size_in(vma.flags).max(PAGE) } else { PAGE };
+            let end = vma.start.checked_add(size.next_multiple_of(page)).context("size of a segment")?;
             if vma.pgoff != 0 || vma.end > end {
                 return Err(part(subject, vma.start, vma.shmid));
             }
@@ -321,9 +340,17 @@ impl Restored {
                 }
             }
             None => {
-                let made = sysv::create(entry.id, entry.key, entry.size, (entry.cuid, entry.cgid));
+                let huge = entry.hugetlb_flag.unwrap_or(0);
+                let made = sysv::create(entry.id, entry.key, entry.size, (entry.cuid, entry.cgid), huge);
                 if let Err(error) = made {
                     return Err(match error.errno {
+                        Errno::ENOMEM | Errno::EINVAL if huge != 0 => {
+                            hugetlb::too_few(format!("{subject}: {error}"), page_of(entry)).into()
+                        }
+                        Errno::EPERM if huge != 0 && error.call == "shmget" => {
+                            let why = "its creator may not make segments of huge pages";
+                            Refused::new(subject, why).advise("restore as root").into()
+                        }
                         Errno::EEXIST => {
                             let why = "another segment has its key, or its place in the kernel's table";
                             Refused::new(subject, why)
@@ -340,10 +367,11 @@ impl Restored {
                 self.made.push(entry.id);
             }
         }
-        let attached = Attached::to(entry.id, entry.size)?;
+        let size = memory_size(entry);
+        let attached = Attached::to(entry.id, size, page_of(entry))?;
         if there.is_some() {
             // What is not stored of it is zeros.
-            let len = i64::try_from(entry.size.next_multiple_of(PAGE)).context("size")?;
+            let len = i64::try_from(size.next_multiple_of(PAGE)).context("size")?;
             let flags =
                 fcntl::FallocateFlags::FALLOC_FL_PUNCH_HOLE | fcntl::FallocateFlags::FALLOC_FL_KEEP_SIZE;
             fcntl::fallocate(attached.memory.as_fd(), flags, 0, len).context("fallocate(PUNCH_HOLE)")?;
@@ -352,7 +380,7 @@ impl Restored {
         if entry.mode & sysv::DEST != 0 {
             self.dest.push(entry.id);
         }
-        if self.attached.insert(pagemap_of(entry.id), (attached, entry.size)).is_some() {
+        if self.attached.insert(pagemap_of(entry.id), (attached, size)).is_some() {
             bail!("two entries have id {}", entry.id);
         }
         Ok(())
@@ -404,6 +432,7 @@ mod tests {
             cuid: 0,
             cgid: 0,
             external: None,
+            hugetlb_flag: None,
         };
         assert_eq!((rows.len(), rows[0].entry, rows[0].attached), (1, expected, 6));
         assert!(parse("names\n1 2 3\n").is_err());
@@ -431,5 +460,9 @@ mod tests {
         assert!(!whole(&[vma(0x1000, 0x2000, 7, 0), vma(0x3000, 0x4000, 7, 0x2000)]));
         assert!(!whole(&[vma(0x1000, 0x5000, 7, 0)]));
         assert!(!whole(&[vma(0x1000, 0x4000, 8, 0)]));
+        let flags = libc::MAP_HUGETLB.unsigned_abs() | hugetlb::size_flag(2 << 20);
+        let huge = |end, pgoff| VmaEntry { flags, ..vma(2 << 20, end, 7, pgoff) };
+        assert!(whole(&[huge(4 << 20, 0)]));
+        assert!(!whole(&[huge(6 << 20, 0)]));
     }
 }

@@ -3,7 +3,6 @@
 use std::{
     collections::HashMap,
     fs,
-    io::{Seek, SeekFrom, Write},
     os::{
         fd::{AsFd, OwnedFd},
         unix::fs::FileExt,
@@ -17,13 +16,13 @@ use ckpt_proto::{
     Image, Message,
     types::{GhostChunkEntry, GhostFileEntry, RegFileEntry, Timeval},
 };
-use ckpt_sys::{FileId, Refused, file};
+use ckpt_sys::{FileId, Refused, file, hugetlb};
 use nix::{
     sys::stat::{FileStat, Mode, SFlag},
     unistd::{Whence, lseek64},
 };
 
-use super::{Found, UNNAMED};
+use super::{Found, UNNAMED, printable};
 use crate::{
     Sink,
     fd::{
@@ -111,6 +110,7 @@ fn dump_ghost(id: u32, stat: &FileStat, content: Option<OwnedFd>, sink: &mut dyn
         chunks: (regular && !whole).then_some(true),
         size: (regular && !whole).then_some(size),
         symlnk_target: None,
+        ckpt_huge_page: content.as_ref().map(hugetlb::page_size).transpose()?.flatten(),
     };
     emit(sink, Image::GhostFile, arg, &entry)?;
     let Some(fd) = content else { return Ok(()) };
@@ -134,6 +134,10 @@ fn dump_ghost(id: u32, stat: &FileStat, content: Option<OwnedFd>, sink: &mut dyn
 
 /// Where a file has data, in order (lseek(2), SEEK_DATA).
 fn data_ranges(fd: &OwnedFd, size: u64) -> anyhow::Result<Vec<(u64, u64)>> {
+    if let Some(page) = hugetlb::page_size(fd)? {
+        let parts = hugetlb::populated(fd.as_fd(), page, size)?;
+        return Ok(parts.into_iter().map(|part| (part.start, part.end)).collect());
+    }
     let mut ranges = Vec::new();
     let mut at = 0;
     while at < size {
@@ -209,8 +213,8 @@ fn make_ghost(
         && let Ok(fd) = file::open(directory, flags, 0o600)
     {
         let handle = reopen(&self_path(fd.as_fd()), libc::O_PATH)?;
-        let writable = reopen(&self_path(fd.as_fd()), libc::O_WRONLY)?;
-        fill_ghost(opening.set, id, entry, writable.into()).context("contents of a deleted file")?;
+        let writable = reopen(&self_path(fd.as_fd()), libc::O_RDWR)?;
+        fill_ghost(opening.set, id, reg, entry, writable.into()).context("contents of a deleted file")?;
         return Ok((handle, Some(fd)));
     }
     let name = free_name(&reg.name, id);
@@ -218,11 +222,12 @@ fn make_ghost(
     match kind {
         SFlag::S_IFREG => {
             let file = fs::OpenOptions::new()
+                .read(true)
                 .write(true)
                 .create_new(true)
                 .open(&name)
                 .with_context(|| format!("create {}", name.display()))?;
-            fill_ghost(opening.set, id, entry, file).context("contents of a deleted file")?;
+            fill_ghost(opening.set, id, reg, entry, file).context("contents of a deleted file")?;
         }
         SFlag::S_IFDIR => fs::create_dir(&name).with_context(|| format!("mkdir {}", name.display()))?,
         SFlag::S_IFIFO => {
@@ -257,18 +262,40 @@ fn free_name(name: &[u8], id: u32) -> PathBuf {
     other.into()
 }
 
-fn fill_ghost(set: &ImageSet, id: u32, entry: &GhostFileEntry, mut file: fs::File) -> anyhow::Result<()> {
+fn fill_ghost(
+    set: &ImageSet,
+    id: u32,
+    reg: &RegFileEntry,
+    entry: &GhostFileEntry,
+    file: fs::File,
+) -> anyhow::Result<()> {
+    let huge = hugetlb::page_size(&file)?;
+    if entry.ckpt_huge_page != huge {
+        let of =
+            |page: Option<u64>| page.map_or("ordinary pages".to_owned(), |n| format!("pages of {n} bytes"));
+        let (was, is) = (of(entry.ckpt_huge_page), of(huge));
+        let why = format!("it was on a file system of {was}, and now there is one of {is}");
+        return Err(Refused::new(printable(reg), why)
+            .advise("mount there what was there (hugetlbfs)")
+            .into());
+    }
+    let file = Contents { file, huge };
+    let end = |size: u64| file.file.set_len(size).context("ftruncate");
     let Some(place) = set.payload(Image::GhostFile, id.into(), 0) else {
-        return file.set_len(entry.size.unwrap_or(0)).context("ftruncate");
+        return end(entry.size.unwrap_or(0));
     };
     let source = fs::File::from(place.file.try_clone_to_owned().context("dup")?);
-    if entry.chunks != Some(true) {
-        return copy_at(&source, place.offset, place.len, &mut file);
+    if huge.is_some() {
+        // Its pages are made within its size.
+        end(entry.size.unwrap_or(place.len))?;
     }
-    let (mut at, end) = (place.offset, place.offset.saturating_add(place.len));
+    if entry.chunks != Some(true) {
+        return file.copy(&source, place.offset, place.len, 0);
+    }
+    let (mut at, stop) = (place.offset, place.offset.saturating_add(place.len));
     let mut take = |len: u64| {
         let from = at;
-        at = at.checked_add(len).filter(|&at| at <= end)?;
+        at = at.checked_add(len).filter(|&at| at <= stop)?;
         Some(from)
     };
     let short = || anyhow::anyhow!("{}: a chunk goes beyond the end", Image::GhostFile.file_name(id.into()));
@@ -284,26 +311,44 @@ fn fill_ghost(set: &ImageSet, id: u32, entry: &GhostFileEntry, mut file: fs::Fil
         source.read_exact_at(&mut header, from).context("read")?;
         let chunk = GhostChunkEntry::decode(&header[..]).context("chunk header")?;
         let from = take(chunk.len).ok_or_else(short)?;
-        file.seek(SeekFrom::Start(chunk.off)).context("lseek")?;
-        copy_at(&source, from, chunk.len, &mut file)?;
+        file.copy(&source, from, chunk.len, chunk.off)?;
     }
-    file.set_len(entry.size.unwrap_or(0)).context("ftruncate")
+    end(entry.size.unwrap_or(0))
 }
 
-/// Copies part of an image without moving the position of its descriptor, which others use.
-fn copy_at(source: &fs::File, offset: u64, len: u64, to: &mut fs::File) -> anyhow::Result<()> {
-    let mut buffer = vec![0; 1 << 16];
-    let mut done = 0;
-    while done < len {
-        let n = usize::try_from(len - done).unwrap_or(usize::MAX).min(buffer.len());
-        let n = source.read_at(&mut buffer[..n], offset + done).context("read")?;
-        if n == 0 {
-            bail!("the image ends {} bytes early", len - done);
+/// A deleted file that is being filled.
+struct Contents {
+    file: fs::File,
+    /// The size of its pages, if it is on a hugetlbfs.
+    huge: Option<u64>,
+}
+
+impl Contents {
+    /// Copies part of an image without moving the position of its descriptor, which others use.
+    fn copy(&self, source: &fs::File, offset: u64, len: u64, to: u64) -> anyhow::Result<()> {
+        let mut buffer = vec![0; 1 << 16];
+        let mut done = 0;
+        while done < len {
+            let n = usize::try_from(len - done).unwrap_or(usize::MAX).min(buffer.len());
+            let n = source.read_at(&mut buffer[..n], offset + done).context("read")?;
+            if n == 0 {
+                bail!("the image ends {} bytes early", len - done);
+            }
+            self.write(to + done, &buffer[..n])?;
+            done += n as u64;
         }
-        to.write_all(&buffer[..n]).context("write")?;
-        done += n as u64;
+        Ok(())
     }
-    Ok(())
+
+    fn write(&self, at: u64, bytes: &[u8]) -> anyhow::Result<()> {
+        let Some(page) = self.huge else { return self.file.write_all_at(bytes, at).context("write") };
+        match hugetlb::write(self.file.as_fd(), page, at, bytes) {
+            Err(error) if error.errno == nix::errno::Errno::ENOSPC => {
+                Err(hugetlb::too_few(format!("contents of a deleted file: {error}"), page).into())
+            }
+            written => written.context("write"),
+        }
+    }
 }
 
 /// Owner, mode and times last: all opens are done, so a mode without permissions is in nobody's way.

@@ -271,7 +271,7 @@ fn memfd_and_anonymous_memory() {
     memory.write_all(b"contents").unwrap();
     nix::fcntl::fcntl(&memory, nix::fcntl::FcntlArg::F_ADD_SEALS(nix::fcntl::SealFlag::F_SEAL_SHRINK))
         .unwrap();
-    let anonymous = file::shared_anonymous(4096).unwrap();
+    let anonymous = file::shared_anonymous(4096, 0).unwrap();
     let set = dump(&[target(&memory), target(&anonymous)]);
     let inodes: Vec<MemfdInodeEntry> = set.all(Image::MemfdInode, 0).unwrap();
     assert_eq!((&inodes[0].name[..], inodes[0].size, inodes[0].seals), (&b"a name"[..], 8, 2));

@@ -5,6 +5,7 @@
 //! - memory that grows down: the stack that exec(2) made. It is small, others read arguments and environment
 //!   in it by /proc/PID/cmdline, which does not wait for a page but gives up;
 //! - memory that is locked: that it is there is what was asked for;
+//! - memory of huge pages (hugetlbfs), which would have to come as whole ones, from a pool that may be empty by then;
 //! - memory that a fork wipes (MADV_WIPEONFORK): the kernel hands a child the watch on it, and does not tell that its
 //!   missing pages are to read as zeros;
 //! - pages that the kernel may touch on a task's behalf where it can't wait: on its way out of the task (the word that
@@ -17,7 +18,7 @@ use std::ops::Range;
 
 use ckpt_proto::types::CoreEntry;
 
-use super::{AddressSpace, PAGE, Run, VmaEntry, advice, grows, status};
+use super::{AddressSpace, PAGE, Run, VmaEntry, advice, grows, is_huge, status};
 
 /// A task's pages, parted.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -72,6 +73,7 @@ impl AddressSpace {
 fn can_wait(vma: &VmaEntry) -> bool {
     vma.status & status::ANON_PRIVATE != 0
         && vma.flags & libc::MAP_LOCKED.unsigned_abs() == 0
+        && !is_huge(vma)
         && !grows(vma)
         && !advice(vma).unwrap_or_default().contains(&libc::MADV_WIPEONFORK)
 }
@@ -124,6 +126,7 @@ mod tests {
                 ..vma(0x8000, 0x9000, status::ANON_PRIVATE, private)
             },
             vma(0x9000, 0xb000, status::ANON_PRIVATE, private),
+            vma(0x20_0000, 0x40_0000, status::ANON_PRIVATE, private | libc::MAP_HUGETLB),
         ];
         let run =
             |addr, len, offset| Run { addr, len, vdso: false, file: PagesFile { level: 0, id: 1 }, offset };
@@ -133,10 +136,16 @@ mod tests {
             pages: Pages::default(),
             vdso: None,
         };
-        let parted = space.part(&[run(0x2000, 0x8000, 0), run(0xa000, 0x1000, 0x8000)], &[0x3fff, 0xa001]);
+        let runs = [run(0x2000, 0x8000, 0), run(0xa000, 0x1000, 0x8000), run(0x20_0000, 0x20_0000, 0x9000)];
+        let parted = space.part(&runs, &[0x3fff, 0xa001]);
         assert_eq!(
             parted.now,
-            [run(0x3000, 0x1000, 0x1000), run(0x5000, 0x4000, 0x3000), run(0xa000, 0x1000, 0x8000),]
+            [
+                run(0x3000, 0x1000, 0x1000),
+                run(0x5000, 0x4000, 0x3000),
+                run(0xa000, 0x1000, 0x8000),
+                run(0x20_0000, 0x20_0000, 0x9000)
+            ]
         );
         assert_eq!(
             parted.later,
