@@ -8,6 +8,8 @@ use ckpt_tests::{
     installed, process,
 };
 
+use crate::increments::{Tracker, dump_ok};
+
 /// Deleted files of whole huge pages are larger than is stored without being asked.
 const GHOSTS: &[&str] = &["--ghost-limit", "16777216"];
 
@@ -35,6 +37,7 @@ fn survives_every_way(target: &Target, options: &[&str]) {
     type Way = (&'static str, &'static [&'static str], &'static [&'static str], &'static [&'static str]);
     const WAYS: &[Way] = &[
         ("plain", &[], &["ckpt-sk"], &[]),
+        ("snapshot", &["--snapshot"], &["ckpt-sk"], &[]),
         ("once", &["--share"], &["ckpt-sk"], &[]),
         ("packed", &[], &["ckpt-sk"], &["--compress", "lz4"]),
         ("staged", &["--no-mem"], &["ckpt-mem", "ckpt-sk"], &[]),
@@ -147,6 +150,37 @@ signal.pause()";
     assert!(process::is_free(target.pid));
 }
 
+/// Of huge pages an increment has what was written, and a hole where there is none any more.
+#[test]
+fn increments_of_huge_pages_restore() {
+    let Some(_pool) = HugePages::take("increments of huge pages", 32) else { return };
+    for name in ["memory_huge", "huge_shared"] {
+        let target = Target::start(name);
+        let pids = process::tree(target.pid);
+        let before = target.at_rest();
+        let tracker = Tracker::start(&target);
+        for (name, parent) in [("1", None), ("2", Some("1")), ("3", Some("2"))] {
+            dump_ok(&target, &tracker.address, name, parent);
+        }
+        // A pre-dump leaves them to the checkpoint, although they are tracked by now.
+        dump(&target, "ahead", &["--track", &tracker.address, "--pre-dump"], &[], &[]);
+        dump_ok(&target, &tracker.address, "4", Some("ahead"));
+        drop(tracker);
+        target.unchanged(&before);
+        target.end();
+        process::wait_free(&pids);
+        let words = ["ckpt-merge".into(), target.path("3"), target.path("merged")];
+        let _ = Pipeline::new(target.dir.path()).stage(words).run().ok("ckpt-merge");
+        for checkpoint in ["3", "4", "merged"] {
+            target.restore_ok(checkpoint);
+            target.looks_like(&before);
+            target.passes(checkpoint);
+            target.end();
+            process::wait_free(&pids);
+        }
+    }
+}
+
 /// What a machine lacks is told, with what to do about it, and nothing of the tree is there.
 #[test]
 fn too_few_huge_pages_are_told() {
@@ -184,4 +218,23 @@ fn too_few_huge_pages_are_told() {
         process::wait_free(&pids);
         assert!(pool.resize(32));
     }
+}
+
+/// A copy-on-write copy would end a program that has no huge page left for a copy.
+#[test]
+fn a_snapshot_takes_no_huge_pages() {
+    let Some(_pool) = HugePages::take("snapshots and huge pages", 12) else { return };
+    let target = Target::start("huge_tight");
+    let pids = process::tree(target.pid);
+    for name in ["1", "2", "3"] {
+        let outcome = target.dumping(name, &["--snapshot"], &[]).run().ok("dump --snapshot");
+        assert_eq!(process::tree(target.pid), pids, "one of them has ended");
+        assert!(outcome.said.contains("no snapshot: it has private memory of huge pages"), "{outcome}");
+    }
+    target.passes("the target");
+    target.end();
+    process::wait_free(&pids);
+    target.restore_ok("3");
+    target.passes("the restored one");
+    target.end();
 }

@@ -1,10 +1,9 @@
 /* Changes its memory in every way there is, at random: argv[2] is the seed. SIGUSR1 asks for a round of ROUND
  * operations by every process of the tree, after which it logs "round N". It checks nothing: the test
  * compares its memory, from outside, with what the images say. Ways to go wrong are of the tracking, not ours,
- * so there is nothing to BREAK. */
+ * so there is nothing to BREAK. With "huge" as argv[3] much of it is of huge pages, at most MOST_HUGE of them in use or promised. */
 #include "workload.h"
-#include <sys/ipc.h>
-#include <sys/shm.h>
+#include "huge.h"
 #include <sys/uio.h>
 
 #define ROUND 150
@@ -20,6 +19,13 @@ static char *page_of_noise, *calm, *common;
 
 #define ODD 64
 static char *guarded, *split, *holey, *sysv;
+/* Huge pages: of a memfd, shared and private; shared and anonymous; in regions. */
+#define FEW 3
+#define REGIONS_HUGE 3
+#define PROCESSES 5
+#define MOST_HUGE (2 * FEW + PROCESSES * (FEW + 2 * REGIONS_HUGE))
+static char *huge_shared, *huge_private, *huge_common;
+static int huge_fd = -1, huge_regions;
 static char is_guard[ODD], is_read_only[ODD], is_hole[ODD];
 
 static uint64_t rnd(void)
@@ -44,13 +50,15 @@ static void new_region(struct region *r)
 		if (p == MAP_FAILED) { r->at = 0; return; }
 		r->at = p;
 		madvise(p, 4 << 20, MADV_HUGEPAGE);
-	} else if (what == 8) { /* of huge pages, if there are any; too few for all of them to stay */
-		r->pages = 512;
-		r->at = mmap(0, 2 << 20, r->prot, MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB, -1, 0);
+	} else if (what == 8 && huge_fd >= 0 && huge_regions < REGIONS_HUGE) {
+		size_t n = 1 + rnd() % 2;
+		int flags = MAP_PRIVATE | MAP_HUGETLB | (rnd() % 2 ? MAP_NORESERVE : 0) | (rnd() % 4 ? MAP_ANONYMOUS : 0);
+		r->at = mmap(0, n * HUGE, r->prot, flags, flags & MAP_ANONYMOUS ? -1 : huge_fd, 0);
 		if (r->at == MAP_FAILED) { r->at = 0; return; }
-		touch(r->at + rnd() % 512 * PAGE);
-		if (rnd() % 2) { munmap(r->at, 2 << 20); r->at = 0; return; }
+		r->pages = n * HUGE / PAGE;
 		r->huge = 1;
+		huge_regions++;
+		touch(r->at + rnd() % r->pages * PAGE);
 		return;
 	} else if (what <= 2) {
 		r->pages = 1 + rnd() % 16;
@@ -103,18 +111,62 @@ static void operate_oddly(void)
 	}
 }
 
+static void operate_on_huge(struct region *r)
+{
+	size_t n = r->pages / (HUGE / PAGE);
+	char *page = r->at + rnd() % n * HUGE;
+	switch (rnd() % 10) {
+	case 0: munmap(r->at, n * HUGE); memset(r, 0, sizeof *r); huge_regions--; break;
+	case 1: case 2: madvise(page, HUGE, MADV_DONTNEED); if (rnd() % 2) touch(page + rnd() % 512 * PAGE); break;
+	case 3: { /* moved to where there is room for it */
+		char *room = mmap(0, (n + 1) * HUGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+		char *to = (char *)(((uintptr_t)room + HUGE - 1) & ~(HUGE - 1));
+		munmap(room, to - room), munmap(to + n * HUGE, room + HUGE - to);
+		char *q = mremap(r->at, n * HUGE, n * HUGE, MREMAP_MAYMOVE | MREMAP_FIXED, to);
+		if (q != MAP_FAILED) r->at = q; else munmap(to, n * HUGE);
+		break;
+	}
+	case 4: if (n > 1) { munmap(r->at + HUGE, HUGE); r->pages /= 2; } break;
+	case 5: { /* another one in its place, or a part of it */
+		int flags = MAP_PRIVATE | MAP_FIXED | MAP_HUGETLB | (rnd() % 3 ? MAP_ANONYMOUS : 0);
+		mmap(page, HUGE, r->prot, flags, flags & MAP_ANONYMOUS ? -1 : huge_fd, 0);
+		if (rnd() % 2) touch(page);
+		break;
+	}
+	case 6: { /* a child that reads, and writes if a copy can be had */
+		pid_t pid = fork();
+		if (!pid) { touch(page); _exit(0); }
+		waitpid(pid, 0, 0);
+		touch(page + PAGE);
+		break;
+	}
+	case 7: madvise(page, HUGE, 22 + rnd() % 2 /* MADV_POPULATE_READ, _WRITE */); break;
+	default: touch(page + rnd() % 512 * PAGE); break;
+	}
+}
+
+/* What the tree shares, and what each has of a file that all change. */
+static void operate_on_shared_huge(void)
+{
+	size_t at = rnd() % FEW * HUGE;
+	char *p = (rnd() % 2 ? huge_shared : huge_common) + at;
+	switch (rnd() % 8) {
+	case 0: madvise(p, HUGE, MADV_REMOVE); break;
+	case 1: fallocate(huge_fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, at, HUGE); break;
+	case 2: fallocate(huge_fd, 0, at, HUGE); break;
+	case 3: madvise(huge_private + at, HUGE, MADV_DONTNEED); break;
+	case 4: touch(huge_private + at + rnd() % 512 * PAGE); break;
+	default: touch(p + rnd() % 512 * PAGE); break;
+	}
+}
+
 static void operate(void)
 {
+	if (huge_fd >= 0 && rnd() % 4 == 0) { operate_on_shared_huge(); return; }
 	if (rnd() % 6 == 0) { operate_oddly(); return; }
 	struct region *r = &regions[rnd() % REGIONS];
 	if (!r->at) { new_region(r); return; }
-	if (r->huge) {
-		int what = rnd() % 8;
-		if (what == 0) { munmap(r->at, 2 << 20); r->at = 0; r->huge = 0; }
-		else if (what == 1) { madvise(r->at, 2 << 20, MADV_DONTNEED); }
-		else if (what <= 4) touch(r->at + rnd() % 512 * PAGE);
-		return;
-	}
+	if (r->huge) { operate_on_huge(r); return; }
 	size_t i = rnd() % r->pages, n = 1 + rnd() % (r->pages - i);
 	char *p = r->at + i * PAGE;
 	switch (rnd() % 24) {
@@ -189,11 +241,11 @@ static int children[4];
 
 static void reap(int slot) { kill(children[slot], SIGKILL); waitpid(children[slot], 0, 0); children[slot] = 0; }
 
-/* argv: LOG SEED [DEPTH]: with DEPTH it is a child that has called exec. */
+/* argv: LOG SEED [HOW]: "huge", or a number, which tells a child that has called exec. */
 int main(int argc, char **argv)
 {
-	if (argc > 3) {
-		depth = atoi(argv[3]);
+	depth = argc > 3 ? atoi(argv[3]) : 0;
+	if (depth) {
 		sigset_t set;
 		sigemptyset(&set);
 		sigaddset(&set, SIGUSR1);
@@ -219,6 +271,15 @@ int main(int argc, char **argv)
 	guarded = map(ODD * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE);
 	split = map(ODD * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE);
 	holey = map(ODD * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE);
+	if (argc > 3 && !depth) {
+		huge_fd = memfd_create("huge", MFD_HUGETLB);
+		NEED(huge_fd >= 0 && !ftruncate(huge_fd, FEW * HUGE));
+		huge_shared = mmap(0, FEW * HUGE, PROT_READ | PROT_WRITE, MAP_SHARED, huge_fd, 0);
+		huge_private = mmap(0, FEW * HUGE, PROT_READ | PROT_WRITE, MAP_PRIVATE, huge_fd, 0);
+		huge_common = mmap(0, FEW * HUGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS | MAP_HUGETLB, -1, 0);
+		NEED(huge_shared != MAP_FAILED && huge_private != MAP_FAILED && huge_common != MAP_FAILED);
+		say("needs %d", MOST_HUGE);
+	}
 	if (!depth) {
 		int id = shmget(IPC_PRIVATE, 16 * PAGE, IPC_CREAT | 0600);
 		NEED(id >= 0);

@@ -15,7 +15,8 @@
 //! The directory that comes of it has the pagemaps and pages of an increment, and an inventory that says what it
 //! is; nothing of it can be restored alone. CRIU's pre-dumps have the same files.
 //!
-//! Shared memory is left to the checkpoint, which stores it in full as every increment does.
+//! Shared memory is left to the checkpoint, which stores it in full as every increment does. So is memory of huge
+//! pages (hugetlbfs).
 //!
 //! With `--share`, a page that a process has from the one that forked it is read from that, which may write to it before.
 //! Then the process that has not written has it no more in this pre-dump: for the next increment it counts as
@@ -102,8 +103,9 @@ fn look(args: &Args, mut frozen: Frozen, tracking: &mut Tracking) -> anyhow::Res
         let pid = process.pid;
         tracking.watch(pid, || Ok(arm(&mut frozen, process)?));
         let look = |pages_id| -> anyhow::Result<Option<Plan>> {
-            let vmas = private_vmas(&early::smaps(pid)?).0;
+            let (vmas, left) = private_vmas(&early::smaps(pid)?);
             let Some(tracked) = tracking.of(pid) else { return Ok(None) };
+            left.iter().for_each(|vma| tracked.leave(vma));
             Ok(Some(Plan::new(pid, &vmas, pages_id, Some(tracked))?.while_running(tracked)?))
         };
         let pages_id = u32::try_from(plans.len() + 1)?;

@@ -137,7 +137,12 @@ pub fn warn(memory: &Memory, pid: Pid, why: &str) {
 /// A process of the tree died.
 pub fn take(frozen: &mut Frozen, memory: &Memory) -> anyhow::Result<HashMap<Pid, Result<Twin, String>>> {
     let mut twins = HashMap::new();
-    let mut made: HashMap<Pid, Result<Twin, NoTwin>> = frozen.twins().into_iter().collect();
+    let mut unfit = HashMap::new();
+    for p in &memory.private {
+        unfit.extend(snapshot::unfit(p.pid, &p.vmas).with_context(|| p.what())?.map(|why| (p.pid, why)));
+    }
+    let made = frozen.twins(|pid| unfit.get(&pid).map(|&why| why.to_owned()));
+    let mut made: HashMap<Pid, Result<Twin, NoTwin>> = made.into_iter().collect();
     for p in &memory.private {
         let Some(twin) = made.remove(&p.pid) else { continue };
         let twin = match twin {

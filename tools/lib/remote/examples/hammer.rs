@@ -60,7 +60,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             }
         }
         let mut held = Vec::new();
-        for (pid, twin) in frozen.twins() {
+        for (pid, twin) in frozen.twins(|_| None) {
             let twin = twin?;
             let mut bytes = [[0; 16]; 2];
             let at =

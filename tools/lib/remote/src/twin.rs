@@ -170,11 +170,12 @@ impl Drop for Captive {
 }
 
 impl Frozen {
-    /// Makes a twin of every process that is not a zombie, in the order of [`Self::processes`].
+    /// Makes a twin of every process that is not a zombie, in the order of [`Self::processes`], unless `unfit` says why it
+    /// can't have one.
     ///
     /// # Errors
     /// Per process; see [`NoTwin`]. Then the process is as it was.
-    pub fn twins(&mut self) -> Vec<(Pid, Result<Twin, NoTwin>)> {
+    pub fn twins(&mut self, unfit: impl Fn(Pid) -> Option<String>) -> Vec<(Pid, Result<Twin, NoTwin>)> {
         let mut adopters = HashSet::new();
         let mut twins = Vec::new();
         for process in self.processes.clone().into_iter().filter(|p| !p.zombie) {
@@ -182,7 +183,11 @@ impl Frozen {
             if adopted {
                 adopters.insert(process.pid);
             }
-            twins.push((process.pid, self.twin(process.pid, adopted, &mut adopters)));
+            let twin = match unfit(process.pid) {
+                Some(why) => Err(NoTwin::Unfit(why)),
+                None => self.twin(process.pid, adopted, &mut adopters),
+            };
+            twins.push((process.pid, twin));
         }
         twins
     }

@@ -4,6 +4,12 @@
 //!
 //! They cost time in the freeze and memory, as bytes do; programs use them for little (keys, random
 //! number generators) or for buffers of devices, which can't be checkpointed anyway.
+//!
+//! Private memory of huge pages (hugetlbfs) is what forbids a twin ([`unfit`]). A page that both have is copied when the original
+//! writes to it, and for that the pool may be empty. Then the kernel takes the page away from the twin, whose memory reads as
+//! zeros or not at all; or, if the original had no pages promised (MAP_NORESERVE, or itself a forked child), ends
+//! the original by SIGBUS (mm/hugetlb.c, seen on 6.18). To unmap it in the twin before the original runs is too
+//! late if we are killed between.
 
 use std::{fs::File, os::unix::fs::FileExt};
 
@@ -12,7 +18,22 @@ use ckpt_proto::types::VmaEntry;
 use ckpt_remote::Twin;
 use ckpt_sys::Pid;
 
-use super::dump::{CHUNK, Plan};
+use super::{
+    dump::{CHUNK, Plan},
+    is_huge,
+};
+
+/// Why there can be no copy-on-write copy of `pid`, a frozen process which has the mappings `vmas`.
+///
+/// # Errors
+/// Its page tables can't be read.
+pub fn unfit(pid: Pid, vmas: &[VmaEntry]) -> anyhow::Result<Option<&'static str>> {
+    let huge: Vec<VmaEntry> = vmas.iter().filter(|vma| is_huge(vma)).copied().collect();
+    let shares = !huge.is_empty() && Plan::new(pid, &huge, 0, None)?.bytes() > 0;
+    Ok(shares.then_some(
+        "it has private memory of huge pages (hugetlbfs), too few of which may be left for copies",
+    ))
+}
 
 /// Makes `twin` hold all pages of `original`, which has the mappings `vmas`.
 ///

@@ -11,7 +11,8 @@
 //! - It is watched by *our* userfaultfd: registering it again says so, or EBUSY.
 //! - It is present. In a private mapping of a file, a page that was dropped (MADV_DONTNEED) leaves a marker that
 //!   PAGEMAP_SCAN reports as swapped out and not written, while its contents are the file's again.
-//!   Anonymous memory leaves none, so swapped-out pages are told from dropped ones there.
+//!   Anonymous memory leaves none, so swapped-out pages are told from dropped ones there. That of hugetlbfs, which is
+//!   never swapped out, does: there the markers are taken away first.
 //! - The last protection belongs to the parent, and that is durable: `ckpt-tracking` sees to it.
 //!
 //! Everything else errs to the safe side. A mapping that grew has pages without protection, which count as
@@ -37,7 +38,7 @@ use ckpt_sys::{
 };
 use nix::errno::Errno;
 
-use super::{dump::PAGE, status};
+use super::{dump::PAGE, is_huge, status};
 
 /// How the writes of a process are tracked.
 #[derive(Debug, Clone, Copy)]
@@ -62,8 +63,7 @@ pub(crate) struct Found {
 /// processor's cache, and the walk takes ten times as long.
 pub(crate) fn private_pages(vma: &VmaEntry, report: Page) -> Scan {
     // Anonymous huge pages are those of a file that the kernel makes.
-    let has_file =
-        vma.status & status::FILE_PRIVATE != 0 || vma.flags & libc::MAP_HUGETLB.unsigned_abs() != 0;
+    let has_file = vma.status & status::FILE_PRIVATE != 0 || is_huge(vma);
     let file = if has_file { Page::FILE } else { Page::empty() };
     let none = file | Page::PFNZERO | memory::guard_category();
     Scan { inverted: none, all: none, any: Page::PRESENT | Page::SWAPPED, report }
@@ -97,6 +97,9 @@ impl Tracked<'_> {
             }
             Err(error) => return Err(error).with_context(what),
         }
+        if is_huge(vma) {
+            self.take_away_markers(pagemap, vma).with_context(what)?;
+        }
         let mut pages: Vec<PageRange> = Vec::new();
         let of_file = vma.status & status::FILE_PRIVATE != 0;
         let scan = private_pages(vma, Page::WRITTEN | Page::PRESENT);
@@ -115,5 +118,25 @@ impl Tracked<'_> {
             }
         }
         Ok(found)
+    }
+
+    /// Makes holes of what protection has left where there is no page. Else it would be taken for data, and to read it
+    /// would take a huge page from the pool. (A page that is just being migrated looks the same, and counts as written from
+    /// here on.)
+    fn take_away_markers(&self, pagemap: &File, vma: &VmaEntry) -> anyhow::Result<()> {
+        let swapped = Page::SWAPPED;
+        let scan = Scan { inverted: Page::empty(), all: swapped, any: Page::empty(), report: Page::empty() };
+        let mut markers = Vec::new();
+        let (start, end) = (RemoteAddr(vma.start), RemoteAddr(vma.end));
+        memory::pagemap_scan(pagemap.as_fd(), start, end, scan, &mut markers)?;
+        for marker in markers {
+            uffd::count_as_written(self.uffd, RemoteAddr(marker.start), RemoteAddr(marker.end));
+        }
+        Ok(())
+    }
+
+    /// Lets all pages of `vma` count as written, since what is being stored leaves them out.
+    pub fn leave(&self, vma: &VmaEntry) {
+        uffd::count_as_written(self.uffd, RemoteAddr(vma.start), RemoteAddr(vma.end));
     }
 }
