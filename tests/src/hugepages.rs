@@ -21,6 +21,8 @@ pub struct HugePages {
     /// Says how many there were, in case that its holder is killed.
     lock: Flock<File>,
     before: u64,
+    /// How many others have, and keep.
+    others: u64,
 }
 
 impl HugePages {
@@ -38,7 +40,7 @@ impl HugePages {
         let mut left = String::new();
         lock.read_to_string(&mut left).expect("read the lock");
         let taken = left.trim().parse().ok().or_else(now).and_then(|before| {
-            let mut pool = Self { lock, before };
+            let mut pool = Self { lock, before, others: before.max(in_use()) };
             pool.note(&before.to_string());
             pool.resize(count).then_some(pool)
         });
@@ -48,10 +50,10 @@ impl HugePages {
         taken
     }
 
-    /// Makes it `count` pages more than there were; false if that can't be.
+    /// Makes it `count` pages more than others have; false if that can't be.
     #[must_use]
     pub fn resize(&self, count: u64) -> bool {
-        let wanted = self.before + count;
+        let wanted = self.others + count;
         fs::write(POOL, wanted.to_string()).is_ok() && now() == Some(wanted)
     }
 

@@ -13,6 +13,9 @@ use crate::increments::{Tracker, dump_ok};
 /// Deleted files of whole huge pages are larger than is stored without being asked.
 const GHOSTS: &[&str] = &["--ghost-limit", "16777216"];
 
+/// What tells a workload that it may have huge pages: the pool is this test's.
+const HAVE: &[&str] = &["-", "huge"];
+
 /// A checkpoint NAME by `scan`, further `stages`, and ckpt-write with `write`.
 fn dump(target: &Target, name: &str, scan: &[&str], stages: &[&str], write: &[&str]) {
     let pid = target.pid.to_string();
@@ -76,7 +79,7 @@ fn survives_every_way(target: &Target, options: &[&str]) {
 #[test]
 fn shared_huge_pages_survive() {
     let Some(_pool) = HugePages::take("shared huge pages", 32) else { return };
-    let target = Target::start("huge_shared");
+    let target = Target::start_with("huge_shared", HAVE);
     survives_every_way(&target, &[]);
     if installed("crit") {
         let images = target.path("plain");
@@ -96,7 +99,7 @@ fn shared_huge_pages_survive() {
 #[test]
 fn private_huge_pages_survive() {
     let Some(_pool) = HugePages::take("private huge pages", 16) else { return };
-    let target = Target::start("memory_huge");
+    let target = Target::start_with("memory_huge", HAVE);
     survives_every_way(&target, &[]);
 }
 
@@ -155,7 +158,7 @@ signal.pause()";
 fn increments_of_huge_pages_restore() {
     let Some(_pool) = HugePages::take("increments of huge pages", 32) else { return };
     for name in ["memory_huge", "huge_shared"] {
-        let target = Target::start(name);
+        let target = Target::start_with(name, HAVE);
         let pids = process::tree(target.pid);
         let before = target.at_rest();
         let tracker = Tracker::start(&target);
@@ -188,7 +191,9 @@ fn too_few_huge_pages_are_told() {
     let Some(files) = HugeFiles::mount("too few huge pages") else { return };
     let dir = files.path();
     for (name, enough) in [("memory_huge", 5), ("huge_shared", 14), ("huge_files", 16)] {
-        let target = Target::start_with(name, &["-", &dir.to_string_lossy()]);
+        let files = dir.to_string_lossy();
+        let args = ["-", if name == "huge_files" { &files } else { "huge" }];
+        let target = Target::start_with(name, &args);
         let pids = process::tree(target.pid);
         dump(&target, "img", GHOSTS, &["ckpt-sk"], &[]);
         target.end();
@@ -224,7 +229,7 @@ fn too_few_huge_pages_are_told() {
 #[test]
 fn a_snapshot_takes_no_huge_pages() {
     let Some(_pool) = HugePages::take("snapshots and huge pages", 12) else { return };
-    let target = Target::start("huge_tight");
+    let target = Target::start_with("huge_tight", HAVE);
     let pids = process::tree(target.pid);
     for name in ["1", "2", "3"] {
         let outcome = target.dumping(name, &["--snapshot"], &[]).run().ok("dump --snapshot");

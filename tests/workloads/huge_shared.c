@@ -1,5 +1,5 @@
 /* Shared memory of huge pages: memfds, mapped and not, shared by two processes, mapped as private memory, sealed; anonymous;
- * of System V. Where there are no such pages, ordinary ones stand for them. */
+ * of System V. Unless it is told to have such pages, ordinary ones stand for them. */
 #include "workload.h"
 #include "huge.h"
 
@@ -29,7 +29,7 @@ static long blocks(int fd)
 int main(int argc, char **argv)
 {
 	begin(argc, argv);
-	find_huge_pages(20);
+	may_have_huge_pages(argc, argv);
 	int open_fd = memfd("open", 4 * HUGE), alone = memfd("nowhere mapped", 64 * HUGE), sealed = memfd("sealed", 2 * HUGE), empty = memfd("", 0);
 	char *a = map_fd(open_fd, 4 * HUGE, MAP_SHARED), *p = map_fd(open_fd, 4 * HUGE, MAP_PRIVATE | MAP_NORESERVE);
 	fill(a + HUGE, HUGE, 1);

@@ -25,7 +25,7 @@ static void take(int populate)
 int main(int argc, char **argv)
 {
 	begin(argc, argv);
-	find_huge_pages(4);
+	may_have_huge_pages(argc, argv);
 	take(0), take(0);
 	int up[2];
 	NEED(!pipe(up));

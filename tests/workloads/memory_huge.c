@@ -1,11 +1,11 @@
-/* Private memory of huge pages stays what it is; where there are none, ordinary memory stands for it. */
+/* Private memory of huge pages stays what it is; unless it is told to have some, ordinary memory stands for it. */
 #include "workload.h"
 #include "huge.h"
 
 int main(int argc, char **argv)
 {
 	begin(argc, argv);
-	find_huge_pages(6);
+	may_have_huge_pages(argc, argv);
 	int flags = huge ? MAP_HUGETLB : 0;
 	char *at = map(4 * HUGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | flags);
 	char *unpromised = map(2 * HUGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE | flags);
