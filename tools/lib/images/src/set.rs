@@ -14,7 +14,7 @@ use std::{
 use ckpt_proto::{
     Image, MAX_MESSAGE, Message, Payload, file,
     stream::{Frame, Reader},
-    types::{Hello, InventoryEntry, ManifestEntry},
+    types::{Hello, ManifestEntry},
 };
 use ckpt_sys::transfer::transfer;
 use nix::{
@@ -549,12 +549,6 @@ impl ImageSet {
     /// for a stream without BULK, whose pages are all here.
     pub fn take_bulk(&mut self) -> Option<Reader<File>> {
         self.bulk.take()
-    }
-
-    /// Whether CRIU made these images, rather than this project's tools.
-    #[must_use]
-    pub fn is_criu(&self) -> bool {
-        self.one::<InventoryEntry>(Image::Inventory, 0).is_ok_and(|inventory| inventory.ckpt_format.is_none())
     }
 
     /// Whether the directory has a `parent`: the earlier images of an incremental chain.

@@ -6,7 +6,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use nix::errno::Errno;
 
 pub use crate::lent::LentOption;
-use crate::{SocketId, SysError};
+use crate::{SocketId, SysError, unixsock};
 
 fn on(fd: BorrowedFd<'_>) -> String {
     format!("our fd {}", fd.as_raw_fd())
@@ -63,6 +63,10 @@ pub fn option_bytes(fd: BorrowedFd<'_>, level: i32, name: i32, longest: usize) -
     }
     value.truncate(usize::try_from(len).unwrap_or(0));
     Ok(value)
+}
+
+fn short(fd: BorrowedFd<'_>, option: &str) -> SysError {
+    SysError::new("getsockopt", format!("{} {option}: not as long as it has to be", on(fd)), Errno::EBADMSG)
 }
 
 /// A socket option whose buffer asks a question (`MCAST_MSFILTER`) and takes the answer. Returns its length.
@@ -154,12 +158,8 @@ pub fn attach_filter(fd: BorrowedFd<'_>, program: &[u8]) -> Result<(), SysError>
 /// ENOTSOCK.
 pub fn net_namespace(fd: BorrowedFd<'_>) -> Result<u64, SysError> {
     const SO_NETNS_COOKIE: i32 = 71;
-    let mut value = 0u64;
-    let mut len: libc::socklen_t = 8;
-    let (level, name) = (libc::SOL_SOCKET, SO_NETNS_COOKIE);
-    // SAFETY: the kernel writes at most `len` bytes, the size of `value`.
-    let ret = unsafe { libc::getsockopt(fd.as_raw_fd(), level, name, (&raw mut value).cast(), &raw mut len) };
-    if ret < 0 { Err(SysError::last("getsockopt(SO_NETNS_COOKIE)", on(fd))) } else { Ok(value) }
+    let value = option_bytes(fd, libc::SOL_SOCKET, SO_NETNS_COOKIE, 8)?;
+    value.first_chunk().map(|b| u64::from_ne_bytes(*b)).ok_or_else(|| short(fd, "SO_NETNS_COOKIE"))
 }
 
 /// The network namespace of a socket, as a descriptor of `/proc/PID/ns/net` (`SIOCGSKNS`, include/uapi/linux/sockios.h).
@@ -175,36 +175,6 @@ pub fn network(fd: BorrowedFd<'_>) -> Result<OwnedFd, SysError> {
     }
     // SAFETY: the kernel has just made this descriptor for us and nobody else knows its number.
     Ok(unsafe { OwnedFd::from_raw_fd(ret) })
-}
-
-/// `SO_RCVTIMEO` or `SO_SNDTIMEO`: seconds and microseconds.
-///
-/// # Errors
-/// ENOTSOCK.
-pub fn timeout(fd: BorrowedFd<'_>, name: i32) -> Result<(u64, u64), SysError> {
-    let mut value = libc::timeval { tv_sec: 0, tv_usec: 0 };
-    let mut len = libc::socklen_t::try_from(size_of_val(&value)).unwrap_or(0);
-    // SAFETY: the kernel writes at most `len` bytes, the size of `value`.
-    let ret = unsafe {
-        libc::getsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, name, (&raw mut value).cast(), &raw mut len)
-    };
-    if ret < 0 {
-        return Err(SysError::last("getsockopt", format!("{} option {name}", on(fd))));
-    }
-    Ok((value.tv_sec.cast_unsigned(), value.tv_usec.cast_unsigned()))
-}
-
-/// Sets `SO_RCVTIMEO` or `SO_SNDTIMEO`.
-///
-/// # Errors
-/// EDOM for microseconds out of range.
-pub fn set_timeout(fd: BorrowedFd<'_>, name: i32, (sec, usec): (u64, u64)) -> Result<(), SysError> {
-    let value = libc::timeval { tv_sec: sec.cast_signed(), tv_usec: usec.cast_signed() };
-    let len = libc::socklen_t::try_from(size_of_val(&value)).unwrap_or(0);
-    // SAFETY: the kernel reads `len` bytes, the size of `value`.
-    let ret =
-        unsafe { libc::setsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, name, (&raw const value).cast(), len) };
-    if ret < 0 { Err(SysError::last("setsockopt", format!("{} option {name}", on(fd)))) } else { Ok(()) }
 }
 
 /// Receives one message and the descriptors that came with it, at most four; 0 bytes at the end.
@@ -252,36 +222,12 @@ pub fn filter_length(fd: BorrowedFd<'_>) -> Result<u32, SysError> {
     if ret < 0 { Err(SysError::last("getsockopt(SO_GET_FILTER)", on(fd))) } else { Ok(len) }
 }
 
-/// `SO_LINGER`: seconds, `None` if off.
-///
-/// # Errors
-/// Those of getsockopt(2).
-pub fn linger(fd: BorrowedFd<'_>) -> Result<Option<u32>, SysError> {
-    let mut value = libc::linger { l_onoff: 0, l_linger: 0 };
-    let mut len = libc::socklen_t::try_from(size_of_val(&value)).unwrap_or(0);
-    let name = libc::SO_LINGER;
-    // SAFETY: the kernel writes at most `len` bytes, the size of `value`.
-    let ret = unsafe {
-        libc::getsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, name, (&raw mut value).cast(), &raw mut len)
-    };
-    if ret < 0 {
-        return Err(SysError::last("getsockopt(SO_LINGER)", on(fd)));
-    }
-    Ok((value.l_onoff != 0).then_some(value.l_linger.unsigned_abs()))
-}
-
 /// Sets `SO_LINGER`.
 ///
 /// # Errors
 /// Those of setsockopt(2).
 pub fn set_linger(fd: BorrowedFd<'_>, seconds: u32) -> Result<(), SysError> {
-    let value = libc::linger { l_onoff: 1, l_linger: seconds.cast_signed() };
-    let len = libc::socklen_t::try_from(size_of_val(&value)).unwrap_or(0);
-    let name = libc::SO_LINGER;
-    // SAFETY: the kernel reads `len` bytes, the size of `value`.
-    let ret =
-        unsafe { libc::setsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, name, (&raw const value).cast(), len) };
-    if ret < 0 { Err(SysError::last("setsockopt(SO_LINGER)", on(fd))) } else { Ok(()) }
+    set_option_bytes(fd, libc::SOL_SOCKET, libc::SO_LINGER, &[1, seconds].map(u32::to_ne_bytes).concat())
 }
 
 /// An address of a unix socket as bytes of `sun_path`: empty for unnamed ones, a leading NUL for
@@ -331,16 +277,6 @@ pub fn trim_path(name: &[u8]) -> &[u8] {
     }
 }
 
-/// `struct sockaddr_un` of a name; `None` if it is too long for one.
-fn sockaddr(name: &[u8]) -> Option<([u8; 110], libc::socklen_t)> {
-    let mut storage = [0u8; 110];
-    let family = u16::try_from(libc::AF_UNIX).ok()?;
-    storage[..2].copy_from_slice(&family.to_ne_bytes());
-    storage.get_mut(2..2 + name.len())?.copy_from_slice(name);
-    let nul = usize::from(name.first().is_some_and(|&b| b != 0) && name.len() < 108);
-    Some((storage, libc::socklen_t::try_from(2 + name.len() + nul).ok()?))
-}
-
 fn shown(name: &[u8]) -> String {
     match name.split_first() {
         Some((0, rest)) => format!("@{}", rest.escape_ascii()),
@@ -353,10 +289,11 @@ fn shown(name: &[u8]) -> String {
 /// # Errors
 /// EADDRINUSE, ENOENT, ENAMETOOLONG.
 pub fn bind_unix(fd: BorrowedFd<'_>, name: &[u8]) -> Result<(), SysError> {
-    let (storage, len) =
-        sockaddr(name).ok_or_else(|| SysError::new("bind", shown(name), Errno::ENAMETOOLONG))?;
-    // SAFETY: the kernel reads `len` bytes, at most the size of `storage`.
-    let ret = unsafe { libc::bind(fd.as_raw_fd(), storage.as_ptr().cast(), len) };
+    let too_long = || SysError::new("bind", shown(name), Errno::ENAMETOOLONG);
+    let address = unixsock::address(name).ok_or_else(too_long)?;
+    let len = libc::socklen_t::try_from(address.len()).unwrap_or(0);
+    // SAFETY: the kernel reads `len` bytes, the size of `address`.
+    let ret = unsafe { libc::bind(fd.as_raw_fd(), address.as_ptr().cast(), len) };
     if ret < 0 { Err(SysError::last("bind", shown(name))) } else { Ok(()) }
 }
 
@@ -365,10 +302,11 @@ pub fn bind_unix(fd: BorrowedFd<'_>, name: &[u8]) -> Result<(), SysError> {
 /// # Errors
 /// ENOENT, ECONNREFUSED, EPROTOTYPE, EAGAIN (backlog full, on a non-blocking socket).
 pub fn connect_unix(fd: BorrowedFd<'_>, name: &[u8]) -> Result<(), SysError> {
-    let (storage, len) =
-        sockaddr(name).ok_or_else(|| SysError::new("connect", shown(name), Errno::ENAMETOOLONG))?;
-    // SAFETY: the kernel reads `len` bytes, at most the size of `storage`.
-    let ret = unsafe { libc::connect(fd.as_raw_fd(), storage.as_ptr().cast(), len) };
+    let too_long = || SysError::new("connect", shown(name), Errno::ENAMETOOLONG);
+    let address = unixsock::address(name).ok_or_else(too_long)?;
+    let len = libc::socklen_t::try_from(address.len()).unwrap_or(0);
+    // SAFETY: the kernel reads `len` bytes, the size of `address`.
+    let ret = unsafe { libc::connect(fd.as_raw_fd(), address.as_ptr().cast(), len) };
     if ret < 0 { Err(SysError::last("connect", shown(name))) } else { Ok(()) }
 }
 

@@ -4,7 +4,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
 
-use crate::{SysError, standin::Ids};
+use crate::{SysError, sock, standin::Ids};
 
 /// Who a process was.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,50 +37,19 @@ pub fn address(name: &[u8]) -> Option<Vec<u8>> {
 /// Those of getsockopt(2).
 pub fn peer_credentials(fd: BorrowedFd<'_>) -> Result<Option<Credentials>, SysError> {
     const SO_PEERGROUPS: i32 = 59;
-    let mut cred = libc::ucred { pid: 0, uid: 0, gid: 0 };
-    let mut len = 12;
-    // SAFETY: the kernel writes at most `len` bytes, the size of `cred`.
-    let ret = unsafe {
-        libc::getsockopt(
-            fd.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_PEERCRED,
-            (&raw mut cred).cast(),
-            &raw mut len,
-        )
+    const NGROUPS_MAX: usize = 1 << 16;
+    let numbers = |name, longest| {
+        let value = sock::option_bytes(fd, libc::SOL_SOCKET, name, longest)?;
+        Ok::<Vec<u32>, SysError>(value.as_chunks::<4>().0.iter().map(|b| u32::from_ne_bytes(*b)).collect())
     };
-    if ret < 0 {
-        return Err(SysError::last("getsockopt(SO_PEERCRED)", on(fd)));
+    match numbers(libc::SO_PEERCRED, size_of::<libc::ucred>())?[..] {
+        [_, u32::MAX, _] => Ok(None),
+        [pid, uid, gid] => {
+            let groups = numbers(SO_PEERGROUPS, 4 * NGROUPS_MAX).unwrap_or_default();
+            Ok(Some(Credentials { pid, ids: Ids { uid, gid, groups } }))
+        }
+        _ => Err(SysError::new("getsockopt(SO_PEERCRED)", on(fd), Errno::EBADMSG)),
     }
-    if cred.uid == u32::MAX {
-        return Ok(None);
-    }
-    let mut groups = vec![0u32; 1 << 16];
-    let mut len = libc::socklen_t::try_from(size_of_val(&groups[..])).unwrap_or(0);
-    // SAFETY: the kernel writes at most `len` bytes, the size of `groups`.
-    let ret = unsafe {
-        libc::getsockopt(
-            fd.as_raw_fd(),
-            libc::SOL_SOCKET,
-            SO_PEERGROUPS,
-            groups.as_mut_ptr().cast(),
-            &raw mut len,
-        )
-    };
-    groups.truncate(if ret < 0 { 0 } else { len as usize / 4 });
-    Ok(Some(Credentials { pid: cred.pid.unsigned_abs(), ids: Ids { uid: cred.uid, gid: cred.gid, groups } }))
-}
-
-/// Takes a datagram socket's peer away (connect(2) to AF_UNSPEC).
-///
-/// # Errors
-/// Those of connect(2).
-pub fn disconnect(fd: BorrowedFd<'_>) -> Result<(), SysError> {
-    let family = libc::sa_family_t::try_from(libc::AF_UNSPEC).unwrap_or(0);
-    let address = libc::sockaddr { sa_family: family, sa_data: [0; 14] };
-    // SAFETY: the kernel reads as many bytes as `address` has.
-    let ret = unsafe { libc::connect(fd.as_raw_fd(), &raw const address, 16) };
-    if ret < 0 { Err(SysError::last("connect(AF_UNSPEC)", on(fd))) } else { Ok(()) }
 }
 
 /// The file that a socket is bound to, or that the listener was which it was accepted from (O_PATH).
@@ -150,7 +119,7 @@ pub fn peek(fd: BorrowedFd<'_>, buffer: &mut [u8]) -> Result<Option<Received>, S
     };
     let named = usize::try_from(msg.msg_namelen).unwrap_or(0).min(name.len());
     if let Some(sender) = name.get(2..named).filter(|n| !n.is_empty()) {
-        received.sender = Some(crate::sock::trim_path(sender).to_vec());
+        received.sender = Some(sock::trim_path(sender).to_vec());
     }
     let words = control.map(u64::to_ne_bytes);
     let bytes = words.as_flattened();
@@ -266,7 +235,7 @@ mod tests {
     fn messages_carry_descriptors_and_credentials() {
         let (a, b) =
             socketpair(AddressFamily::Unix, SockType::Datagram, None, SockFlag::SOCK_CLOEXEC).unwrap();
-        crate::sock::set_option(b.as_fd(), libc::SOL_SOCKET, libc::SO_PASSCRED, 1).unwrap();
+        sock::set_option(b.as_fd(), libc::SOL_SOCKET, libc::SO_PASSCRED, 1).unwrap();
         let own = (std::process::id(), nix::unistd::getuid().as_raw(), nix::unistd::getgid().as_raw());
         send_message(a.as_fd(), b"text", None, &[a.as_fd(), b.as_fd()], Some(own)).unwrap();
         let mut buffer = [0; 16];

@@ -482,12 +482,6 @@ impl Plan {
         self.runs.iter().filter(|run| run.is_stored())
     }
 
-    /// How many bytes are in the parent.
-    #[must_use]
-    pub fn bytes_in_parent(&self) -> u64 {
-        self.runs.iter().filter(|run| run.in_parent).map(Run::bytes).sum()
-    }
-
     /// How many bytes that is.
     #[must_use]
     pub fn bytes(&self) -> u64 {

@@ -200,7 +200,7 @@ impl Sockets {
         let lent = filling.kept(usk)?;
         let fd = lent.as_fd();
         let Some(to) = to else {
-            return Ok(unixsock::disconnect(fd)?);
+            return Ok(sock::disconnect(fd)?);
         };
         let name = self.address_of(to)?;
         if name.is_empty() {
