@@ -1,10 +1,17 @@
 //! Memory that forked processes share copy-on-write: stored once with --share, and shared again by every restore.
 
-use std::{fs, path::Path};
+use std::{
+    fs,
+    path::Path,
+    process::{Command, Stdio},
+    time::Duration,
+};
 
+use ckpt_images::ImageSet;
 use ckpt_tests::{
     Pipeline, Random, Target,
     process::{self, pss},
+    tool,
 };
 use nix::sys::signal::Signal;
 
@@ -168,6 +175,64 @@ fn what_is_stored_once_in_a_chain_is_never_anothers() {
     go_on(&target);
     target.signal(Signal::SIGUSR1);
     target.wait_log(&format!("round {}", rounds + 1));
+    target.end();
+}
+
+/// Killed at any instant, `ckpt-merge --dedup` leaves the last checkpoint what it was; the others too, or they say that they
+/// are not whole.
+#[test]
+fn killed_freeing_leaves_whole_checkpoints() {
+    let rounds: usize = std::env::var("CKPT_KILL_ROUNDS").ok().and_then(|n| n.parse().ok()).unwrap_or(12);
+    let mut random = Random::new("killed_freeing");
+    let target = Target::start_with("memory_family", &["2"]);
+    let tracker = Tracker::start(&target);
+    for (number, name) in ["1", "2", "3", "4"].into_iter().enumerate() {
+        target.signal(Signal::SIGUSR1);
+        target.wait_log(&format!("round {}", number + 1));
+        if name == "4" {
+            process::tree(target.pid).into_iter().for_each(stop);
+        }
+        let parent = number.checked_sub(1).map(|_| number.to_string());
+        let how = How { share: true, ..How::default() };
+        let _ = dump_so(&target, &tracker.address, name, parent.as_deref(), how).ok("dump");
+    }
+    let (mut done, mut room) = (0, u64::MAX);
+    for round in 0..rounds {
+        let place = target.path(&format!("round{round}"));
+        fs::create_dir(&place).expect("make a directory");
+        for name in ["1", "2", "3", "4"] {
+            let copy = Command::new("cp").arg("-a").arg(target.path(name)).arg(&place).status();
+            assert!(copy.is_ok_and(|status| status.success()));
+        }
+        let mut child = Command::new(tool("ckpt-merge"))
+            .arg("--dedup")
+            .arg(place.join("4"))
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("start ckpt-merge");
+        std::thread::sleep(Duration::from_micros(random.below(350_000)));
+        done += usize::from(child.try_wait().expect("wait").is_some());
+        let _ = child.kill();
+        let _ = child.wait();
+        same_as_live(&place.join("4"));
+        for name in ["1", "2", "3"] {
+            match ImageSet::from_chain(&place.join(name)) {
+                Ok(set) => set.verify_pages().expect("whole"),
+                Err(error) => {
+                    let text = error.to_string();
+                    assert!(text.contains("freed") || text.contains("should be there"), "{name}: {text}");
+                }
+            }
+        }
+        // What was cut short is done by the next.
+        run(&target, &format!("ckpt-merge --dedup =round{round}/4"));
+        same_as_live(&place.join("4"));
+        room = room.min(["1", "2", "3", "4"].map(|name| size(&place.join(name))).iter().sum());
+        fs::remove_dir_all(&place).expect("remove");
+    }
+    let all: u64 = ["1", "2", "3", "4"].map(|name| size(&target.path(name))).iter().sum();
+    println!("{done} of {rounds} were done before they were killed; {room} bytes are left of {all}");
+    assert!(room < all, "nothing was given back");
     target.end();
 }
 

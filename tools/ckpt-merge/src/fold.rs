@@ -17,11 +17,14 @@ use std::{
 
 use anyhow::{Context, ensure};
 use ckpt_images::{
-    DirWriter, ImageError, ImageSet, PageRun, PagesFile, Place, chain,
+    DirWriter, ImageError, ImageSet, PageRun, PagesFile, Place,
+    chain::{self, PARENT},
     pack::{self, Codec, PackedFile},
 };
 use ckpt_proto::{Image, Message, Payload, types::InventoryEntry};
 use ckpt_sys::Refused;
+
+use crate::repeats::Repeats;
 
 /// Blocks that a thread compresses before they are written.
 const BLOCKS: usize = 4;
@@ -33,6 +36,8 @@ pub struct Base {
     /// How many links lead to it.
     level: usize,
     id: Option<Vec<u8>>,
+    /// Pages that it has too, although they are stored in the younger ones.
+    repeats: Repeats,
 }
 
 impl Base {
@@ -50,7 +55,33 @@ impl Base {
         };
         let id = ImageSet::id_of_dir(&wanted).with_context(|| base.display().to_string())?;
         ensure!(id.is_some() || set.parent_id().is_none(), "{}: it has no id", base.display());
-        Ok(Self { dir: wanted, level, id })
+        Ok(Self { dir: wanted, level, id, repeats: Repeats::new() })
+    }
+
+    /// The parent of the checkpoint in `dir`, which has stored `repeats` again.
+    ///
+    /// # Errors
+    /// It is not there.
+    pub fn parent(dir: &Path, repeats: Repeats) -> anyhow::Result<Self> {
+        let parent = dir.join(PARENT);
+        let wanted = parent.canonicalize().with_context(|| parent.display().to_string())?;
+        let id = ImageSet::id_of_dir(&wanted).with_context(|| parent.display().to_string())?;
+        Ok(Self { dir: wanted, level: 1, id, repeats })
+    }
+
+    /// Whether it has the first pages of `run`, and how many these are: to which address.
+    fn has(&self, image: Image, arg: u64, run: &PageRun) -> (bool, u64) {
+        let end = run.addr + run.len;
+        if run.is_of(self.level) {
+            return (true, end);
+        }
+        let repeats = self.repeats.get(&(image, arg)).map_or(&[][..], Vec::as_slice);
+        let next = repeats.partition_point(|range| range.end <= run.addr);
+        match repeats.get(next) {
+            Some(range) if range.start <= run.addr => (true, range.end.min(end)),
+            Some(range) => (false, range.start.min(end)),
+            None => (false, end),
+        }
     }
 }
 
@@ -83,7 +114,7 @@ pub fn fold(
     if let Some(base) = base {
         out.link_parent(&base.dir)?;
     }
-    let mut source = Pages { set, packed: None };
+    let mut source = Pages::of(set);
     for (id, runs) in pages {
         ensure!(!out.has(Image::Pages, id), "{}: two pagemaps name it", Image::Pages.file_name(id));
         match compress {
@@ -115,17 +146,21 @@ fn pagemap(
     out.entry(image, arg, head)?;
     let id = set.pagemap(image, arg)?.0;
     let (mut entries, mut here) = (Vec::new(), Vec::new());
-    for (run, shared) in set.runs_with_parent(image, arg)? {
-        let further_back = base.is_some_and(|base| run.is_of(base.level));
-        let entry = match (further_back, shared) {
-            (true, _) => run.parent_entry(),
-            (false, true) => run.parent_process_entry(),
-            (false, false) => {
-                here.push(run);
-                run.pagemap_entry()
-            }
-        };
-        chain::add_entry(&mut entries, entry);
+    for (mut rest, shared) in set.runs_with_parent(image, arg)? {
+        while rest.len > 0 {
+            let (further_back, end) = base.map_or((false, u64::MAX), |base| base.has(image, arg, &rest));
+            let run = rest.until(end);
+            let entry = match (further_back, shared) {
+                (true, _) => run.parent_entry(),
+                (false, true) => run.parent_process_entry(),
+                (false, false) => {
+                    here.push(run);
+                    run.pagemap_entry()
+                }
+            };
+            chain::add_entry(&mut entries, entry);
+            rest = rest.from(run.addr + run.len);
+        }
     }
     for entry in entries {
         out.entry(image, arg, &entry.encode_to_vec())?;
@@ -134,13 +169,17 @@ fn pagemap(
 }
 
 /// Reads pages of a set, from wherever they are.
-struct Pages<'a> {
+pub(crate) struct Pages<'a> {
     set: &'a ImageSet,
     /// The compressed file that was read last.
     packed: Option<(PagesFile, PackedFile)>,
 }
 
-impl Pages<'_> {
+impl<'a> Pages<'a> {
+    pub(crate) fn of(set: &'a ImageSet) -> Self {
+        Self { set, packed: None }
+    }
+
     /// Writes a run as it is.
     fn copy(&mut self, out: &mut DirWriter, id: u64, run: &PageRun) -> anyhow::Result<()> {
         if let Some(whole) = self.set.pages_in(run.file) {
@@ -159,7 +198,7 @@ impl Pages<'_> {
     }
 
     /// Fills `buffer` with what is `skip` bytes behind the beginning of `run`.
-    fn read(&mut self, run: &PageRun, skip: u64, buffer: &mut [u8]) -> anyhow::Result<()> {
+    pub(crate) fn read(&mut self, run: &PageRun, skip: u64, buffer: &mut [u8]) -> anyhow::Result<()> {
         let name = || Image::Pages.file_name(run.file.id);
         if let Some(whole) = self.set.pages_in(run.file) {
             let file = File::from(whole.file.try_clone_to_owned().with_context(name)?);

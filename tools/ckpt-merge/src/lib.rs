@@ -2,6 +2,7 @@
 //!
 //! - [`fold`]: the same checkpoint with the pages that it had in others
 //! - [`dedup`]: room that older checkpoints take for pages which nobody needs any more
+//! - [`repeats`]: pages of increments that are as in the checkpoint before
 //! - [`equal`]: pages that are equal share their room
 //! - [`family`]: which directories belong to a chain, and which others lead into it
 //!
@@ -12,6 +13,7 @@ pub mod dedup;
 pub mod equal;
 pub mod family;
 pub mod fold;
+pub mod repeats;
 
 use std::{fs::File, os::fd::AsFd, path::PathBuf};
 
@@ -87,6 +89,8 @@ pub fn command() -> clap::Command {
 pub fn run(args: &Args, output: File) -> anyhow::Result<()> {
     args.stats.begin();
     if args.dedup {
+        stats::phase("compare");
+        give_back(args)?;
         stats::phase("free");
         dedup::run(args)?;
         stats::phase("share");
@@ -145,6 +149,17 @@ pub fn run(args: &Args, output: File) -> anyhow::Result<()> {
             Err(error)
         }
     }
+}
+
+/// Has increments of the chain, the first ones first, give back what they repeat.
+fn give_back(args: &Args) -> anyhow::Result<()> {
+    let mut bytes = 0;
+    for dir in ckpt_images::chain::ancestry(&args.dir)?.iter().rev() {
+        bytes += repeats::give_back(dir, !args.no_verify).with_context(|| dir.display().to_string())?;
+    }
+    stats::count("bytes", "repeated", bytes);
+    ckpt_cli::note!(1, "{bytes} bytes of pages were stored again as they were");
+    Ok(())
 }
 
 /// Lets equal pages share their room, in the chain and in all checkpoints beside it.

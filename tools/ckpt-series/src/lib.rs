@@ -83,7 +83,7 @@ pub struct Args {
     /// Store pages that forked processes share once (not for CRIU)
     #[arg(long)]
     pub share: bool,
-    /// The far end is outside the tree: ID[:PATH] of a socket, pipe:[ID] or shm:[ID]
+    /// The far end is outside the tree: ID[:PATH] of a socket, path=, peer-pid=, all, pipe:[ID] or shm:[ID]
     #[arg(long, value_name = "RESOURCE")]
     pub external: Vec<OsString>,
     /// What external connections have received but not read: drop or keep
@@ -337,8 +337,9 @@ fn stages(
 ) -> anyhow::Result<(ckpt_scan::Args, ckpt_sk::Args, ckpt_write::Args)> {
     let is_socket = |resource: &OsString| {
         let bytes = resource.as_encoded_bytes();
-        let name = [&b"unix["[..], b"socket:["].iter().any(|prefix| bytes.starts_with(prefix));
-        name || bytes.first().is_some_and(u8::is_ascii_digit)
+        let prefixes = [&b"unix["[..], b"socket:[", b"path=", b"peer-pid="];
+        let name = prefixes.iter().any(|prefix| bytes.starts_with(prefix));
+        name || bytes == b"all" || bytes.first().is_some_and(u8::is_ascii_digit)
     };
     let mut scan: Vec<OsString> = vec!["ckpt-scan".into(), "-t".into(), args.tree.to_string().into()];
     scan.extend(["--track".into(), tracker.into()]);

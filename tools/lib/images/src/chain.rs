@@ -98,12 +98,14 @@ impl PageRun {
     }
 
     /// Those of its pages that are before `end`.
-    fn until(&self, end: u64) -> Self {
+    #[must_use]
+    pub fn until(&self, end: u64) -> Self {
         Self { len: self.len.min(end - self.addr), ..*self }
     }
 
     /// Its pages from `addr` on.
-    fn from(&self, addr: u64) -> Self {
+    #[must_use]
+    pub fn from(&self, addr: u64) -> Self {
         let skip = addr - self.addr;
         Self { addr, len: self.len - skip, offset: self.offset + skip, ..*self }
     }
@@ -712,7 +714,7 @@ fn take(search: &Search, map: &Pagemap, runs: &mut Vec<PageRun>) -> Result<Elsew
 }
 
 /// Adds a range, to the one before if it goes on where that ends; gives its end.
-fn add(ranges: &mut Vec<Range<u64>>, range: Range<u64>) -> u64 {
+pub fn add(ranges: &mut Vec<Range<u64>>, range: Range<u64>) -> u64 {
     let end = range.end;
     match ranges.last_mut() {
         Some(last) if last.end == range.start => last.end = end,
