@@ -21,7 +21,9 @@ use ckpt_sys::{
 use ckpt_tests::{
     Outcome, Pipeline, Random, Target,
     hugepages::{self, HugePages},
-    installed, process, skip, soon, tool,
+    installed,
+    net::{self, Client},
+    process, skip, soon, tool,
 };
 use nix::sys::signal::Signal;
 
@@ -492,13 +494,13 @@ fn what_can_not_be_an_increment_is_full_and_says_so() {
 }
 
 /// `ckpt-series` at work: lines in, numbers out.
-struct Series {
+pub struct Series {
     child: Child,
     numbers: std::io::BufReader<std::process::ChildStdout>,
 }
 
 impl Series {
-    fn start(target: &Target, args: &[&str]) -> Self {
+    pub fn start(target: &Target, args: &[&str]) -> Self {
         let errors =
             File::options().create(true).append(true).open(target.path("series.err")).expect("make a file");
         let mut child = Command::new(tool("ckpt-series"))
@@ -524,7 +526,7 @@ impl Series {
     }
 
     /// Makes so many checkpoints of the counting workload, and ends; each with the count before it.
-    fn make_all(mut self, target: &Target, checkpoints: usize) -> Vec<(String, u64)> {
+    pub fn make_all(mut self, target: &Target, checkpoints: usize) -> Vec<(String, u64)> {
         let made = (0..checkpoints).map(|_| {
             let count = count_of(target);
             (self.make().expect("a checkpoint"), count)
@@ -565,7 +567,7 @@ fn goes_on_from(target: &Target, name: &str, made: &[(String, u64)]) {
 }
 
 /// What the counting workload says of itself.
-fn count_of(target: &Target) -> u64 {
+pub fn count_of(target: &Target) -> u64 {
     let before = target.log().lines().filter(|l| l.starts_with("count ")).count();
     target.signal(Signal::SIGUSR1);
     let mut last = 0;
@@ -619,7 +621,7 @@ fn old_checkpoints_are_folded_and_go() {
 }
 
 /// Every numbered directory of a series is a whole checkpoint, whichever others it needs.
-fn all_whole(series: &Path) {
+pub fn all_whole(series: &Path) {
     for entry in fs::read_dir(series).expect("list the series") {
         let path = entry.expect("an entry").path();
         let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default().to_owned();
@@ -810,4 +812,30 @@ fn a_conversation_goes_on_from_any_of_its_messages() {
         assert_eq!(talk.ask("and on"), format!("answer {} to and on", n + 4));
         target.end();
     }
+}
+
+/// Options for sockets are those of ckpt-sk: connections that only ckpt-sk has an option for, and all at once.
+#[test]
+fn a_series_takes_the_options_for_sockets() {
+    net::alone("a_series_takes_the_options_for_sockets", || {
+        let target = Target::start_with("tcp_answering", &["-", "7000"]);
+        let mut client = Client::connect("127.0.0.1:7000");
+        assert_eq!(client.ask("one"), 1);
+        let mut refused = Series::start(&target, &[]);
+        assert_eq!(refused.make(), None);
+        assert_eq!(refused.end(), Some(3));
+        for (option, number) in [("--tcp-established", "000001"), ("--tcp-close", "000002")] {
+            let mut series = Series::start(&target, &[option, "--skip-in-flight"]);
+            assert_eq!(series.make().as_deref(), Some(number));
+            assert_eq!(series.end(), Some(0));
+        }
+        assert_eq!(client.ask("two"), 2);
+        target.passes("the target");
+    });
+    let (target, mut talk, _) = conversation();
+    let mut series = Series::start(&target, &["--external", "all"]);
+    assert_eq!(series.make().as_deref(), Some("000001"));
+    assert_eq!(series.end(), Some(0));
+    assert_eq!(talk.ask("and"), "answer 4 to and");
+    target.passes("the target");
 }

@@ -136,6 +136,23 @@ fn new_pidns_restores_beside_the_original() {
     assert_eq!(target.verdict_by(outside), "PASS", "the copy");
 }
 
+/// Pages are found damaged when the namespace is there already: its pid 1 knows why, its parent has to pass it on.
+#[test]
+fn new_pidns_tells_damage_by_its_status() {
+    let target = Target::start("attacked");
+    let img = target.dump_ok("img");
+    let pages = std::fs::File::options().write(true).open(img.join("pages-1.img")).expect("open the pages");
+    std::os::unix::fs::FileExt::write_all_at(&pages, &[0x5a; 64], 8192 + 17).expect("damage a page");
+    for (options, code) in [(&["--detach"][..], 4), (&[], 125)] {
+        let words = ["ckpt-restore", "--new-pidns"].into_iter().chain(options.iter().copied());
+        let _ = Pipeline::new(target.dir.path())
+            .stage(words.map(Into::into).chain([img.clone().into_os_string()]))
+            .run()
+            .fails("ckpt-restore", code, &["pages-1.img"]);
+    }
+    target.passes("the original");
+}
+
 #[test]
 fn foreground_restore_waits_and_gives_the_status() {
     let dir = TestDir::new("foreground");

@@ -20,7 +20,10 @@ use std::{
 
 use anyhow::{Context, bail};
 use ckpt_images::ImageSet;
-use ckpt_sys::{Pid, clone, ptrace};
+use ckpt_sys::{
+    Pid, clone,
+    ptrace::{self, Stop},
+};
 use nix::{
     errno::Errno,
     fcntl::OFlag,
@@ -54,9 +57,11 @@ pub fn run(args: &Args, tree: &Tree, set: &mut ImageSet) -> anyhow::Result<u8> {
     // It may be waiting for a peer to connect, which a signal ends.
     while !signals.forward(init, news.as_fd())? {}
     if news.read(&mut word).context("read from init")? == 0 {
-        // It has said why.
-        let _ = ptrace::wait(init.leader(), false);
-        return Ok(FAILED);
+        // It has said why, and ends with the status for that.
+        return Ok(match ptrace::wait(init.leader(), false) {
+            Ok(Some(Stop::Exited(status))) => u8::try_from(status).unwrap_or(FAILED),
+            _ => FAILED,
+        });
     }
     let root = outer_pid(init, tree.root().pid);
     let written = root.and_then(|root| {

@@ -83,12 +83,21 @@ pub struct Args {
     /// Store pages that forked processes share once (not for CRIU)
     #[arg(long)]
     pub share: bool,
-    /// The far end is outside the tree: ID[:PATH] of a socket, path=, peer-pid=, all, pipe:[ID] or shm:[ID]
+    /// The far end is outside the tree: a socket as for ckpt-sk (ID[:PATH], path=PATH, peer-pid=PID, all), pipe:[ID] or shm:[ID]
     #[arg(long, value_name = "RESOURCE")]
     pub external: Vec<OsString>,
     /// What external connections have received but not read: drop or keep
     #[arg(long, value_name = "WHAT")]
     pub queued: Option<OsString>,
+    /// Dump TCP connections whose other end is outside the tree
+    #[arg(long)]
+    pub tcp_established: bool,
+    /// Dump all TCP connections as closed
+    #[arg(long, conflicts_with = "tcp_established")]
+    pub tcp_close: bool,
+    /// Leave out connections that a listener of the tree has not accepted yet
+    #[arg(long)]
+    pub skip_in_flight: bool,
     /// Compress pages: zstd, zstd:LEVEL or lz4
     #[arg(long, value_name = "HOW")]
     pub compress: Option<Codec>,
@@ -335,19 +344,13 @@ fn stages(
     what: What<'_>,
     dir: &Path,
 ) -> anyhow::Result<(ckpt_scan::Args, ckpt_sk::Args, ckpt_write::Args)> {
-    let is_socket = |resource: &OsString| {
-        let bytes = resource.as_encoded_bytes();
-        let prefixes = [&b"unix["[..], b"socket:[", b"path=", b"peer-pid="];
-        let name = prefixes.iter().any(|prefix| bytes.starts_with(prefix));
-        name || bytes == b"all" || bytes.first().is_some_and(u8::is_ascii_digit)
-    };
     let mut scan: Vec<OsString> = vec!["ckpt-scan".into(), "-t".into(), args.tree.to_string().into()];
     scan.extend(["--track".into(), tracker.into()]);
     let mut sk: Vec<OsString> = vec!["ckpt-sk".into()];
     let mut write: Vec<OsString> = vec!["ckpt-write".into()];
     let is_checkpoint = matches!(what, What::Checkpoint { .. });
     for resource in args.external.iter().filter(|_| is_checkpoint) {
-        let words = if is_socket(resource) { &mut sk } else { &mut scan };
+        let words = if ckpt_cli::is_socket(resource) { &mut sk } else { &mut scan };
         words.extend(["--external".into(), resource.clone()]);
     }
     match what {
@@ -372,6 +375,12 @@ fn stages(
     }
     option(&mut scan, "--freeze-timeout", &args.freeze_timeout);
     option(&mut sk, "--queued", &args.queued);
+    let flags = [
+        ("--tcp-established", args.tcp_established),
+        ("--tcp-close", args.tcp_close),
+        ("--skip-in-flight", args.skip_in_flight),
+    ];
+    sk.extend(flags.into_iter().filter(|(_, on)| *on).map(|(flag, _)| flag.into()));
     option(&mut write, "--compress", &args.compress.map(|codec| codec.to_string().into()));
     write.extend(["--".into(), dir.into()]);
     let usage = |error: clap::Error| ckpt_cli::UsageError(error.render().to_string());

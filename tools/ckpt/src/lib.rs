@@ -7,7 +7,7 @@ mod pipeline;
 mod pre_dump;
 
 use std::{
-    ffi::{OsStr, OsString},
+    ffi::OsString,
     os::unix::process::CommandExt,
     path::PathBuf,
     process::{Command, ExitCode},
@@ -294,16 +294,8 @@ impl Dump {
     /// The stages of this dump.
     #[must_use]
     pub fn pipeline(&self) -> Pipeline {
-        // Sockets are ckpt-sk's, everything else is ckpt-scan's.
-        let is_socket = |resource: &OsStr| {
-            let bytes = resource.as_encoded_bytes();
-            bytes.first().is_some_and(u8::is_ascii_digit)
-                || bytes == b"all"
-                || [&b"unix["[..], b"path=", b"peer-pid="].iter().any(|prefix| bytes.starts_with(prefix))
-                || bytes.starts_with(b"socket:[")
-        };
         let (sockets, others): (Vec<_>, Vec<_>) =
-            self.external.iter().partition(|external| is_socket(external));
+            self.external.iter().partition(|external| ckpt_cli::is_socket(external));
         let scan = stage("ckpt-scan", |words| {
             words.verbose(self.verbose);
             words.flag("--kill", self.kill);

@@ -25,7 +25,7 @@ use std::{
 
 use ckpt_sys::Refused;
 use clap::{ArgAction, CommandFactory, Parser};
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{HumanBytes, ProgressBar, ProgressState, ProgressStyle};
 use nix::errno::Errno;
 pub use stats::StatsOption;
 
@@ -353,6 +353,16 @@ pub fn on_termination(f: impl FnOnce() + Send + 'static) -> io::Result<()> {
     Ok(())
 }
 
+/// Whether the `--external` of a whole pipeline names a socket: those are ckpt-sk's, everything else is ckpt-scan's.
+#[must_use]
+pub fn is_socket(resource: &std::ffi::OsStr) -> bool {
+    let bytes = resource.as_encoded_bytes();
+    let prefixes = [&b"unix["[..], b"socket:[", b"path=", b"peer-pid="];
+    bytes == b"all"
+        || bytes.first().is_some_and(u8::is_ascii_digit)
+        || prefixes.iter().any(|prefix| bytes.starts_with(prefix))
+}
+
 /// A progress bar on stderr: only on a terminal, and only for work that takes more than a second.
 #[derive(Debug)]
 pub struct Progress {
@@ -383,12 +393,17 @@ impl Progress {
         let (total, what) = (self.total, self.what);
         let bar = self.bar.get_or_insert_with(|| {
             let template = match total {
-                Some(_) => "{msg} {bar:30} {bytes}/{total_bytes} {bytes_per_sec}",
-                None => "{msg} {bytes} {bytes_per_sec}",
+                Some(_) => "{msg} {bar:30} {bytes}/{total_bytes} {rate}",
+                None => "{msg} {bytes} {rate}",
             };
+            let start = self.start;
             let bar = total.map_or_else(ProgressBar::no_length, ProgressBar::new);
             if let Ok(style) = ProgressStyle::with_template(template) {
-                bar.set_style(style);
+                // The bar's own rate takes what was done before it appeared for the work of an instant.
+                let rate = move |state: &ProgressState, out: &mut dyn std::fmt::Write| {
+                    let _ = write!(out, "{}/s", HumanBytes(per_second(state.pos(), start.elapsed())));
+                };
+                bar.set_style(style.with_key("rate", rate));
             }
             bar.with_message(what)
         });
@@ -403,6 +418,10 @@ impl Progress {
     }
 }
 
+fn per_second(bytes: u64, time: Duration) -> u64 {
+    u64::try_from(u128::from(bytes) * 1000 / time.as_millis().max(1)).unwrap_or(u64::MAX)
+}
+
 impl Drop for Progress {
     fn drop(&mut self) {
         self.end();
@@ -415,6 +434,24 @@ mod tests {
     use ckpt_proto::stream::StreamError;
 
     use super::*;
+
+    #[test]
+    fn rates_are_of_the_whole_time() {
+        assert_eq!(per_second(3 << 30, Duration::from_millis(1500)), 2 << 30);
+        assert_eq!(per_second(5, Duration::ZERO), 5000);
+        assert_eq!(per_second(u64::MAX, Duration::from_millis(1)), u64::MAX);
+    }
+
+    #[test]
+    fn sockets_are_told_from_other_resources() {
+        for name in ["48213", "48213:/run/b", "unix[5]", "socket:[5]", "path=/run/a", "peer-pid=4711", "all"]
+        {
+            assert!(is_socket(name.as_ref()), "{name}");
+        }
+        for name in ["pipe:[5]", "shm:[5]", "pidfd:[5]", "allx", ""] {
+            assert!(!is_socket(name.as_ref()), "{name}");
+        }
+    }
 
     #[test]
     fn durations() {

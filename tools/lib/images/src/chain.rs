@@ -28,7 +28,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet, btree_map::Entry},
     ops::Range,
-    os::fd::AsFd,
+    os::fd::{AsFd, AsRawFd},
     path::{Path, PathBuf},
 };
 
@@ -556,19 +556,19 @@ impl ImageSet {
         }
         let mut wanted = here.follow(searches, &mut found)?;
         let mut id = self.parent_id();
-        let mut seen = vec![identity(&dir, path)?];
-        let (mut dir, mut path) = (dir, path.to_owned());
+        let mut seen = BTreeSet::from([identity(&dir, path)?]);
+        let start = path;
+        let mut dir = dir;
         let mut level = 0;
         while !wanted.is_empty() {
             level += 1;
-            path = parent_path(&path);
+            let path = ancestor_name(start, level);
             dir = open_parent(&dir, &path)?;
             let bad = |what: String| ImageError::Stream { file: path.display().to_string(), what };
             let this = identity(&dir, &path)?;
-            if seen.contains(&this) {
+            if !seen.insert(this) {
                 return Err(bad("the chain of parents is a loop".to_owned()));
             }
-            seen.push(this);
             let part = Self::read_level(&mut dir, &path, &wanted)?;
             if let Some(id) = id.filter(|id| part.id().as_ref() != Some(id)) {
                 let what = match part.id() {
@@ -729,15 +729,14 @@ pub fn add(ranges: &mut Vec<Range<u64>>, range: Range<u64>) -> u64 {
 /// # Errors
 /// A link leads nowhere, or they go round in a circle.
 pub fn ancestry(dir: &Path) -> Result<Vec<PathBuf>, ImageError> {
-    let real = |path: &Path| path.canonicalize().map_err(ImageError::io(path, "realpath"));
-    let mut all = vec![real(dir)?];
+    let mut all = vec![dir.canonicalize().map_err(ImageError::io(dir, "realpath"))?];
     let mut seen = BTreeSet::from_iter(all.clone());
     while let Some(last) = all.last() {
         let link = last.join(PARENT);
         if std::fs::symlink_metadata(&link).is_err() {
             break;
         }
-        let next = real(&link)?;
+        let next = link.canonicalize().map_err(|error| no_parent(&link, &link, error))?;
         if !seen.insert(next.clone()) {
             let what = "the chain of parents is a loop".to_owned();
             return Err(ImageError::Stream { file: link.display().to_string(), what });
@@ -747,14 +746,34 @@ pub fn ancestry(dir: &Path) -> Result<Vec<PathBuf>, ImageError> {
     Ok(all)
 }
 
-fn parent_path(path: &Path) -> PathBuf {
-    path.join(PARENT)
+/// What messages call the directory that is `level` links away: names of as many parts would be as long as the chain.
+fn ancestor_name(start: &Path, level: usize) -> PathBuf {
+    match level {
+        0 => start.to_owned(),
+        1 => start.join(PARENT),
+        n => start.join(format!("{PARENT} ({n} checkpoints back)")),
+    }
 }
 
 fn open_parent(dir: &Dir, path: &Path) -> Result<Dir, ImageError> {
     let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-    let fd = openat(dir, PARENT, flags, Mode::empty()).map_err(ImageError::errno(path, "open the parent"))?;
+    let fd = openat(dir, PARENT, flags, Mode::empty()).map_err(|errno| {
+        let link = Path::new("/proc/self/fd").join(dir.as_raw_fd().to_string()).join(PARENT);
+        no_parent(path, &link, errno.into())
+    })?;
     Dir::from_fd(fd).map_err(ImageError::errno(path, "open the parent"))
+}
+
+/// Why the link at `link`, called `name`, leads to no directory.
+fn no_parent(name: &Path, link: &Path, error: std::io::Error) -> ImageError {
+    if error.kind() != std::io::ErrorKind::NotFound {
+        return ImageError::io(name, "open the parent")(error);
+    }
+    let what = match std::fs::read_link(link) {
+        Ok(to) => format!("leads to {}, which is not there: this increment needs it", to.display()),
+        Err(_) => "there is no such link, and this increment needs it".to_owned(),
+    };
+    ImageError::Stream { file: name.display().to_string(), what }
 }
 
 fn identity(dir: &Dir, path: &Path) -> Result<(u64, u64), ImageError> {
@@ -862,12 +881,31 @@ mod tests {
         std::fs::remove_file(dir.join("other").join(PARENT)).unwrap();
         symlink("../missing", dir.join("other").join(PARENT)).unwrap();
         write(dir, "loop", Some("loop"), &[(IN_PARENT, 1, 1)], 2);
-        for (name, says) in
-            [("missing", "0x3000"), ("gone", "parent"), ("other", "is not the parent"), ("loop", "loop")]
-        {
-            let error = ImageSet::from_chain(&dir.join(name)).unwrap_err().to_string();
-            assert!(error.contains(says), "{name}: {error}");
+        for (name, says) in [
+            ("missing", "0x3000"),
+            ("gone", "leads to ../0,"),
+            ("other", "is not the parent"),
+            ("loop", "loop"),
+        ] {
+            let error = ImageSet::from_chain(&dir.join(name)).unwrap_err();
+            assert!(error.is_corruption() && error.to_string().contains(says), "{name}: {error}");
         }
+        assert!(ancestry(&dir.join("gone")).unwrap_err().to_string().contains("leads to ../0,"));
+        std::fs::remove_file(dir.join("gone").join(PARENT)).unwrap();
+        let error = ImageSet::from_chain(&dir.join("gone")).unwrap_err().to_string();
+        assert!(error.contains("there is no such link"), "{error}");
+    }
+
+    /// However long the chain is, what is said of its end is not.
+    #[test]
+    fn the_end_of_a_long_chain_has_a_short_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path();
+        for n in 1..=50 {
+            write(dir, &n.to_string(), Some(&(n - 1).to_string()), &[(IN_PARENT, 1, 1)], 1);
+        }
+        let error = ImageSet::from_chain(&dir.join("50")).unwrap_err().to_string();
+        assert!(error.contains("50/parent (50 checkpoints back): leads to ../0"), "{error}");
     }
 
     #[test]
