@@ -10,8 +10,8 @@ fn names() -> Vec<String> {
     names
 }
 
-/// Those that need more around them than a log.
-const SPECIAL: &[&str] = &["terminal", "fullscreen"];
+/// Those that need more around them than a log, or check nothing themselves.
+const SPECIAL: &[&str] = &["terminal", "fullscreen", "memory_family"];
 /// Those whose third argument [`start`] knows.
 pub(crate) const WITH_SOCKET: &[&str] = &["answering", "unix_listener"];
 
