@@ -210,7 +210,7 @@ fn killed_freeing_leaves_whole_checkpoints() {
             .stderr(Stdio::null())
             .spawn()
             .expect("start ckpt-merge");
-        std::thread::sleep(Duration::from_micros(random.below(350_000)));
+        std::thread::sleep(Duration::from_micros(random.below(1_500_000)));
         done += usize::from(child.try_wait().expect("wait").is_some());
         let _ = child.kill();
         let _ = child.wait();
@@ -287,4 +287,37 @@ fn workers_share_again_from_any_link_of_a_chain() {
     restored("from a stream");
     run(&target, "ckpt-restore --lazy --detach =4");
     target.passes("the lazy one");
+}
+
+/// `ckpt series --share`, with full ones made ahead or not: each that is kept is small, and shares again.
+#[test]
+fn a_series_of_workers_is_stored_once() {
+    const PAGES: u64 = 8 << 8;
+    for more in ["--compress lz4", "--pre-dump"] {
+        let target = Target::start_with("workers", &["-", "8", "8"]);
+        let pids = process::tree(target.pid);
+        let memory = pss(target.pid);
+        let pid = target.pid;
+        run(
+            &target,
+            &format!(
+                "ckpt-series -t {pid} -D =series --share --every 20ms --count 6 --full-every 4 --keep 3 {more}"
+            ),
+        );
+        target.passes("the target");
+        end(&target, &pids);
+        let names = fs::read_dir(target.path("series")).expect("list").flatten().map(|entry| entry.path());
+        for dir in names {
+            let stored = size(&dir) / 4096;
+            assert!(stored < PAGES + PAGES / 4, "{more}: {stored} pages in {}", dir.display());
+        }
+        for name in ["series/000004", "series/000006"] {
+            run(&target, &format!("ckpt-show --verify ={name}"));
+            target.restore_ok(name);
+            let after = pss(target.pid);
+            assert!(after <= memory * 11 / 10, "{more} {name}: {after} KiB, it was {memory}");
+            target.passes(name);
+            end(&target, &pids);
+        }
+    }
 }
