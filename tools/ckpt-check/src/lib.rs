@@ -10,7 +10,9 @@ use std::{
     os::fd::{AsFd, AsRawFd},
 };
 
-use ckpt_sys::{Pid, RemoteAddr, TargetFd, capability, kcmp, kernel::Kernel, memory, pidfd, probe};
+use ckpt_sys::{
+    Pid, RemoteAddr, TargetFd, capability, kcmp, kernel::Kernel, memory, pidfd, probe, vmas::Vmas,
+};
 use clap::{CommandFactory, Parser};
 use serde_json::json;
 
@@ -81,6 +83,7 @@ features! {
     "sock_diag unix", Always, "unix sockets", || told(probe::sock_diag(AF_UNIX));
     "sock_diag inet", Sometimes, "TCP and UDP sockets", || told(probe::sock_diag(AF_INET));
     "kernel memory", Sometimes, "data in connections that nobody has accepted, transmit rings (CAP_BPF, CAP_PERFMON, BTF)", || told(Kernel::open().map(drop));
+    "bpf iterator task_vma", Sometimes, "short freezes with --snapshot and --track: flags of mappings without a walk over all pages (Linux 6.1, CAP_BPF, CAP_PERFMON, BTF)", || told(Vmas::load().and_then(|vmas| vmas.of(own())).map(drop));
     "PTRACE_O_SUSPEND_SECCOMP", Sometimes, "tasks under seccomp (CAP_SYS_ADMIN)", || told(probe::ptrace_suspend_seccomp());
     "userfaultfd WP_ASYNC", Sometimes, "tracking which pages change between checkpoints (Linux 6.7)", || told(probe::userfaultfd_wp_async());
     "userfaultfd events", Sometimes, "restoring with --lazy (Linux 6.6, CAP_SYS_PTRACE)", || told(probe::userfaultfd_missing());

@@ -14,7 +14,6 @@ use anyhow::{Context, bail};
 use ckpt_cli::stats;
 use ckpt_hold::Hold;
 use ckpt_images::recode::{self, Behind, Codec, Recode};
-use ckpt_kinds::mem::early::Early;
 use ckpt_pages::{Memory, Private, Tracking, snapshot};
 use ckpt_proto::{
     Image, MAX_MESSAGE, Message,
@@ -162,7 +161,7 @@ fn add_pages(
     }
     stats::phase("pages");
     if args.snapshot {
-        snapshot::copy(tree, &memory, &Early::default(), &tracking, writer)?;
+        snapshot::copy(tree, &memory, &tracking, writer)?;
     } else {
         memory.copy(&tracking, false, writer, || Ok(()))?;
     }

@@ -23,7 +23,7 @@ use ckpt_hold::{Clock, Holder, Outcome, PipeId};
 use ckpt_images::recode::{self, Behind, Codec, Recode};
 use ckpt_kinds::{
     fd::{DumpOptions, External, FileTable, Survey, tcp::lock::TreeLock},
-    mem::{dump::ShmemPlan, early::Early},
+    mem::{dump::ShmemPlan, flags::Flags},
     sink::emit,
     task::{self, seccomp::Filters},
 };
@@ -138,12 +138,8 @@ pub fn run(args: &Args, output: File) -> anyhow::Result<()> {
     };
     let output = lending(output, &holder);
     let processors = task::processors();
-    let mut early = match (args.snapshot, tracking.on()) {
-        // An increment is likely to have no twins, and a series is not to end because of an madvise(2).
-        (_, true) => Early::at_rest(args.tree),
-        (true, false) => Early::for_twins(args.tree),
-        (false, false) => Early::default(),
-    };
+    // Where all pages are read in the freeze, it matters little that they are counted too.
+    let flags = if args.snapshot || tracking.on() { Flags::prepare() } else { Flags::default() };
     let asked = Instant::now();
     let frozen = Frozen::freeze(args.tree, Duration::from_secs(args.freeze_timeout)).map_err(as_refusal)?;
     let clock = holder.clock(asked.elapsed(), frozen.since());
@@ -164,17 +160,17 @@ pub fn run(args: &Args, output: File) -> anyhow::Result<()> {
     if let (Some(holder), true) = (holder, args.no_mem) {
         holder.answer_requests();
     }
-    let memory =
-        match dump(args, &mut held, survey, processors.as_deref(), &mut early, &mut tracking, &mut writer) {
-            Ok(memory) => memory,
-            Err(error) => return give_up(held, Some(writer), error).map_err(|e| blame(e, holder)),
-        };
+    let memory = match dump(args, &mut held, survey, processors.as_deref(), flags, &mut tracking, &mut writer)
+    {
+        Ok(memory) => memory,
+        Err(error) => return give_up(held, Some(writer), error).map_err(|e| blame(e, holder)),
+    };
     stats::phase("pages");
     let mut held = Some(held);
     let copied = if args.snapshot {
         let patience = Duration::from_secs(args.attach_timeout);
         let mut tree = Forked { held: &mut held, holder, needs: &needs, patience, root: args.tree };
-        snapshot::copy(&mut tree, &memory, &early, &tracking, &mut writer)
+        snapshot::copy(&mut tree, &memory, &tracking, &mut writer)
     } else if args.no_mem {
         memory.copy_shared(&mut writer)
     } else {
@@ -538,7 +534,7 @@ fn dump(
     held: &mut Held,
     survey: Survey,
     processors: Option<&[u8]>,
-    early: &mut Early,
+    flags: Flags,
     tracking: &mut Tracking,
     writer: &mut Writer<Output>,
 ) -> anyhow::Result<Memory> {
@@ -580,7 +576,7 @@ fn dump(
             frozen,
             process,
             ids.of(process.pid),
-            early,
+            flags,
             &mut files,
             &filters,
             processors,

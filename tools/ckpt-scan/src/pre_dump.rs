@@ -31,7 +31,8 @@ use ckpt_images::recode::{self, Behind, Recode};
 use ckpt_kinds::{
     mem::{
         dump::{Plan, private_vmas},
-        early, share,
+        flags::Flags,
+        share,
     },
     sink::emit,
 };
@@ -58,8 +59,9 @@ pub fn run(args: &Args, output: File, plain_file: bool) -> anyhow::Result<()> {
     if !tracking.on() {
         bail!("a pre-dump without tracking is of no use");
     }
+    let flags = Flags::prepare();
     let frozen = Frozen::freeze(args.tree, Duration::from_secs(args.freeze_timeout)).map_err(as_refusal)?;
-    let found = look(args, frozen, &mut tracking)?;
+    let found = look(args, frozen, flags, &mut tracking)?;
     stats::count("tree", "processes", found.plans.len() as u64);
     let (output, behind) = match args.compress {
         Some(codec) => recode::behind(output, Recode::Pack(codec))?,
@@ -97,13 +99,13 @@ impl Found {
 }
 
 /// Finds what is to be stored, protects it, and lets the tree run.
-fn look(args: &Args, mut frozen: Frozen, tracking: &mut Tracking) -> anyhow::Result<Found> {
+fn look(args: &Args, mut frozen: Frozen, flags: Flags, tracking: &mut Tracking) -> anyhow::Result<Found> {
     let (mut plans, mut tree) = (Vec::new(), Vec::new());
     for process in frozen.processes.clone().iter().filter(|p| !p.zombie) {
         let pid = process.pid;
         tracking.watch(pid, || Ok(arm(&mut frozen, process)?));
         let look = |pages_id| -> anyhow::Result<Option<Plan>> {
-            let (vmas, left) = private_vmas(&early::smaps(pid)?);
+            let (vmas, left) = private_vmas(&flags.mappings(pid, frozen.maps(pid))?);
             let Some(tracked) = tracking.of(pid) else { return Ok(None) };
             left.iter().for_each(|vma| tracked.leave(vma));
             Ok(Some(Plan::new(pid, &vmas, pages_id, Some(tracked))?.while_running(tracked)?))

@@ -6,7 +6,7 @@ use anyhow::Context;
 use ckpt_kinds::{
     Sink,
     fd::FileTable,
-    mem::{self, early::Early},
+    mem::{self, flags::Flags},
     sink::emit,
     task::{self, ThreadInput, seccomp::Filters},
 };
@@ -29,7 +29,7 @@ pub fn dump(
     frozen: &mut Frozen,
     process: &Process,
     ids: TaskKobjIdsEntry,
-    early: &mut Early,
+    flags: Flags,
     files: &mut FileTable,
     filters: &Filters,
     processors: Option<&[u8]>,
@@ -41,7 +41,7 @@ pub fn dump(
     emit(sink, Image::Ids, arg, &ids)?;
 
     let exe_file_id = files.add_path(pid, &link(pid, "exe"), libc_rdonly(), sink)?;
-    let mappings = early.mappings(process, frozen.maps(pid))?;
+    let mappings = flags.mappings(pid, frozen.maps(pid))?;
     let vmas = mem::dump::dump_vmas(pid, &process.comm(), &mappings, files, sink, watched)?;
     let mut mm = None;
     for thread in &process.threads {

@@ -20,7 +20,7 @@ use std::{collections::HashMap, io::Write};
 
 use anyhow::Context;
 use ckpt_cli::Progress;
-use ckpt_kinds::mem::{dump::Plan, early::Early, snapshot};
+use ckpt_kinds::mem::{dump::Plan, snapshot};
 use ckpt_proto::stream::Writer;
 use ckpt_remote::{Frozen, NoTwin, RemoteError, Twin};
 use ckpt_sys::{Pid, transfer::Output};
@@ -52,7 +52,6 @@ pub trait Tree {
 pub fn copy<T: Tree>(
     tree: &mut T,
     memory: &Memory,
-    early: &Early,
     tracking: &Tracking,
     writer: &mut Writer<Output>,
 ) -> anyhow::Result<()> {
@@ -78,9 +77,6 @@ pub fn copy<T: Tree>(
     let mut found = found.into_iter().flatten();
     for p in &memory.private {
         let twin = twins.get(&p.pid).map(|(twin, _)| *twin);
-        if twin.is_none() {
-            early.check(p.pid, p.pid).with_context(|| p.what())?;
-        }
         let plan = match found.next() {
             Some(plan) => plan,
             None if twin.is_some() && tracking.of(p.pid).is_none() => continue,
@@ -101,7 +97,6 @@ pub fn copy<T: Tree>(
     plans.clear();
     let with_twins: Vec<_> = memory.private.iter().filter_map(|p| Some((p, twins.remove(&p.pid)?))).collect();
     for (p, (twin, _)) in &with_twins {
-        early.check(p.pid, *twin).with_context(|| p.what())?;
         plans.push(match tracked.remove(&p.pid) {
             Some(plan) => plan,
             None => Plan::of_copy(p.pid, *twin, &p.vmas, p.pages_id).with_context(|| lost(p))?,

@@ -1,6 +1,6 @@
 //! /proc/PID/maps and /proc/PID/smaps (proc_pid_maps(5), proc_pid_smaps(5)).
 //!
-//! `smaps` is the only place where the kernel tells a mapping's flags (VmFlags); the sizes in it
+//! `smaps` is the only file in which the kernel tells a mapping's flags (VmFlags); the sizes in it
 //! are skipped. Paths are bytes with `\012` for a newline, exactly as the kernel prints them; who
 //! wants the file itself opens `/proc/PID/map_files/START-END`.
 

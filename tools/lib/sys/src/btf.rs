@@ -18,6 +18,7 @@ const TYPEDEF: u32 = 8;
 const VOLATILE: u32 = 9;
 const CONST: u32 = 10;
 const RESTRICT: u32 = 11;
+const FUNC: u32 = 12;
 const FUNC_PROTO: u32 = 13;
 const VAR: u32 = 14;
 const DATASEC: u32 = 15;
@@ -202,6 +203,21 @@ impl Btf {
             Some(offset as u64)
         };
         find().ok_or_else(|| SysError::new("BTF", format!("{of}.{path}"), Errno::ENOENT))
+    }
+
+    /// The number of a function of the kernel itself.
+    ///
+    /// # Errors
+    /// ENOENT: there is none.
+    pub fn function(&self, name: &str) -> Result<u32, SysError> {
+        let part = &self.kernel;
+        let called = |&at: &usize| {
+            let ty = Type { part, at };
+            Some(ty.kind()? == FUNC && self.string(part, ty.word(0)?)? == name.as_bytes())
+        };
+        let index = part.starts.iter().position(|at| called(at) == Some(true));
+        let number = index.and_then(|index| u32::try_from(index + 1).ok());
+        number.ok_or_else(|| SysError::new("BTF", name, Errno::ENOENT))
     }
 
     /// Bytes of a structure.

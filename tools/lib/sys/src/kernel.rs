@@ -15,8 +15,8 @@
 //! piece, and so are these structures; the distance between the two is drawn at boot and not told. It is measured with a
 //! message of our own, whose bytes are known, and by that all of this is tested before it is relied on.
 //!
-//! **Ways not chosen.** Programs that hang in the kernel (iterators over sockets, fentry) need a compiler, or as much
-//! by hand, and change with every kernel; accept(2) by a copy of the listener takes the connection from a tree that may
+//! **Ways not chosen.** Iterators over sockets (as of mappings, [`crate::vmas`]) show what is in a socket's own structure,
+//! not along its queues; programs that hang in the kernel (fentry) change with every kernel; accept(2) by a copy of the listener takes the connection from a tree that may
 //! run on; MSG_PEEK looks at the caller's own queue; sock_diag(7) counts bytes only.
 //!
 //! It takes CAP_BPF and CAP_PERFMON, and a kernel with BTF that is not locked down (kernel_lockdown(7)).
@@ -24,7 +24,7 @@
 use std::{
     hash::{BuildHasher, RandomState},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
-    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
 };
 
 use nix::{
@@ -32,7 +32,12 @@ use nix::{
     sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, send, socketpair},
 };
 
-use crate::{SysError, btf::Btf, ring::RingMemory};
+use crate::{
+    SysError,
+    bpf::{self, both, ins},
+    btf::Btf,
+    ring::RingMemory,
+};
 
 /// Bytes that one run of the program copies at most.
 const PIECE: usize = 1 << 16;
@@ -82,36 +87,10 @@ pub struct Kernel {
     pages: u64,
 }
 
-/// bpf(2).
-fn bpf(command: i32, name: &'static str, attributes: &mut [u64; 16]) -> Result<i32, SysError> {
-    let size = size_of_val(attributes);
-    // SAFETY: `attributes` is as large as the call is told, and the addresses in it are those of buffers that the callers hold.
-    let ret = unsafe { libc::syscall(libc::SYS_bpf, command, attributes.as_mut_ptr(), size) };
-    if ret < 0 {
-        return Err(SysError::last(name, "a program that reads kernel memory"));
-    }
-    i32::try_from(ret).map_err(|_| SysError::new(name, "a descriptor", Errno::EOVERFLOW))
-}
-
-fn both(low: u32, high: u32) -> u64 {
-    u64::from(low) | u64::from(high) << 32
-}
-
-fn descriptor(number: i32) -> OwnedFd {
-    // SAFETY: bpf(2) has just made it for us, and nobody else knows the number.
-    unsafe { OwnedFd::from_raw_fd(number) }
-}
-
 /// The program. Its argument is two words: an address and a number of bytes, to be copied into the map; with address 0, the
 /// address of `current` is written there.
 fn program(map: &OwnedFd) -> Vec<u64> {
     let fd = map.as_raw_fd();
-    let ins = |code: u8, dst: u8, src: u8, offset: i16, imm: i32| {
-        u64::from(code)
-            | u64::from(dst | src << 4) << 8
-            | u64::from(offset.cast_unsigned()) << 16
-            | u64::from(imm.cast_unsigned()) << 32
-    };
     let piece = i32::try_from(PIECE).unwrap_or(i32::MAX);
     vec![
         ins(0xbf, 6, 1, 0, 0),     // r6 = arguments
@@ -149,7 +128,6 @@ impl Kernel {
     /// EBADMSG: the test with a message of our own has failed.
     pub fn open() -> Result<Self, SysError> {
         const MAP_CREATE: i32 = 0;
-        const PROG_LOAD: i32 = 5;
         const ARRAY: u32 = 2;
         const MMAPABLE: u32 = 1 << 10;
         const RAW_TRACEPOINT: u32 = 17;
@@ -158,17 +136,9 @@ impl Kernel {
         let piece = u32::try_from(PIECE).unwrap_or(u32::MAX);
         let mut create = [0; 16];
         create[..3].copy_from_slice(&[both(ARRAY, 4), both(piece, 1), both(MMAPABLE, 0)]);
-        let map = descriptor(bpf(MAP_CREATE, "bpf(BPF_MAP_CREATE)", &mut create)?);
+        let map = bpf::descriptor(MAP_CREATE, "bpf(BPF_MAP_CREATE)", &mut create)?;
         let shared = RingMemory::map(map.as_fd(), PIECE)?;
-        let code = program(&map);
-        let license = c"GPL";
-        let mut load = [0; 16];
-        load[..3].copy_from_slice(&[
-            both(RAW_TRACEPOINT, u32::try_from(code.len()).unwrap_or(0)),
-            code.as_ptr() as u64,
-            license.as_ptr() as u64,
-        ]);
-        let program = descriptor(bpf(PROG_LOAD, "bpf(BPF_PROG_LOAD)", &mut load)?);
+        let program = bpf::load(&program(&map), RAW_TRACEPOINT, 0, 0)?;
         let mut kernel = Self { program, shared, types, files: 0, pages: 0 };
         kernel.run(0, 0)?;
         let task = kernel.shared_word()?;
@@ -184,7 +154,7 @@ impl Kernel {
         attributes[0] = u64::from(self.program.as_raw_fd().cast_unsigned());
         attributes[5] = both(16, 0);
         attributes[6] = arguments.as_ptr() as u64;
-        bpf(PROG_TEST_RUN, "bpf(BPF_PROG_TEST_RUN)", &mut attributes)?;
+        bpf::call(PROG_TEST_RUN, "bpf(BPF_PROG_TEST_RUN)", &mut attributes)?;
         match (attributes[0] >> 32) as u32 {
             0 => Ok(()),
             _ => Err(SysError::new("bpf_probe_read_kernel", format!("{address:#x}"), Errno::EFAULT)),

@@ -6,6 +6,7 @@
 
 #![allow(unsafe_code)]
 
+mod bpf;
 pub mod btf;
 pub mod capability;
 pub mod clone;
@@ -42,6 +43,7 @@ pub mod tcp;
 pub mod transfer;
 pub mod uffd;
 pub mod unixsock;
+pub mod vmas;
 pub mod xstate;
 
 pub use error::{Refused, SysError};

@@ -55,29 +55,7 @@ pub fn clone3_set_tid() -> Result<(), SysError> {
 /// # Errors
 /// ENOSYS, EPERM (`vm.unprivileged_userfaultfd`, seccomp), EINVAL before Linux 6.7.
 pub fn userfaultfd_wp_async() -> Result<(), SysError> {
-    const UFFD_USER_MODE_ONLY: i32 = 1;
-    const UFFDIO_API: libc::c_ulong = 0xc018_aa3f;
-    const UFFD_API: u64 = 0xaa;
-    const UFFD_FEATURE_WP_ASYNC: u64 = 1 << 15;
-    #[repr(C)]
-    struct UffdioApi {
-        api: u64,
-        features: u64,
-        ioctls: u64,
-    }
-    // SAFETY: userfaultfd takes one integer.
-    let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | UFFD_USER_MODE_ONLY) };
-    let fd = match i32::try_from(fd) {
-        // SAFETY: the kernel has just made this descriptor for us.
-        Ok(fd) if fd >= 0 => unsafe { OwnedFd::from_raw_fd(fd) },
-        _ => return Err(SysError::last("userfaultfd", "user mode")),
-    };
-    let mut api = UffdioApi { api: UFFD_API, features: UFFD_FEATURE_WP_ASYNC, ioctls: 0 };
-    // SAFETY: `api` is a uffdio_api, which this ioctl reads and writes.
-    match unsafe { libc::ioctl(fd.as_raw_fd(), UFFDIO_API, &raw mut api) } {
-        0 => Ok(()),
-        _ => Err(SysError::last("ioctl(UFFDIO_API)", "UFFD_FEATURE_WP_ASYNC")),
-    }
+    crate::uffd::enable(crate::uffd::own()?.as_fd())
 }
 
 /// userfaultfd(2) for missing pages, with those that the kernel touches, and events.

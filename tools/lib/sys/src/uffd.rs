@@ -55,6 +55,20 @@ fn span(start: RemoteAddr, end: RemoteAddr) -> String {
     format!("addresses {start:#x}-{end:#x}")
 }
 
+/// Makes a userfaultfd for memory of this process, with [`USER_MODE_ONLY`].
+///
+/// # Errors
+/// ENOSYS, EPERM (seccomp), EMFILE.
+pub fn own() -> Result<OwnedFd, SysError> {
+    // SAFETY: userfaultfd takes one integer.
+    let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | USER_MODE_ONLY) };
+    match i32::try_from(fd) {
+        // SAFETY: the kernel has just made this descriptor for us.
+        Ok(fd) if fd >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
+        _ => Err(SysError::last("userfaultfd", "user mode")),
+    }
+}
+
 /// Prepares a new userfaultfd for tracking.
 ///
 /// # Errors

@@ -1,6 +1,6 @@
 //! Reading the address space of a frozen process.
 //!
-//! Mappings come from /proc/PID/smaps (the only source of VmFlags), populated pages from
+//! Mappings come from /proc/PID/maps and their flags from where [`super::flags`] says, populated pages from
 //! `ioctl(PAGEMAP_SCAN)`, contents by reading /proc/PID/mem in chunks of [`CHUNK`] that stay in the
 //! processor's cache between being read and being written.
 //!
@@ -66,7 +66,7 @@ pub(super) const RECORD: usize = 512 << 10;
 pub(super) const PAGE: u64 = 4096;
 
 /// VmFlags whose advice a restore repeats: madvise(2) number for each.
-const ADVICE: &[(&[u8; 2], i32)] = &[
+pub(super) const ADVICE: &[(&[u8; 2], i32)] = &[
     (b"dc", libc::MADV_DONTFORK),
     (b"dd", libc::MADV_DONTDUMP),
     (b"hg", libc::MADV_HUGEPAGE),

@@ -16,7 +16,7 @@
 //! Memory of huge pages (hugetlbfs) is any of the first six, in pages of its own size ([`ckpt_sys::hugetlb`]).
 
 pub mod dump;
-pub mod early;
+pub mod flags;
 pub mod guard;
 mod place;
 pub mod restore;
