@@ -73,7 +73,9 @@ pub fn dump(
     let mut mm = mm.context("its main thread is gone")?;
     mm.exe_file_id = exe_file_id;
     mm.vmas.clone_from(&vmas);
-    mm.ckpt_guards = mem::guard::find(pid, &vmas)?;
+    if flags.may_have_guards(&mappings) {
+        mm.ckpt_guards = mem::guard::find(pid, &vmas)?;
+    }
     emit(sink, Image::Mm, arg, &mm)?;
 
     let cwd_id = files.add_path(pid, &link(pid, "cwd"), libc_rdonly(), sink)?;

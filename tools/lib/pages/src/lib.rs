@@ -84,7 +84,7 @@ impl Memory {
         let mut plans = self.plans(tracking)?;
         self.share(&mut plans)?;
         for plan in &plans {
-            plan.emit(writer)?;
+            Plan::emit_head(plan.pid(), plan.pages_id, writer)?;
         }
         self.copy_found(&plans, awaited, writer, run_on)
     }
@@ -94,7 +94,7 @@ impl Memory {
         self.private.iter().map(|p| p.plan(tracking)).collect()
     }
 
-    /// Writes the pages of `plans`, whose pagemaps are written; see [`Self::copy`].
+    /// Writes the pages of `plans`, of whose pagemaps the heads are written; see [`Self::copy`].
     fn copy_found(
         &self,
         plans: &[Plan],
@@ -102,19 +102,25 @@ impl Memory {
         writer: &mut Writer<Output>,
         run_on: impl FnOnce() -> anyhow::Result<()>,
     ) -> anyhow::Result<()> {
-        writer.bulk().context("write the stream")?;
-        self.copy_shared(writer)?;
         let total = bytes(plans);
         let mut progress = ckpt_cli::Progress::new("pages", Some(total));
-        if total <= AT_ONCE {
-            if awaited {
-                writer.output().flush().context("write the stream")?;
-            }
-            let read = plans.iter().map(Plan::stash).collect::<anyhow::Result<Vec<_>>>()?;
-            run_on()?;
-            return read.into_iter().try_for_each(|stash| stash.write(writer, |n| progress.inc(n)));
+        let runs = |writer: &mut Writer<Output>| -> anyhow::Result<()> {
+            plans.iter().try_for_each(|plan| plan.emit_runs(writer))?;
+            writer.bulk().context("write the stream")
+        };
+        if total > AT_ONCE {
+            runs(writer)?;
+            self.copy_shared(writer)?;
+            return plans.iter().try_for_each(|plan| plan.copy(writer, |n| progress.inc(n)));
         }
-        plans.iter().try_for_each(|plan| plan.copy(writer, |n| progress.inc(n)))
+        if awaited {
+            writer.output().flush().context("write the stream")?;
+        }
+        self.copy_shared(writer)?;
+        let read = plans.iter().map(Plan::stash).collect::<anyhow::Result<Vec<_>>>()?;
+        run_on()?;
+        runs(writer)?;
+        read.into_iter().try_for_each(|stash| stash.write(writer, |n| progress.inc(n)))
     }
 }
 

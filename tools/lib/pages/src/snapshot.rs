@@ -64,7 +64,6 @@ pub fn copy<T: Tree>(
         let mut plans = memory.plans(tracking)?;
         if bytes(&plans) <= AT_ONCE {
             memory.share(&mut plans)?;
-            plans.iter().try_for_each(|plan| plan.emit_runs(writer))?;
             return memory.copy_found(&plans, true, writer, || tree.let_go());
         }
         found = Some(plans);

@@ -17,7 +17,7 @@ use ckpt_sys::{
     vmas::{Specimens, Vma, Vmas},
 };
 
-use super::dump::ADVICE;
+use super::{dump::ADVICE, guard};
 
 /// Names of bits; none for one that has shown more than one name.
 type Names = BTreeMap<u32, Option<[u8; 2]>>;
@@ -52,14 +52,30 @@ impl Flags {
         });
         told.map_or_else(|| smaps(pid), Ok)
     }
+
+    /// Whether one of `mappings`, as [`Self::mappings`] gives them, may have guards. Kernels that do not tell (`gu`) have to
+    /// be asked page by page.
+    #[must_use]
+    pub fn may_have_guards(self, mappings: &[Mapping]) -> bool {
+        let guard = b"gu";
+        let told =
+            self.0.is_some_and(|iterator| iterator.names.values().any(|name| name.as_ref() == Some(guard)));
+        !told || mappings.iter().any(|mapping| mapping.has(guard))
+    }
+}
+
+/// Mappings with each kind of advice whose flag counts.
+fn specimens() -> Specimens {
+    let advice: Vec<i32> =
+        ADVICE.iter().map(|(_, advice)| *advice).chain([guard::MADV_GUARD_INSTALL]).collect();
+    Specimens::new(&advice)
 }
 
 impl Iterator {
     fn prepare() -> Option<Self> {
         let vmas = Vmas::load().ok()?;
         let own = Pid(i32::try_from(std::process::id()).ok()?);
-        let advice: Vec<i32> = ADVICE.iter().map(|(_, advice)| *advice).collect();
-        let _specimens = Specimens::new(&advice);
+        let _specimens = specimens();
         let names = learn(&vmas.of(own).ok()?, &smaps(own).ok()?);
         Some(Self { vmas, names })
     }
@@ -134,8 +150,7 @@ mod tests {
             eprintln!("SKIP: bpf iterators can't be used here");
             return;
         };
-        let advice: Vec<i32> = ADVICE.iter().map(|(_, advice)| *advice).collect();
-        let _specimens = Specimens::new(&advice);
+        let _specimens = specimens();
         let own = Pid(i32::try_from(std::process::id()).unwrap());
         // Other tests map memory meanwhile.
         let (vmas, all) = (iterator.vmas.of(own).unwrap(), smaps(own).unwrap());

@@ -3,8 +3,8 @@
 //!
 //! The kernel keeps a marker per page and no range, so they are looked for page by page: `PAGEMAP_SCAN`
 //! tells them from Linux 6.16 on (`PAGE_IS_GUARD`). One walk over all of an address space costs about
-//! half a millisecond per GiB of small pages. VmFlags has `gu` from Linux 6.19 on, which says that a mapping may have
-//! some; it is not needed.
+//! a millisecond per GiB of small pages. Where VmFlags has `gu` (Linux 6.19; 6.18 with patches), which says that a mapping
+//! may have some, the walk is left out if no mapping has ([`super::flags::Flags::may_have_guards`]).
 //!
 //! They are stored as ranges in the address space's own image, not as pages: a guard is there whether memory
 //! is read within the freeze, from a snapshot, or not at all, and a chain of increments needs only the last.
@@ -19,7 +19,7 @@ use ckpt_sys::{Pid, RemoteAddr, memory};
 
 use super::status;
 
-const MADV_GUARD_INSTALL: i32 = 102;
+pub(super) const MADV_GUARD_INSTALL: i32 = 102;
 const PAGE: u64 = 4096;
 
 /// Finds the guard regions of a frozen process by its mappings.
