@@ -383,15 +383,17 @@ fn the_list_of_a_stream_needs_no_kernel_and_that_of_a_frozen_tree_does_it_no_har
     assert!(row(&list, id).contains("accepts on"), "{list}");
 
     let pid = target.pid.to_string();
-    let outcome = Pipeline::new(target.dir.path())
-        .stage(["ckpt-scan", "-t", &pid])
-        .stage(["ckpt-sk", "--list"])
-        .output(std::fs::File::create(target.path("list")).expect("make a file"))
-        .run();
-    let _ = outcome.ok("list the sockets of a frozen tree");
-    let list = std::fs::read_to_string(target.path("list")).expect("read the list");
-    assert!(row(&list, id).contains(&format!("needs --external {id}")), "{list}");
-    target.unchanged(&before);
+    for scan in [&["ckpt-scan", "-t", &pid][..], &["ckpt-scan", "--snapshot", "-t", &pid]] {
+        let outcome = Pipeline::new(target.dir.path())
+            .stage(scan)
+            .stage(["ckpt-sk", "--list"])
+            .output(std::fs::File::create(target.path("list")).expect("make a file"))
+            .run();
+        let _ = outcome.ok("list the sockets of a frozen tree");
+        let list = std::fs::read_to_string(target.path("list")).expect("read the list");
+        assert!(row(&list, id).contains(&format!("needs --external {id}")), "{list}");
+        target.unchanged(&before);
+    }
 }
 
 #[test]

@@ -25,7 +25,7 @@ use ckpt_proto::{
 use ckpt_socket::View;
 use ckpt_sys::{Pid, TargetFd};
 
-use crate::{Args, LACKS};
+use crate::{Args, LACKS, is_pagemap};
 
 /// Lists sockets: those of the tree that `-t` names, or those of the stream that `input` gives.
 ///
@@ -166,19 +166,19 @@ fn from_stream(input: File, allowed: &SkOptions) -> anyhow::Result<(Vec<Listed>,
     let null = File::options().write(true).open("/dev/null").context("/dev/null")?;
     let mut rest = Writer::open(null, hello).context("/dev/null")?;
     while let Some(frame) = reader.next_frame()? {
+        // ckpt-scan may wait for this before it writes pages, or which there are (ckpt-stream(5)).
+        let awaited = hold.is_some() && matches!(&frame, Frame::Entry { image, .. } if is_pagemap(image));
+        if listed.is_none() && (awaited || matches!(frame, Frame::Bulk)) {
+            listed = Some(seen.list(hold.is_some(), allowed)?);
+            if let Some(hold) = hold.take() {
+                hold.release();
+            }
+        }
         match &frame {
             Frame::Entry { image, arg, .. } => match Image::by_name(image).filter(|&image| is_told(image)) {
                 Some(image) => seen.entry(image, *arg, &mut reader)?,
                 None => stage::forward(&mut reader, &frame, &mut rest)?,
             },
-            Frame::Bulk => {
-                listed = Some(seen.list(hold.is_some(), allowed)?);
-                // ckpt-scan may wait for this before it writes pages.
-                if let Some(hold) = hold.take() {
-                    hold.release();
-                }
-                stage::forward(&mut reader, &frame, &mut rest)?;
-            }
             _ => stage::forward(&mut reader, &frame, &mut rest)?,
         }
     }

@@ -237,8 +237,11 @@ impl<'a> Level<'a> {
             let bad = |what: String| ImageError::Stream { file: image.file_name(search.owner), what };
             let runs = found.entry((image, search.arg)).or_default();
             let before = runs.len();
-            let elsewhere = take(&search, self.map(image, search.owner)?, runs)
-                .map_err(|addr| bad(format!("pages at {addr:#x} should be there and are not")))?;
+            let map = self.map(image, search.owner)?;
+            let elsewhere = take(&search, map, runs).map_err(|addr| match map.freed {
+                true => ImageError::Freed { path: image.file_name(search.owner).into() },
+                false => bad(format!("pages at {addr:#x} should be there and are not")),
+            })?;
             self.used.extend(runs[before..].iter().map(|run| run.file));
             if !elsewhere.in_parent.is_empty() {
                 later.push(Search { ranges: elsewhere.in_parent, ..search });
@@ -582,7 +585,10 @@ impl ImageSet {
             }
             id = part.parent_id();
             let mut here = Level::new(&part, level);
-            wanted = here.follow(wanted, &mut found).map_err(|error| bad(error.to_string()))?;
+            wanted = here.follow(wanted, &mut found).map_err(|error| match error {
+                ImageError::Freed { .. } => ImageError::Freed { path: path.clone() },
+                error => bad(error.to_string()),
+            })?;
             for &file in &here.used {
                 self.open_ancestor(&dir, &path, &part, file, here.size(file.id))?;
             }

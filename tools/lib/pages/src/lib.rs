@@ -108,18 +108,24 @@ impl Memory {
             plans.iter().try_for_each(|plan| plan.emit_runs(writer))?;
             writer.bulk().context("write the stream")
         };
-        if total > AT_ONCE {
+        let few = total <= AT_ONCE;
+        // What stages wait for comes at once; all else when the tree runs.
+        let early = awaited || !few;
+        if early {
             runs(writer)?;
-            self.copy_shared(writer)?;
+        }
+        self.copy_shared(writer)?;
+        if !few {
             return plans.iter().try_for_each(|plan| plan.copy(writer, |n| progress.inc(n)));
         }
         if awaited {
             writer.output().flush().context("write the stream")?;
         }
-        self.copy_shared(writer)?;
         let read = plans.iter().map(Plan::stash).collect::<anyhow::Result<Vec<_>>>()?;
         run_on()?;
-        runs(writer)?;
+        if !early {
+            runs(writer)?;
+        }
         read.into_iter().try_for_each(|stash| stash.write(writer, |n| progress.inc(n)))
     }
 }
