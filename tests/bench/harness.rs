@@ -39,7 +39,6 @@ impl Drop for Tmpfs {
 /// Touches `bytes` of memory as a file in `dir` and gives it back: the first touch of memory that a virtual machine has
 /// not used yet costs many times a normal page fault.
 pub fn warm_up(dir: &Path, bytes: u64) {
-    eprintln!("warming up: touching {} MiB", bytes >> 20);
     let path = dir.join("warm-up");
     let mut file = fs::File::create(&path).expect("make a file on tmpfs");
     let block = vec![0x5a_u8; 4 << 20];

@@ -38,14 +38,15 @@ pub fn run(mib: u64) {
         println!("sizes above {room} MiB are left out: memory is short");
     }
     let mib = mib.min(room);
-    harness::warm_up(&dir.0, (mib * 2) << 20);
     let sizes =
         std::iter::successors(Some(SMALLEST_MIB), |size| Some(size * 2)).take_while(|&size| size <= mib);
     let memory: Vec<Point> =
-        sizes.map(|size| measure(&dir, size, "memory_hog", &["-", &size.to_string()])).collect();
+        sizes.map(|size| measure(&dir, size, size << 20, "memory_hog", &["-", &size.to_string()])).collect();
     table("MiB", &memory);
-    let processes: Vec<Point> =
-        PROCESSES.into_iter().map(|n| measure(&dir, n, "herd", &["-", &n.to_string(), "256"])).collect();
+    let processes: Vec<Point> = PROCESSES
+        .into_iter()
+        .map(|n| measure(&dir, n, n << 18, "herd", &["-", &n.to_string(), "256"]))
+        .collect();
     table("processes", &processes);
     let out = bin_dir().parent().unwrap_or(Path::new(".")).join("bench");
     fs::create_dir_all(&out).expect("make target/bench");
@@ -54,9 +55,10 @@ pub fn run(mib: u64) {
     println!("plot: {}", file.display());
 }
 
-fn measure(dir: &Tmpfs, size: u64, workload: &str, args: &[&str]) -> Point {
+/// `size` in the unit of its table, `bytes` in all.
+fn measure(dir: &Tmpfs, size: u64, bytes: u64, workload: &str, args: &[&str]) -> Point {
     let target = Target::start_with(workload, args);
-    let trips: Vec<Trip> = (0..ROUNDS).map(|_| round_trip(&target, dir, None, || ())).collect();
+    let trips: Vec<Trip> = (0..ROUNDS).map(|_| round_trip(&target, dir, bytes, None, || ())).collect();
     let least = |time: fn(&Trip) -> f64| trips.iter().map(time).fold(f64::MAX, f64::min);
     let point = Point {
         size: f64::from(u32::try_from(size).expect("a small number")),
