@@ -155,8 +155,11 @@ pub fn end_all(dir: &Path) {
         let dead =
             |pid: &i32| state(*pid) == Some('Z') && session(*pid).is_some_and(|sid| sessions.contains(&sid));
         ended.extend(all().into_iter().filter(dead));
-        for &pid in &living {
-            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        // All at once, as by a power cut: none sees that another is gone. (A database whose client ends rolls back.)
+        for signal in [Signal::SIGSTOP, Signal::SIGKILL] {
+            for &pid in &living {
+                let _ = kill(Pid::from_raw(pid), signal);
+            }
         }
         ended.extend(&living);
         let free = ended.iter().filter(|&&pid| is_free(pid)).count();
