@@ -13,6 +13,8 @@
 //!   PAGEMAP_SCAN reports as swapped out and not written, while its contents are the file's again.
 //!   Anonymous memory leaves none, so swapped-out pages are told from dropped ones there. That of hugetlbfs, which is
 //!   never swapped out, does: there the markers are taken away first.
+//! - It is not of hugetlbfs. There a page that is read after it was dropped takes the marker's protection over, and is zeros
+//!   that nobody seems to have written (Linux 6.18). Such memory is stored in full.
 //! - The last protection belongs to the parent, and that is durable: `ckpt-tracking` sees to it.
 //!
 //! Everything else errs to the safe side. A mapping that grew has pages without protection, which count as
@@ -110,7 +112,7 @@ impl Tracked<'_> {
             if !before && !is.contains(Page::WRITTEN) {
                 uffd::protect(self.uffd, RemoteAddr(page.start), RemoteAddr(page.end)).with_context(what)?;
             }
-            let known = self.increment && before && !is.contains(Page::WRITTEN);
+            let known = self.increment && before && !is.contains(Page::WRITTEN) && !is_huge(vma);
             let in_parent = known && (is.contains(Page::PRESENT) || !of_file);
             match found.last_mut() {
                 Some(last) if last.end == page.start && last.in_parent == in_parent => last.end = page.end,
