@@ -123,7 +123,10 @@ static void operate_on_huge(struct region *r)
 		char *to = (char *)(((uintptr_t)room + HUGE - 1) & ~(HUGE - 1));
 		munmap(room, to - room), munmap(to + n * HUGE, room + HUGE - to);
 		char *q = mremap(r->at, n * HUGE, n * HUGE, MREMAP_MAYMOVE | MREMAP_FIXED, to);
-		if (q != MAP_FAILED) r->at = q; else munmap(to, n * HUGE);
+		if (q != MAP_FAILED) { r->at = q; break; }
+		/* Of several mappings some may have been moved before one could not be. */
+		munmap(to, n * HUGE), munmap(r->at, n * HUGE);
+		memset(r, 0, sizeof *r), huge_regions--;
 		break;
 	}
 	case 4: if (n > 1) { munmap(r->at + HUGE, HUGE); r->pages /= 2; } break;
