@@ -12,7 +12,7 @@ use std::{
 use ckpt_images::ImageSet;
 use ckpt_proto::{
     Image,
-    types::{MmEntry, PstreeEntry, VmaEntry},
+    types::{CoreEntry, MmEntry, PstreeEntry, VmaEntry},
 };
 use ckpt_sys::{
     RemoteAddr,
@@ -143,7 +143,28 @@ fn mapped_file(pid: u64, addr: u64) -> File {
     File::open(dir.join(name.expect("a file is mapped there"))).expect("the file")
 }
 
-/// Compares every page of every private mapping with the memory of the processes, which are stopped.
+/// What the kernel writes in the memory of a thread when that goes on: on which processor it is (struct rseq: `cpu_id_start`,
+/// `cpu_id`; `node_id`, `mm_cid`). A process that is stopped stays in the kernel, and nothing is written.
+fn written_by_kernel(set: &ImageSet, task: &PstreeEntry) -> Vec<Range<u64>> {
+    if i32::try_from(task.pid).ok().and_then(process::state) == Some('T') {
+        return Vec::new();
+    }
+    let core = |tid: &u32| set.one::<CoreEntry>(Image::Core, (*tid).into()).expect("a thread");
+    let areas = task.threads.iter().filter_map(|tid| core(tid).thread_core?.rseq_entry);
+    let fields = |at: u64| [at..at + 8, at + 20..at + 28];
+    areas.flat_map(|area| fields(area.rseq_abi_pointer)).collect()
+}
+
+/// Makes the bytes of `have`, which are at `at`, those of `want`, as far as they are in `ranges`.
+fn leave_out(ranges: &[Range<u64>], at: u64, want: &[u8], have: &mut [u8]) {
+    for ((byte, &same), addr) in have.iter_mut().zip(want).zip(at..) {
+        if ranges.iter().any(|range| range.contains(&addr)) {
+            *byte = same;
+        }
+    }
+}
+
+/// Compares every page of every private mapping with the memory of the processes, which are stopped, or asleep.
 pub fn same_as_live(dir: &Path) -> (u64, u64) {
     let set = ImageSet::from_chain(dir).expect("read the images");
     set.verify_pages().expect("checksums");
@@ -154,6 +175,7 @@ pub fn same_as_live(dir: &Path) -> (u64, u64) {
         let mm = set.one::<MmEntry>(Image::Mm, pid).expect("an address space");
         let runs = set.page_runs(Image::Pagemap, pid).expect("resolve the pages");
         let live = File::open(format!("/proc/{pid}/mem")).expect("open the memory");
+        let kernels = written_by_kernel(&set, task);
         // What is not in the images is what a fresh mapping has.
         let vmas = mm.vmas.iter().filter(|vma| {
             vma.status & (1 << 9 | 1 << 6) != 0 && vma.status & (1 << 2 | 1 << 3 | 1 << 12) == 0
@@ -191,6 +213,7 @@ pub fn same_as_live(dir: &Path) -> (u64, u64) {
                     }
                     Err(e) => panic!("read pid {pid} at {at:#x}: {e}"),
                 }
+                leave_out(&kernels, at, &want, &mut have);
                 let from = run.map(|run| run.file.level);
                 assert!(
                     have == want,
@@ -254,6 +277,28 @@ fn one_shared_as_live(stored: &[Vec<u8>], pid: u32, line: &str) {
         bytes.iter().rposition(|&b| b != 0).map_or(0, |last| last + 1) == end && bytes[..end] == live[..end]
     };
     assert!(stored.iter().any(same), "pid {pid}: its shared memory is not among {} segments", stored.len());
+}
+
+/// A checkpoint leaves nothing in the memory of a program that sleeps; only the kernel notes where it has woken up.
+#[test]
+fn of_a_program_that_sleeps_only_the_processor_changes() {
+    let target = Target::start("counting");
+    let before = target.at_rest();
+    let on = |processor: &str| {
+        let words = ["-c", "-p", processor, &target.pid.to_string()];
+        Command::new("taskset").args(words).output().expect("run taskset").status.success()
+    };
+    if !on("0") || !on("1") {
+        return skip("of a program that sleeps only the processor changes", "there is but one processor");
+    }
+    for (name, processor) in [("0", "0"), ("1", "1"), ("2", "0")] {
+        assert!(on(processor));
+        target.dump_ok(name);
+        target.unchanged(&before);
+    }
+    for name in ["0", "1", "2"] {
+        let _ = same_as_live(&target.path(name));
+    }
 }
 
 /// Thousands of operations on memory between checkpoints, each of which is compared page by page.
