@@ -301,6 +301,29 @@ fn of_a_program_that_sleeps_only_the_processor_changes() {
     }
 }
 
+/// A write to a page that was dropped is two faults, and a process can be stopped between them.
+#[test]
+fn what_is_half_written_is_not_as_it_was() {
+    let target = Target::start("memory_rewritten");
+    let tracker = Tracker::start(&target);
+    let mut random = Random::new("half_written");
+    let faults = || process::stat(target.pid).and_then(|stat| stat[7].parse::<u64>().ok()).expect("faults");
+    for round in 1..=16 {
+        let how = How { stage: round % 2 == 0, ..How::default() };
+        let names = ["before", "amidst"].map(|name| format!("{name}{round}"));
+        let _ = dump_so(&target, &tracker.address, &names[0], None, how).ok("dump");
+        let amidst = faults() + random.below(3000);
+        target.signal(Signal::SIGUSR1);
+        while faults() < amidst && process::state(target.pid) != Some('S') {}
+        stop(target.pid);
+        let _ = dump_so(&target, &tracker.address, &names[1], Some(&names[0]), how).ok("dump");
+        let _ = same_as_live(&target.path(&names[1]));
+        target.signal(Signal::SIGCONT);
+        target.wait_log(&format!("round {round}"));
+        names.iter().for_each(|name| fs::remove_dir_all(target.path(name)).expect("remove a checkpoint"));
+    }
+}
+
 /// Thousands of operations on memory between checkpoints, each of which is compared page by page.
 #[test]
 fn no_write_is_ever_missed() {

@@ -11,7 +11,7 @@ fn names() -> Vec<String> {
 }
 
 /// Those that need more around them than a log, or check nothing themselves.
-const SPECIAL: &[&str] = &["terminal", "fullscreen", "memory_family"];
+const SPECIAL: &[&str] = &["terminal", "fullscreen", "memory_family", "memory_rewritten"];
 /// Those whose third argument [`start`] knows.
 pub(crate) const WITH_SOCKET: &[&str] = &["answering", "unix_listener"];
 

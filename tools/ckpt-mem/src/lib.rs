@@ -18,7 +18,7 @@ use ckpt_pages::{Memory, Private, Tracking, snapshot};
 use ckpt_proto::{
     Image, MAX_MESSAGE, Message,
     stream::{Frame, Reader, Writer, forward},
-    types::{InventoryEntry, MmEntry, PagemapHead, PstreeEntry},
+    types::{CoreEntry, InventoryEntry, MmEntry, PagemapHead, PstreeEntry},
 };
 use ckpt_sys::{Pid, Refused, transfer::Output};
 use clap::{CommandFactory, Parser};
@@ -119,6 +119,7 @@ fn add_pages(
     let mut parents: HashMap<u32, u32> = HashMap::new();
     let mut tracking = None;
     let mut pages_id = 0;
+    let mut faulting = false;
     while let Some(frame) = reader.next_frame().context("standard input")? {
         if let Frame::Entry { image, arg, .. } = &frame {
             let mut message = reader.payload(u64::from(MAX_MESSAGE)).context("standard input")?;
@@ -133,7 +134,12 @@ fn add_pages(
                     vmas: mm.vmas,
                     watched: Vec::new(),
                     pages_id: 0,
+                    faulting: std::mem::take(&mut faulting),
                 });
+            } else if image == Image::Core.name() {
+                // Threads come before their process.
+                let core = CoreEntry::decode(&message[..]).with_context(|| Image::Core.file_name(*arg))?;
+                faulting |= core.thread_info.is_some_and(|info| info.gpregs.orig_ax.cast_signed() < 0);
             } else if image == Image::Inventory.name() {
                 tracking = Some(begin(args, &mut message)?);
             } else if image == Image::Pstree.name() {

@@ -571,7 +571,7 @@ fn dump(
         tracking.watch(process.pid, || Ok(arm(frozen, process)?));
         let mut watched = Vec::new();
         // With --no-mem it is ckpt-mem that knows whether they are ours.
-        let ours = (args.no_mem || tracking.of(process.pid).is_some()).then_some(&mut watched);
+        let ours = (args.no_mem || tracking.of(process.pid, false).is_some()).then_some(&mut watched);
         let vmas = process::dump(
             frozen,
             process,
@@ -611,6 +611,7 @@ fn dump(
             vmas,
             watched,
             pages_id: next_id(),
+            faulting: process.at_work(),
         })
         .collect();
     Ok(Memory { shared, private, once: args.share })

@@ -106,7 +106,7 @@ fn look(args: &Args, mut frozen: Frozen, flags: Flags, tracking: &mut Tracking) 
         tracking.watch(pid, || Ok(arm(&mut frozen, process)?));
         let look = |pages_id| -> anyhow::Result<Option<Plan>> {
             let (vmas, left) = private_vmas(&flags.mappings(pid, frozen.maps(pid))?);
-            let Some(tracked) = tracking.of(pid) else { return Ok(None) };
+            let Some(tracked) = tracking.of(pid, process.at_work()) else { return Ok(None) };
             left.iter().for_each(|vma| tracked.leave(vma));
             Ok(Some(Plan::new(pid, &vmas, pages_id, Some(tracked))?.while_running(tracked)?))
         };

@@ -52,6 +52,8 @@ pub struct Private {
     pub watched: Vec<Range<u64>>,
     /// Number of its pages image.
     pub pages_id: u32,
+    /// A thread of it was stopped outside of a system call.
+    pub faulting: bool,
 }
 
 impl Memory {
@@ -141,7 +143,7 @@ impl Private {
 
     /// What to store, found by looking at the process itself.
     fn plan(&self, tracking: &Tracking) -> anyhow::Result<Plan> {
-        let tracked = tracking.of(self.pid);
+        let tracked = tracking.of(self.pid, self.faulting);
         Plan::new(self.pid, &self.vmas, self.pages_id, tracked).with_context(|| self.what())
     }
 }

@@ -86,11 +86,11 @@ impl Tracking {
         self.parent.is_some()
     }
 
-    /// How the writes of `pid` are tracked.
+    /// How the writes of `pid` are tracked. `faulting`: a thread of it was stopped outside of a system call.
     #[must_use]
-    pub fn of(&self, pid: Pid) -> Option<Tracked<'_>> {
+    pub fn of(&self, pid: Pid, faulting: bool) -> Option<Tracked<'_>> {
         let uffd = self.session.as_ref()?.uffd(pid)?;
-        Some(Tracked { uffd, increment: self.increment() })
+        Some(Tracked { uffd, increment: self.increment(), faulting })
     }
 
     /// The checkpoint is durable, or not known to be.

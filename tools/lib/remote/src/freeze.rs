@@ -91,6 +91,12 @@ impl Process {
         self.stat.comm.escape_ascii().to_string()
     }
 
+    /// Whether a thread of it was stopped outside of a system call: at work, perhaps in a page fault.
+    #[must_use]
+    pub fn at_work(&self) -> bool {
+        self.threads.iter().any(|thread| thread.regs.orig_rax.cast_signed() < 0)
+    }
+
     /// How messages call it.
     #[must_use]
     pub fn subject(&self) -> String {

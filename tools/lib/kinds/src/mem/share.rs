@@ -68,6 +68,9 @@ fn doubts(plan: &Plan, parent: &Plan, theirs: &[Range<u64>]) -> Vec<Range<u64>> 
             if stored.forked {
                 let common = theirs.iter().map(|range| both.start.max(range.start)..both.end.min(range.end));
                 doubts.extend(common.filter(|range| !range.is_empty()));
+            } else if !stored.lazy {
+                // A file's: what was dropped and read again looks as if it had been left alone.
+                doubts.push(both);
             } else {
                 let mut at = both.start;
                 for same in parent.unchanged(&both) {

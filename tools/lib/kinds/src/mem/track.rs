@@ -13,6 +13,10 @@
 //!   PAGEMAP_SCAN reports as swapped out and not written, while its contents are the file's again.
 //!   Anonymous memory leaves none, so swapped-out pages are told from dropped ones there. That of hugetlbfs, which is
 //!   never swapped out, does: there the markers are taken away first.
+//! - It is not of a file while a thread may be in the middle of a fault. The first write to a dropped page makes it with the
+//!   marker's protection, and a second fault takes that off; a thread that is stopped in the first one stands between the two, and
+//!   the page is there, the file's, and not written. Only faults of user space are left half done, so this is asked
+//!   of no process whose threads were all in system calls ([`Tracked::faulting`]).
 //! - It is not of hugetlbfs. There a page that is read after it was dropped takes the marker's protection over, and is zeros
 //!   that nobody seems to have written (Linux 6.18). Such memory is stored in full.
 //! - The last protection belongs to the parent, and that is durable: `ckpt-tracking` sees to it.
@@ -49,6 +53,8 @@ pub struct Tracked<'a> {
     pub uffd: BorrowedFd<'a>,
     /// The last protection belongs to the parent of this checkpoint.
     pub increment: bool,
+    /// A thread of it was stopped outside of a system call, perhaps in a fault.
+    pub faulting: bool,
 }
 
 /// Pages of a mapping.
@@ -113,7 +119,7 @@ impl Tracked<'_> {
                 uffd::protect(self.uffd, RemoteAddr(page.start), RemoteAddr(page.end)).with_context(what)?;
             }
             let known = self.increment && before && !is.contains(Page::WRITTEN) && !is_huge(vma);
-            let in_parent = known && (is.contains(Page::PRESENT) || !of_file);
+            let in_parent = known && (!of_file || is.contains(Page::PRESENT) && !self.faulting);
             match found.last_mut() {
                 Some(last) if last.end == page.start && last.in_parent == in_parent => last.end = page.end,
                 _ => found.push(Found { start: page.start, end: page.end, in_parent }),
