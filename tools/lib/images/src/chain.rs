@@ -39,6 +39,7 @@ use ckpt_proto::{
 use ckpt_sys::Refused;
 use nix::{
     dir::Dir,
+    errno::Errno,
     fcntl::{OFlag, openat},
     sys::stat::{Mode, fstat},
 };
@@ -742,7 +743,7 @@ pub fn ancestry(dir: &Path) -> Result<Vec<PathBuf>, ImageError> {
         if std::fs::symlink_metadata(&link).is_err() {
             break;
         }
-        let next = link.canonicalize().map_err(|error| no_parent(&link, &link, error))?;
+        let next = link.join(".").canonicalize().map_err(|error| no_parent(&link, &link, error))?;
         if !seen.insert(next.clone()) {
             let what = "the chain of parents is a loop".to_owned();
             return Err(ImageError::Stream { file: link.display().to_string(), what });
@@ -772,11 +773,16 @@ fn open_parent(dir: &Dir, path: &Path) -> Result<Dir, ImageError> {
 
 /// Why the link at `link`, called `name`, leads to no directory.
 fn no_parent(name: &Path, link: &Path, error: std::io::Error) -> ImageError {
-    if error.kind() != std::io::ErrorKind::NotFound {
-        return ImageError::io(name, "open the parent")(error);
-    }
+    let why = match error.raw_os_error().map(Errno::from_raw) {
+        Some(Errno::ENOENT) => "which is not there".to_owned(),
+        // What is at fault is the link.
+        Some(errno @ (Errno::ENOTDIR | Errno::ELOOP | Errno::ENAMETOOLONG)) => {
+            format!("which is no directory ({errno})")
+        }
+        _ => return ImageError::io(name, "open the parent")(error),
+    };
     let what = match std::fs::read_link(link) {
-        Ok(to) => format!("leads to {}, which is not there: this increment needs it", to.display()),
+        Ok(to) => format!("leads to {}, {why}: this increment needs it", to.display()),
         Err(_) => "there is no such link, and this increment needs it".to_owned(),
     };
     ImageError::Stream { file: name.display().to_string(), what }
@@ -897,6 +903,17 @@ mod tests {
             assert!(error.is_corruption() && error.to_string().contains(says), "{name}: {error}");
         }
         assert!(ancestry(&dir.join("gone")).unwrap_err().to_string().contains("leads to ../0,"));
+        for to in ["../1/inventory.img", PARENT, "/dev/zero", &"long".repeat(100)] {
+            std::fs::remove_file(dir.join("other").join(PARENT)).unwrap();
+            symlink(to, dir.join("other").join(PARENT)).unwrap();
+            for result in
+                [ImageSet::from_chain(&dir.join("other")).map(drop), ancestry(&dir.join("other")).map(drop)]
+            {
+                let error = result.unwrap_err();
+                let says = format!("leads to {to}, which is no directory");
+                assert!(error.is_corruption() && error.to_string().contains(&says), "{to}: {error}");
+            }
+        }
         std::fs::remove_file(dir.join("gone").join(PARENT)).unwrap();
         let error = ImageSet::from_chain(&dir.join("gone")).unwrap_err().to_string();
         assert!(error.contains("there is no such link"), "{error}");
