@@ -12,6 +12,7 @@ use std::{
 };
 
 use ckpt_sys::gift::Lending;
+use ckpt_tests::Random;
 use nix::{sys::stat::fstat, unistd::geteuid};
 
 use super::*;
@@ -175,6 +176,71 @@ fn silent_connections_and_nonsense_hold_nothing() {
     assert_eq!(rude.read(&mut [0; 3]).unwrap(), 0, "no OK for a COMMIT without a hold");
     assert_eq!(holder.wait(&[], false, SOON), Outcome::Released);
     drop(silent);
+}
+
+/// Lines of the protocol in any order, with arguments of any kind, and bytes that are no lines.
+fn nonsense(random: &mut Random) -> Vec<u8> {
+    const WORDS: &[&str] = &[
+        "HOLD", "RELEASE", "COMMIT", "FAIL", "DURABLE", "TIMES", "PASSES", "TAKES", "TOOK", "TRACKED", "ARM",
+        "TWIN", "FORGET", "OK", "",
+    ];
+    const REST: &[&[u8]] = &[
+        b"",
+        b"",
+        b" write",
+        b" mem",
+        b" 5",
+        b" -1",
+        b" 1:2",
+        b" 1:2 2:1",
+        b" 18446744073709551616",
+        b" \0",
+        b" \xff\xfe",
+        b"  ",
+    ];
+    let mut pick = |n: usize| usize::try_from(random.below(n as u64)).unwrap();
+    let mut bytes = if pick(2) == 0 { b"HOLD write\n".to_vec() } else { Vec::new() };
+    for _ in 0..pick(8) {
+        bytes.extend(WORDS[pick(WORDS.len())].bytes());
+        bytes.extend(REST[pick(REST.len())]);
+        bytes.extend(match pick(40) {
+            0 => vec![b'x'; MAX_LINE + 600],
+            1 => (0..pick(50)).map(|n| u8::try_from(n * 37 % 256).unwrap()).collect(),
+            2 => b"\r\n".to_vec(),
+            _ => b"\n".to_vec(),
+        });
+    }
+    bytes
+}
+
+/// It ends the wait or it is nothing; it is no COMMIT unless a stage that holds says that; and others are heard after it.
+#[test]
+fn nonsense_of_any_kind_neither_ends_the_holder_nor_commits() {
+    let mut random = Random::new("hold_nonsense");
+    for _ in 0..400 {
+        let holder = Holder::bind().unwrap();
+        if random.below(2) == 0 {
+            holder.answer_requests();
+        }
+        let address = SocketAddr::from_abstract_name(holder.address()).unwrap();
+        let mut stage = UnixStream::connect_addr(&address).unwrap();
+        let said = nonsense(&mut random);
+        // It is let go in the middle of it.
+        let _ = stage.write_all(&said);
+        drop(stage);
+        Hold::take(holder.address(), "sk").unwrap().release();
+        let outcome = loop {
+            match holder.wait(&["sk"], true, Duration::ZERO) {
+                Outcome::Asked(request) => request.answer(Err("no".to_owned())),
+                outcome => break outcome,
+            }
+        };
+        let text = String::from_utf8_lossy(&said);
+        let line =
+            |wanted: &str| text.lines().position(|line| line.trim_end().split(' ').next() == Some(wanted));
+        let may_commit = line("HOLD").zip(line("COMMIT")).is_some();
+        assert!(outcome != Outcome::Committed || may_commit, "{outcome:?} after {text:?}");
+    }
 }
 
 #[test]

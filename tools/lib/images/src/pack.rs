@@ -515,6 +515,36 @@ mod tests {
             prop_assert!(unpack(&block).is_err());
         }
 
+        /// Whatever is done to a file of blocks, it gives the pages that were packed or none.
+        #[test]
+        fn damaged_files_are_errors(
+            lz4: bool,
+            flips in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..3),
+            cut: Option<prop::sample::Index>,
+            end in prop::collection::vec(any::<u8>(), 0..40),
+        ) {
+            let plain: Vec<u8> = SAMPLES[1..3].concat();
+            let mut bytes: Vec<u8> = SAMPLES[1..3].iter().flat_map(|p| pack(CODECS[usize::from(lz4)], p)).collect();
+            for (at, byte) in &flips {
+                // Most of the second block is noise, the headers are few.
+                let at = if byte % 2 == 0 { at.index(bytes.len().min(200)) } else { at.index(bytes.len()) };
+                bytes[at] ^= byte;
+            }
+            bytes.truncate(cut.map_or(bytes.len(), |cut| cut.index(bytes.len())));
+            bytes.extend(&end);
+            let mut file = tempfile::tempfile().unwrap();
+            file.write_all(&bytes).unwrap();
+            let place = Place { file: file.as_fd(), offset: 0, len: bytes.len() as u64 };
+            if let Ok(mut packed) = PackedFile::open(place, "x") {
+                let mut pages = vec![0; plain.len()];
+                let whole = packed.read_exact_at(&mut pages, 0).is_ok();
+                prop_assert!(!whole || pages == plain);
+                let mut blocks = 0;
+                let sound = packed.for_each_block(|_, plain| { blocks += plain; Ok::<(), ImageError>(()) }).is_ok();
+                prop_assert!(!sound || blocks == packed.plain_len());
+            }
+        }
+
         /// Bytes of any kind, with a right checksum even, never unpack to more than the header says.
         #[test]
         fn hostile_blocks_stay_within_bounds(

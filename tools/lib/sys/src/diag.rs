@@ -540,6 +540,7 @@ fn parse_netlink(body: &[u8]) -> Option<NetlinkSocket> {
 mod tests {
     use super::*;
     use nix::sys::socket::socketpair;
+    use proptest::prelude::*;
     use std::net::{TcpListener, TcpStream, UdpSocket};
 
     fn inode(fd: impl AsFd) -> u64 {
@@ -626,6 +627,86 @@ mod tests {
         assert!(parse_dump(&too_short, parse_unix, &mut found).is_err());
         for body in [&[0; 71][..], &[0; 10], &[]] {
             assert_eq!(parse_inet(body, 6), None);
+        }
+    }
+
+    /// Real answers of the kernel, a datagram of each table.
+    fn answers() -> Vec<Vec<u8>> {
+        let held = (TcpListener::bind("127.0.0.1:0").unwrap(), UdpSocket::bind("127.0.0.1:0").unwrap());
+        let inet = |protocol| {
+            request(libc::AF_INET, protocol, 0x80, &[u32::MAX, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0])
+        };
+        let requests = [
+            request(libc::AF_UNIX, 0, 0, &[u32::MAX, 0, 0x1f, 0, 0]),
+            inet(libc::IPPROTO_TCP),
+            inet(libc::IPPROTO_UDP),
+            request(libc::AF_NETLINK, 0xff, 0, &[0, 1 | 2 | 8, 0, 0]),
+        ];
+        let answers = requests.iter().map(|request| {
+            let diag = SockDiag::here().unwrap();
+            send(diag.0.as_raw_fd(), request, MsgFlags::empty()).unwrap();
+            let mut buffer = vec![0; 1 << 16];
+            let n = recv(diag.0.as_raw_fd(), &mut buffer, MsgFlags::empty()).unwrap();
+            buffer.truncate(n);
+            buffer
+        });
+        let answers = answers.collect();
+        drop(held);
+        answers
+    }
+
+    static ANSWERS: std::sync::LazyLock<Vec<Vec<u8>>> = std::sync::LazyLock::new(answers);
+
+    /// Every parser on the same bytes: no panic, and never more sockets than there is room for.
+    fn parse_all(bytes: &[u8]) {
+        fn one<T>(bytes: &[u8], parse: impl Fn(&[u8]) -> Option<T>) {
+            let mut found = Vec::new();
+            let _ = parse_dump(bytes, parse, &mut found);
+            assert!(found.len() <= bytes.len() / 16);
+        }
+        one(bytes, parse_unix);
+        one(bytes, |body| parse_inet(body, libc::IPPROTO_TCP));
+        one(bytes, parse_packet);
+        one(bytes, parse_netlink);
+    }
+
+    #[test]
+    fn answers_are_whole() {
+        let mut found = Vec::new();
+        for (index, answer) in ANSWERS.iter().enumerate() {
+            let parsed = match index {
+                0 => parse_dump(answer, |body| parse_unix(body).map(|s| s.id), &mut found),
+                1 | 2 => parse_dump(answer, |body| parse_inet(body, 0).map(|s| s.id), &mut found),
+                _ => parse_dump(answer, |body| parse_netlink(body).map(|s| s.id), &mut found),
+            };
+            parsed.unwrap();
+        }
+        assert!(found.len() >= 4, "{found:?}");
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(2000) })]
+
+        #[test]
+        fn answers_changed_in_any_way_are_parsed_or_errors(
+            which in 0..4_usize,
+            changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..6),
+            cut: Option<prop::sample::Index>,
+        ) {
+            let mut bytes = ANSWERS[which].clone();
+            // Lengths are what matters most, and those of the first message are looked at in every case.
+            let near = bytes.len().min(400);
+            for (at, byte) in changes {
+                let at = if byte % 4 == 0 { at.index(bytes.len()) } else { at.index(near) };
+                bytes[at] = byte;
+            }
+            bytes.truncate(cut.map_or(bytes.len(), |cut| cut.index(bytes.len())));
+            parse_all(&bytes);
+        }
+
+        #[test]
+        fn bytes_of_any_kind_are_parsed_or_errors(bytes in prop::collection::vec(any::<u8>(), 0..600)) {
+            parse_all(&bytes);
         }
     }
 }

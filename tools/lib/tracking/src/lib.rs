@@ -507,6 +507,8 @@ impl Client {
 mod tests {
     use std::thread;
 
+    use ckpt_tests::Random;
+
     use super::*;
 
     const A: Id = [1; 16];
@@ -553,5 +555,52 @@ mod tests {
         drop(ends);
         thread.join().unwrap();
         assert!(matches!(Session::begin(&address, None), Err(TrackError::Gone { .. })));
+    }
+
+    /// Words in any order, with arguments and descriptors of any kind: whoever says what is not understood is let go, and
+    /// the next is served.
+    #[test]
+    fn nonsense_ends_a_client_and_not_the_tracker() {
+        const WORDS: &[&str] = &["BEGIN", "WATCH", "COMMIT", "END", "OK", "", "BEGIN -\nCOMMIT"];
+        const REST: &[&str] = &[
+            "",
+            " -",
+            " 01010101010101010101010101010101",
+            " +1010101010101010101010101010101",
+            " \u{e9}\u{e9}",
+            " 4711 1",
+            " -1 1",
+            " 1 -1",
+            " 4711 1 1",
+            " 99999999999 1",
+            " 1 18446744073709551616",
+        ];
+        let mut random = Random::new("tracking_nonsense");
+        let mut pick = |n: usize| usize::try_from(random.below(n as u64)).unwrap();
+        let address = format!("ckpt-tracking-nonsense-{}", std::process::id());
+        let mut server = Server::bind(&address).unwrap();
+        let (end, ends) = nix::unistd::pipe().unwrap();
+        let thread = thread::spawn(move || server.serve(&mut Tracker::default(), &[end.as_fd()]).unwrap());
+        let name = UnixAddr::new_abstract(address.as_bytes()).unwrap();
+        let null = fs::File::open("/dev/null").unwrap();
+        for _ in 0..500 {
+            let line = Line { socket: new_socket().unwrap(), address: address.clone() };
+            connect(line.socket.as_raw_fd(), &name).unwrap();
+            for _ in 0..pick(6) {
+                let mut text = [WORDS[pick(WORDS.len())], REST[pick(REST.len())]].concat();
+                if pick(20) == 0 {
+                    text.push_str(&"x".repeat(2 * MAX_MESSAGE));
+                }
+                let fd = (pick(2) == 0).then(|| null.as_fd());
+                // It may have been let go.
+                let _ = line.say(&text, fd);
+            }
+            drop(line);
+            let session = Session::begin(&address, Some(B)).unwrap();
+            assert!(matches!(session.verdict(), Verdict::Full(_)), "nobody has committed that");
+            assert!(!session.watches(Pid(4711), 1), "that is no userfaultfd");
+        }
+        drop(ends);
+        thread.join().unwrap();
     }
 }
