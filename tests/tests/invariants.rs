@@ -212,10 +212,10 @@ fn killed_restore_leaves_no_process() {
 }
 
 /// A small tmpfs, unmounted at the end.
-struct SmallDisk(PathBuf);
+pub struct SmallDisk(pub PathBuf);
 
 impl SmallDisk {
-    fn new(at: &Path, size: &str) -> Option<Self> {
+    pub fn new(at: &Path, size: &str) -> Option<Self> {
         fs::create_dir_all(at).expect("make a mount point");
         let status = Command::new("mount")
             .args(["-t", "tmpfs", "-o", &format!("size={size}"), "tmpfs"])
@@ -223,6 +223,13 @@ impl SmallDisk {
             .stderr(Stdio::null())
             .status();
         status.is_ok_and(|s| s.success()).then(|| Self(at.to_owned()))
+    }
+
+    /// Mounts it again with other options.
+    pub fn remount(&self, options: &str) {
+        let options = format!("remount,{options}");
+        let status = Command::new("mount").args(["-o", &options]).arg(&self.0).status().expect("run mount");
+        assert!(status.success(), "{options}");
     }
 }
 

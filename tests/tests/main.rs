@@ -14,6 +14,7 @@
 //! - `lazy`: `ckpt-restore --lazy`: pages that come later, and a server that does not live to bring them
 //! - `images`: compressed pages, chains of increments, checksums
 //! - `denied`: system calls that the kernel denies to a tool, one at a time
+//! - `disks`: a series onto a disk that is full, read-only or not there any more
 //! - `privileges`: tools with few capabilities and small limits
 //! - `wire`: CRIU's own images restored; ours compared with them field by field
 //! - `postgres`: PostgreSQL with clients in its tree
@@ -31,6 +32,7 @@
 mod cli;
 mod crit;
 mod denied;
+mod disks;
 mod equal;
 mod examples;
 mod files;
