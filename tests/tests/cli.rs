@@ -277,3 +277,18 @@ fn messages_go_to_stderr() {
     let _ = target.dump("img").ok("dump");
     assert_eq!(fs::read(target.path("stdout")).expect("read stdout"), b"");
 }
+
+/// The standard library would put /dev/null in its place, and numbers that somebody relies on would be gone.
+#[test]
+fn a_closed_standard_output_is_refused() {
+    for (tool_name, args) in [("ckpt-series", "-t 1 -D d --count 1"), ("ckpt-check", ""), ("ckpt-read", "d")]
+    {
+        let dir = TestDir::new("closed");
+        let line = format!("exec {} {args} >&-", tool(tool_name).display());
+        let output = Command::new("sh").args(["-c", &line]).current_dir(dir.path()).output().expect("run");
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        assert!(said.contains("standard output is closed"), "{said}");
+        assert!(!dir.path().join("d").exists(), "{tool_name} has begun");
+    }
+}

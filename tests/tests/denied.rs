@@ -1,9 +1,13 @@
 //! Kernels and containers that lack a system call, one at a time: a tool does without it, or says what failed; the
 //! target never notices, and nothing is left behind.
 
-use std::path::Path;
+use std::{
+    path::Path,
+    process::{Command, Stdio},
+};
 
-use ckpt_tests::{Outcome, Pipeline, Target, process, tool, workload};
+use ckpt_images::ImageSet;
+use ckpt_tests::{Outcome, Pipeline, Target, process, soon, tool, workload};
 use nix::{errno::Errno, libc};
 
 /// Calls that the tools make beyond those without which no program starts.
@@ -60,20 +64,24 @@ const CALLS: &[(&str, i64)] = &[
     ("writev", libc::SYS_writev),
 ];
 
-/// Words that run `name` with `call` denied.
-fn without(name: &str, call: i64, errno: Errno) -> Vec<std::ffi::OsString> {
+/// Words that run `name` with `call` denied: its number, or `NUMBER:VALUE` if only with that second argument.
+fn without(name: &str, call: impl ToString, errno: Errno) -> Vec<std::ffi::OsString> {
     let helper = workload::compile("without").into_os_string();
     let words = [call.to_string(), (errno as i32).to_string()].map(Into::into);
     std::iter::once(helper).chain(words).chain([tool(name).into_os_string()]).collect()
 }
 
 /// The pipeline of a dump, or that of a restore, where one stage has to do without a call.
-fn pipeline(dir: &Path, stages: Vec<(&str, Vec<std::ffi::OsString>)>, denied: (&str, i64, Errno)) -> Outcome {
+fn pipeline(
+    dir: &Path,
+    stages: Vec<(&str, Vec<std::ffi::OsString>)>,
+    denied: (&str, impl ToString, Errno),
+) -> Outcome {
     let (poor, call, errno) = denied;
     let mut pipeline = Pipeline::new(dir);
     for (name, args) in stages {
         pipeline = if name == poor {
-            pipeline.program(name, without(name, call, errno).into_iter().chain(args))
+            pipeline.program(name, without(name, call.to_string(), errno).into_iter().chain(args))
         } else {
             pipeline.stage(std::iter::once(name.into()).chain(args))
         };
@@ -150,7 +158,7 @@ fn pages_go_another_way_where_a_call_is_not_supported() {
     let pid = target.pid.to_string();
     let calls = [("splice", libc::SYS_splice), ("copy_file_range", libc::SYS_copy_file_range)];
     for (name, call) in calls {
-        for errno in [Errno::EINVAL, Errno::EXDEV, Errno::EOPNOTSUPP] {
+        for errno in [Errno::EINVAL, Errno::EXDEV, Errno::EOPNOTSUPP, Errno::ENOSYS, Errno::EPERM] {
             for stage in ["ckpt-sk", "ckpt-write"] {
                 let img = target.path("img");
                 let _ = std::fs::remove_dir_all(&img);
@@ -194,5 +202,138 @@ fn dump_without_a_call_works_or_leaves_the_target() {
             target.unchanged(&before);
         }
     }
+    target.passes("the target");
+}
+
+/// A dump to `img`, by ckpt-scan with `args` and one call denied.
+fn scan_without(target: &Target, args: &[&str], call: impl ToString, errno: Errno) -> Outcome {
+    let pid = target.pid.to_string();
+    let scan = ["-t", &pid].iter().chain(args).map(Into::into).collect();
+    let write = vec![target.path("img").into_os_string()];
+    let stages = vec![("ckpt-scan", scan), ("ckpt-sk", vec![]), ("ckpt-write", write)];
+    pipeline(target.dir.path(), stages, ("ckpt-scan", call, errno))
+}
+
+/// Who can send no signals has to do without them before the tree is stopped for long; what is to be killed dies all the same.
+#[test]
+fn without_kill_nothing_is_left_stopped() {
+    let target = Target::start("snapshotted");
+    let pids = process::tree(target.pid);
+    let before = target.at_rest();
+    for errno in [Errno::EPERM, Errno::ENOSYS] {
+        for args in [&["--snapshot"][..], &["--kill"]] {
+            let outcome = scan_without(&target, args, libc::SYS_kill, errno);
+            let _ = outcome.fails("ckpt-scan", 3, &["signals can't be sent to it: kill", "seccomp"]);
+            target.unchanged(&before);
+        }
+    }
+    let sigkill = format!("{}:{}", libc::SYS_kill, libc::SIGKILL);
+    let _ = scan_without(&target, &["--snapshot"], &sigkill, Errno::EPERM).ok("dump --snapshot");
+    target.unchanged(&before);
+    target.passes("the target");
+    std::fs::remove_dir_all(target.path("img")).expect("remove the images");
+    let _ = scan_without(&target, &["--kill"], &sigkill, Errno::EPERM).ok("dump --kill");
+    process::wait_free(&pids);
+    target.restore_ok("img");
+    target.passes("the restored one");
+}
+
+#[test]
+fn a_kernel_without_pagemap_scan_is_told_of_with_advice() {
+    let target = Target::start("attacked");
+    let before = target.at_rest();
+    let outcome = scan_without(&target, &[], format!("{}:0xc0606610", libc::SYS_ioctl), Errno::ENOTTY);
+    let _ = outcome.fails(
+        "ckpt-scan",
+        1,
+        &["ioctl(PAGEMAP_SCAN): ENOTTY", "\n  this kernel has no", "ckpt-check"],
+    );
+    target.unchanged(&before);
+}
+
+/// `ckpt-series -D series --every 1ms` with a call denied, and with `args`.
+fn series_without(target: &Target, args: &[&str], call: i64, errno: Errno) -> std::process::Output {
+    let mut words = without("ckpt-series", call, errno).into_iter();
+    Command::new(words.next().expect("a program"))
+        .args(words)
+        .args(["--every", "1ms", "-t", &target.pid.to_string(), "-D"])
+        .arg(target.path("series"))
+        .args(args)
+        .stdin(Stdio::null())
+        .output()
+        .expect("run ckpt-series")
+}
+
+/// Where pages can't be copied by the kernel a series is pruned all the same, and keeps what is no image.
+#[test]
+fn series_is_pruned_without_copy_file_range() {
+    let target = Target::start("counting");
+    for errno in [Errno::EPERM, Errno::ENOSYS, Errno::EXDEV] {
+        let args = ["--count", "5", "--keep", "2"];
+        let output = series_without(&target, &args, libc::SYS_copy_file_range, errno);
+        assert!(output.status.success(), "{errno}: {output:?}");
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        for number in said.lines().rev().take(2) {
+            let dir = target.path("series").join(number);
+            ImageSet::from_chain(&dir).and_then(|set| set.verify_pages()).expect("a whole checkpoint");
+            assert!(dir.join("stats-dump").exists(), "{}", dir.display());
+        }
+    }
+    target.passes("the target");
+}
+
+/// The stages of a series can't speak to each other then. That is said, and no time is lost over it.
+#[test]
+fn series_does_not_wait_for_a_stage_that_can_not_speak() {
+    let target = Target::start("counting");
+    let series = without("ckpt-series", libc::SYS_sendto, Errno::EPERM);
+    let trace = target.path("waits");
+    let status = Command::new("strace")
+        .args(["-f", "-e", "trace=futex", "-o"])
+        .arg(&trace)
+        .args(series)
+        .args(["--every", "1ms", "--count", "1", "-t", &target.pid.to_string(), "-D"])
+        .arg(target.path("series"))
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(std::fs::File::create(target.path("series.err")).expect("make a file"))
+        .status()
+        .expect("run strace");
+    let said = std::fs::read_to_string(target.path("series.err")).expect("read");
+    assert!(status.success() && said.contains("take the hold: Operation not permitted"), "{status} {said}");
+    let waits = std::fs::read_to_string(trace).expect("read");
+    assert!(!waits.contains("ETIMEDOUT"), "{waits}");
+}
+
+/// A debugger that attaches for a moment is outlasted.
+#[test]
+fn series_goes_on_when_a_foreign_tracer_has_left() {
+    let target = Target::start("counting");
+    let mut tracer = Command::new("strace")
+        .args(["-qq", "-o", "/dev/null", "-p", &target.pid.to_string()])
+        .spawn()
+        .expect("start strace");
+    let traced = || !process::text(target.pid, "status").contains("TracerPid:\t0\n");
+    assert!(soon(traced), "strace does not attach");
+    let mut series = Command::new(tool("ckpt-series"))
+        .args(["--every", "1ms", "--count", "2", "-t", &target.pid.to_string(), "-D"])
+        .arg(target.path("series"))
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("start ckpt-series");
+    let pid = i32::try_from(series.id()).expect("pids are small");
+    // It looks every few milliseconds, and sleeps in between.
+    let sleeps = || {
+        let text = process::text(pid, "status");
+        let count = text.lines().find_map(|l| l.strip_prefix("voluntary_ctxt_switches:"));
+        count.and_then(|n| n.trim().parse::<u32>().ok()).unwrap_or(0)
+    };
+    let _ = soon(|| series.try_wait().expect("wait").is_some() || sleeps() > 100);
+    assert!(traced(), "strace has left too early");
+    tracer.kill().and_then(|()| tracer.wait()).expect("end strace");
+    let output = series.wait_with_output().expect("wait for ckpt-series");
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "000001\n000002\n");
     target.passes("the target");
 }

@@ -62,6 +62,39 @@ impl Drop for Tracker {
     }
 }
 
+/// A tracker whose table of descriptors is full sleeps until there is room, and then serves who has waited.
+#[test]
+fn a_tracker_without_descriptors_waits_for_some() {
+    let target = Target::start("counting");
+    let mut tracker = Tracker::start(&target);
+    let pid = i32::try_from(tracker.child.id()).expect("pids are small");
+    let limit = |files: &str| {
+        let status = Command::new("prlimit")
+            .args(["--pid", &pid.to_string(), &format!("--nofile={files}:")])
+            .status()
+            .expect("run prlimit");
+        assert!(status.success());
+    };
+    limit("3");
+    let syscall = || process::text(pid, "syscall");
+    let poll = format!("{} ", nix::libc::SYS_poll);
+    let address = tracker.address.clone();
+    let outcome = std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| dump(&target, &address, "1", None));
+        // One that spins is hardly ever found asleep.
+        let asleep = (0..200).filter(|_| {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+            syscall().starts_with(&poll)
+        });
+        let asleep = asleep.count();
+        limit("1024");
+        (asleep, waiting.join().expect("join"))
+    });
+    assert!(outcome.0 > 150, "asleep {} times of 200", outcome.0);
+    let _ = outcome.1.ok("dump");
+    tracker.end();
+}
+
 /// How a tracked checkpoint is made: who stores memory, and from where.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct How {

@@ -1,6 +1,6 @@
-/* Not a workload: runs a program to which the kernel denies one system call.
+/* Not a workload: runs a program to which the kernel denies one system call, or that with one second argument (a request of ioctl(2), a signal of kill(2)).
  *
- *     without NUMBER ERRNO PROGRAM [ARGUMENT...] */
+ *     without NUMBER[:ARGUMENT] ERRNO PROGRAM [ARGUMENT...] */
 #include "workload.h"
 #include <linux/filter.h>
 #include <linux/seccomp.h>
@@ -8,9 +8,13 @@
 int main(int argc, char **argv)
 {
 	if (argc < 4) return 2;
+	char *colon = strchr(argv[1], ':');
+	__u32 request = colon ? strtoul(colon + 1, NULL, 0) : 0;
 	struct sock_filter f[] = {
-		BPF_STMT(BPF_LD | BPF_W | BPF_ABS, 0),
-		BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, atoi(argv[1]), 0, 1),
+		BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr)),
+		BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, atoi(argv[1]), 0, 3),
+		BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, args[1])),
+		BPF_JUMP(BPF_JMP | (colon ? BPF_JEQ : BPF_JGE) | BPF_K, request, 0, 1),
 		BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | atoi(argv[2])),
 		BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
 	};

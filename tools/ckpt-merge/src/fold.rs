@@ -8,7 +8,7 @@
 //! has that page. Where it has written to it since, each child gets a page of its own.
 
 use std::{
-    fs::File,
+    fs::{self, File},
     num::NonZero,
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
@@ -126,6 +126,22 @@ pub fn fold(
                     progress(run.len);
                 }
             }
+        }
+    }
+    Ok(())
+}
+
+/// Takes over what else lies in `dir`, such as `stats-dump`, into the directory that is to have its place.
+///
+/// # Errors
+/// The directories'.
+pub fn keep_others(dir: &Path, out: &mut DirWriter) -> anyhow::Result<()> {
+    let shown = || dir.display().to_string();
+    for file in fs::read_dir(dir).with_context(shown)? {
+        let file = file.with_context(shown)?;
+        let is_image = file.file_name().to_str().is_some_and(|name| Image::parse_file_name(name).is_some());
+        if !is_image && file.file_type().with_context(shown)?.is_file() {
+            out.adopt(&file.path(), None)?;
         }
     }
     Ok(())

@@ -117,6 +117,9 @@ pub fn run(args: &Args, output: File) -> anyhow::Result<()> {
         let verification = if args.no_verify { None } else { Some(set.verification()?) };
         fold::fold(&set, base.as_ref(), args.compress, &mut writer, &mut |n| progress.inc(n))
             .with_context(shown)?;
+        if args.in_place {
+            fold::keep_others(&args.dir, &mut writer)?;
+        }
         if let Some(verification) = verification {
             verification.finish().with_context(shown)?;
         }

@@ -68,13 +68,7 @@ fn whole(dir: &Path) -> anyhow::Result<Option<ImageSet>> {
 fn make(dir: &Path, set: &ImageSet, base: &Base, verify: bool, out: &mut DirWriter) -> anyhow::Result<()> {
     let verification = if verify { Some(set.verification()?) } else { None };
     fold::fold(set, Some(base), None, out, &mut |_| ())?;
-    for file in fs::read_dir(dir)? {
-        let path = file?.path();
-        let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-        if Image::parse_file_name(&name).is_none() && fs::symlink_metadata(&path)?.is_file() {
-            out.adopt(&path, None)?;
-        }
-    }
+    fold::keep_others(dir, out)?;
     verification.map_or(Ok(()), |verification| Ok(verification.finish()?))
 }
 

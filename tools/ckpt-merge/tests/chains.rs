@@ -238,6 +238,18 @@ fn what_was_stored_again_as_it_was_is_given_back() {
 }
 
 #[test]
+fn what_is_no_image_stays_in_place() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    let memories = chain(dir, &[plain(0..40, 1), plain(10..30, 2)]);
+    fs::write(dir.join("1/stats-dump"), "figures").unwrap();
+    merge(&Args { dir: dir.join("1"), in_place: true, ..Args::default() }).unwrap();
+    assert!(fs::symlink_metadata(dir.join("1/parent")).is_err());
+    assert_eq!(fs::read(dir.join("1/stats-dump")).unwrap(), b"figures");
+    assert_eq!(read(&dir.join("1")).unwrap(), memories[1]);
+}
+
+#[test]
 fn damage_is_not_made_valid_by_freeing_beside_it() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();

@@ -167,6 +167,7 @@ impl Series {
         let mut full = DirWriter::create_over(&path).with_context(what)?;
         let verification = set.verification().with_context(what)?;
         ckpt_merge::fold::fold(&set, None, compress, &mut full, &mut |_| ()).with_context(what)?;
+        ckpt_merge::fold::keep_others(&path, &mut full).with_context(what)?;
         verification.finish().with_context(what)?;
         full.finish().with_context(what)
     }

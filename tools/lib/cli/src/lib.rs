@@ -23,7 +23,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use ckpt_sys::Refused;
+use ckpt_sys::{Refused, SysError};
 use clap::{ArgAction, CommandFactory, Parser};
 use indicatif::{HumanBytes, ProgressBar, ProgressState, ProgressStyle};
 use nix::errno::Errno;
@@ -113,15 +113,43 @@ pub fn describe(error: &anyhow::Error) -> String {
     let advice = error.chain().find_map(|c| c.downcast_ref::<Refused>().and_then(|r| r.advice.as_deref()));
     let general = || what_may_help(error);
     for line in advice.map(str::to_owned).or_else(general).unwrap_or_default().lines() {
-        text.push_str("\n  ");
-        text.push_str(line);
+        text.push_str(ADVICE);
+        text.push_str(&printable(line));
     }
     text
+}
+
+/// What a line of advice begins with.
+const ADVICE: &str = "\n  ";
+
+/// Text that may quote names of files and processes, with their control characters escaped: none can end a line or
+/// command a terminal.
+fn printable(text: &str) -> String {
+    text.chars().fold(String::with_capacity(text.len()), |mut all, c| {
+        if c.is_control() {
+            all.extend(c.escape_default())
+        } else {
+            all.push(c)
+        }
+        all
+    })
+}
+
+/// The same for a message that may hold a described error, with its advice.
+fn printable_lines(text: &str) -> String {
+    text.split(ADVICE).map(printable).collect::<Vec<_>>().join(ADVICE)
 }
 
 /// Advice for what the kernel denies anywhere, and where nobody knows better.
 fn what_may_help(error: &anyhow::Error) -> Option<String> {
     use ckpt_sys::capability::{self, number as cap};
+    let unknown = |e: &&SysError| matches!(e.errno, Errno::ENOSYS | Errno::ENOTTY);
+    if let Some(error) = error.chain().filter_map(|c| c.downcast_ref::<SysError>()).find(unknown) {
+        let call = error.call;
+        return Some(format!(
+            "this kernel has no {call}, or a filter denies it; ckpt-check says what is missing"
+        ));
+    }
     let errno = error.chain().find_map(errno_of)?;
     // What files need, and what /proc/PID needs; and all else that some checkpoints need (ckpt-check).
     let caps: &[u32] = match errno {
@@ -142,7 +170,8 @@ fn errno_of(cause: &(dyn std::error::Error + 'static)) -> Option<Errno> {
 fn one_line(error: &anyhow::Error) -> String {
     let mut parts: Vec<String> = Vec::new();
     for cause in error.chain() {
-        let part = cause.to_string();
+        // What clap says has lines of its own.
+        let part = if cause.is::<UsageError>() { cause.to_string() } else { printable(&cause.to_string()) };
         match parts.last() {
             // Some errors show their cause in their own text.
             Some(last) if last.ends_with(&part) => continue,
@@ -220,12 +249,12 @@ macro_rules! note {
 /// What [`note!`] calls.
 #[doc(hidden)]
 pub fn note_line(message: fmt::Arguments<'_>) {
-    say(message);
+    say(format_args!("{}", printable_lines(&message.to_string())));
 }
 
 /// Prints a warning to stderr, whatever the verbosity.
 pub fn warn(message: &str) {
-    say(format_args!("warning: {message}"));
+    say(format_args!("warning: {}", printable_lines(message)));
 }
 
 /// Options that every tool has; flatten it into the tool's `Args`. [`main`] acts on it.
@@ -292,7 +321,20 @@ pub fn stdin() -> anyhow::Result<File> {
 /// It is closed.
 pub fn stdout() -> anyhow::Result<File> {
     use anyhow::Context;
+    anyhow::ensure!(
+        !ckpt_sys::limits::stdout_was_closed(),
+        "standard output is closed: what is to be written there would be lost (> /dev/null, if it is not needed)"
+    );
     io::stdout().as_fd().try_clone_to_owned().map(File::from).context("standard output")
+}
+
+/// What stands for standard output where nothing is to be written to it.
+///
+/// # Errors
+/// There is no /dev/null.
+pub fn no_output() -> anyhow::Result<File> {
+    use anyhow::Context;
+    File::options().write(true).open("/dev/null").context("/dev/null")
 }
 
 /// Standard output as a descriptor of our own and the only one: standard output itself is
@@ -303,7 +345,7 @@ pub fn stdout() -> anyhow::Result<File> {
 pub fn take_stdout() -> anyhow::Result<File> {
     use anyhow::Context;
     let own = stdout()?;
-    let null = File::options().write(true).open("/dev/null").context("/dev/null")?;
+    let null = no_output()?;
     nix::unistd::dup2_stdout(&null).context("standard output: dup2")?;
     Ok(own)
 }
@@ -473,6 +515,21 @@ mod tests {
         assert_eq!(code_of(&stream.context("read").unwrap_err()), Status::Corrupt);
         assert_eq!(code_of(&anyhow::anyhow!("other")), Status::Failed);
         assert_eq!(code_of(&UsageError("x".into()).into()), Status::Usage);
+    }
+
+    #[test]
+    fn names_neither_end_lines_nor_command_terminals() {
+        let error = anyhow::Error::from(Refused::new("/tmp/a\n\u{1b}[2Jb", "no").advise("mv 'a\tb'"));
+        assert_eq!(describe(&error), "/tmp/a\\n\\u{1b}[2Jb: no\n  mv 'a\\tb'");
+        assert_eq!(printable_lines(&describe(&error)), describe(&error));
+        assert_eq!(reason("x", &error), "x: /tmp/a\\n\\u{1b}[2Jb: no");
+    }
+
+    #[test]
+    fn what_the_kernel_lacks_is_named() {
+        let error = anyhow::Error::from(SysError::new("ioctl(X)", "pid 1", Errno::ENOTTY)).context("dump");
+        let text = describe(&error);
+        assert!(text.contains("\n  this kernel has no ioctl(X)") && text.contains("ckpt-check"), "{text}");
     }
 
     #[test]

@@ -276,7 +276,7 @@ impl Holder {
             let left = deadline.saturating_duration_since(Instant::now());
             state = if missing.is_empty() {
                 self.shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner)
-            } else if left.is_zero() {
+            } else if left.is_zero() || state.mute {
                 return Outcome::NobodyCame { missing };
             } else {
                 self.shared.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0

@@ -48,7 +48,8 @@
 //! ```
 //!
 //! A connection that breaks after HOLD without one of the three last words is a failure: a stage
-//! killed with SIGKILL is told from one that is done, and needs no clean-up code for that.
+//! killed with SIGKILL is told from one that is done, and needs no clean-up code for that. A connection that ends
+//! without a word is that of a stage which can't speak, and says so itself: nobody is waited for any longer.
 //!
 //! An abstract name needs no file system and vanishes with its owner, but it has no permissions:
 //! anybody in the network namespace can connect. Therefore the holder asks the kernel who is there

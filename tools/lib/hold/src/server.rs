@@ -45,6 +45,8 @@ struct Peer {
     /// What came with the last bytes.
     fd: Option<OwnedFd>,
     stage: Option<String>,
+    /// Has said anything at all.
+    spoke: bool,
     /// Has said its last word.
     over: bool,
 }
@@ -100,6 +102,7 @@ impl Server {
                         buffer: Vec::new(),
                         fd: None,
                         stage: None,
+                        spoke: false,
                         over: false,
                     });
                 }
@@ -123,6 +126,7 @@ impl Peer {
             match receive_with_rights(self.socket.as_fd(), &mut chunk) {
                 Ok((0, _)) => return self.broken(shared, "it ended without a word"),
                 Ok((n, mut fds)) => {
+                    self.spoke = true;
                     self.buffer.extend_from_slice(&chunk[..n]);
                     self.fd = fds.pop().or(self.fd.take());
                 }
@@ -224,6 +228,9 @@ impl Peer {
 
     /// The connection is over; a failure unless the stage had nothing or no more to say.
     fn broken(&mut self, shared: &Shared, reason: &str) -> bool {
+        if !self.spoke {
+            shared.change(|state| state.mute = true);
+        }
         if let (false, Some(stage)) = (self.over, &self.stage) {
             shared.change(|state| {
                 state.holding.remove(&self.id);

@@ -38,6 +38,8 @@ pub(crate) struct State {
     pub(crate) committed: bool,
     /// Which stage has failed first, and why.
     pub(crate) failed: Option<(String, String)>,
+    /// A stage has come and gone without a word: it could not speak. Those that are missing will not come then.
+    pub(crate) mute: bool,
     /// The reader of the stream has ended before it has read all of it.
     pub(crate) unread: bool,
     /// The holder ends.

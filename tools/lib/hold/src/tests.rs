@@ -137,6 +137,15 @@ fn who_never_comes_is_named() {
 }
 
 #[test]
+fn a_stage_that_could_not_speak_is_not_waited_for() {
+    let holder = Holder::bind().unwrap();
+    let address = SocketAddr::from_abstract_name(holder.address()).unwrap();
+    drop(UnixStream::connect_addr(&address).unwrap());
+    let outcome = holder.wait(&["sk"], false, Duration::MAX / 4);
+    assert_eq!(outcome, Outcome::NobodyCame { missing: vec!["sk".to_owned()] });
+}
+
+#[test]
 fn a_stage_that_holds_may_take_longer_than_the_timeout() {
     let holder = Holder::bind().unwrap();
     let hold = Hold::take(holder.address(), "mem").unwrap();

@@ -31,7 +31,7 @@ use ckpt_proto::{
     stream::Facts,
     types::{ManifestEntry, ManifestPiece},
 };
-use ckpt_sys::transfer::transfer;
+use ckpt_sys::transfer::{is_no_way, transfer};
 use nix::{
     errno::Errno,
     fcntl::{AT_FDCWD, Flock, FlockArg, RenameFlags, copy_file_range, renameat2},
@@ -348,8 +348,7 @@ impl DirWriter {
             let moved = match copy_file_range(place.file, Some(&mut from), file.get_ref(), None, want) {
                 Ok(n) => n as u64,
                 Err(Errno::EINTR) => continue,
-                // Not between these two file systems.
-                Err(Errno::EXDEV | Errno::EINVAL | Errno::EOPNOTSUPP) => {
+                Err(errno) if is_no_way(errno) => {
                     lseek(place.file, from, Whence::SeekSet).map_err(ImageError::errno(name(), "lseek"))?;
                     transfer(place.file, file.get_ref().as_fd(), left)
                         .map_err(|source| ImageError::Transfer { file: name(), source })?
@@ -367,7 +366,7 @@ impl DirWriter {
         self.summer()?.add(id, path, offset, place.len, Facts::default())
     }
 
-    /// Makes a file of another directory part of this one, under its own name and by a link; `entry` is what
+    /// Makes a file of another directory part of this one, under its own name and by a link if possible; `entry` is what
     /// the manifest says of it (nothing, for what is no image).
     ///
     /// # Errors
@@ -376,7 +375,14 @@ impl DirWriter {
         let Some(name) = from.file_name() else {
             return Err(ImageError::NotAFile { file: from.display().to_string() });
         };
-        fs::hard_link(from, self.staging.join(name)).map_err(ImageError::io(from, "link"))?;
+        let to = self.staging.join(name);
+        match fs::hard_link(from, &to) {
+            // Not on this file system; or there are as many as there can be.
+            Err(error) if error.raw_os_error().map(Errno::from_raw).is_some_and(is_no_link) => {
+                copy_durably(from, &to).map_err(ImageError::io(from, "copy"))?;
+            }
+            linked => linked.map_err(ImageError::io(from, "link"))?,
+        }
         if let Some(entry) = entry {
             self.adopted.insert(entry.name.clone(), entry);
         }
@@ -609,6 +615,16 @@ fn remove_abandoned(parent: &Path, prefix: &OsStr) {
             let _ = fs::remove_dir_all(entry.path());
         }
     }
+}
+
+/// Whether link(2) answers so where a copy does as well.
+fn is_no_link(errno: Errno) -> bool {
+    is_no_way(errno) || errno == Errno::EMLINK
+}
+
+fn copy_durably(from: &Path, to: &Path) -> io::Result<()> {
+    fs::copy(from, to)?;
+    File::open(to)?.sync_all()
 }
 
 #[cfg(test)]

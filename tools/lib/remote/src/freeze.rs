@@ -11,7 +11,7 @@
 //! A parent in vfork(2) waits uninterruptibly for its child to exec or exit, and a frozen child
 //! never will: such a tree can't be frozen at that instant. Then all others are let go, and it is
 //! tried again when the parent, whose interrupt is still pending, has come out of vfork, until a
-//! deadline. The same serves tasks in uninterruptible I/O. A task that never stops can't be
+//! deadline. The same serves tasks in uninterruptible I/O, and those that a debugger traces for a moment. A task that never stops can't be
 //! detached either (ptrace(2) wants it stopped): it is freed when this process ends.
 
 use std::{
@@ -129,6 +129,50 @@ pub enum Release {
     Kill,
 }
 
+/// What keeps a tree from being stopped, perhaps only for a moment.
+#[derive(Debug, Clone, Copy)]
+enum Obstacle {
+    /// A thread that does not stop.
+    Stuck(Tid, Pid),
+    /// A thread that somebody else traces, and who.
+    Traced(Tid, Pid, i32),
+}
+
+impl Obstacle {
+    fn refusal(self) -> Refused {
+        match self {
+            Self::Stuck(tid, pid) => stuck_error((tid, pid)),
+            Self::Traced(tid, pid, tracer) => {
+                Refused::new(format!("pid {pid} tid {tid}"), format!("is being traced by pid {tracer}"))
+                    .advise("end that debugger or tracer first, or raise --freeze-timeout")
+            }
+        }
+    }
+}
+
+/// Seizes a thread; `Some` if somebody else traces it: who.
+fn seize(tid: Tid, pid: Pid) -> Result<Option<i32>, SysError> {
+    let attempt = || match ptrace::seize(tid, libc::PTRACE_O_TRACESYSGOOD as u32) {
+        Ok(()) => Ok(None),
+        Err(error) => tracer_of(tid, pid).filter(|_| error.errno == Errno::EPERM).map(Some).ok_or(error),
+    };
+    // A tracer may have left between the refusal and the question who it is.
+    attempt().or_else(|_| attempt())
+}
+
+/// Waits until nobody traces a thread. No event tells, and in between the tree is to run.
+fn await_tracer(tid: Tid, pid: Pid, deadline: Instant) {
+    while tracer_of(tid, pid).is_some() && Instant::now() < deadline {
+        thread::sleep(Duration::from_millis(3));
+    }
+}
+
+/// Who traces a thread.
+fn tracer_of(tid: Tid, pid: Pid) -> Option<i32> {
+    let text = procfs::read(format!("/proc/{pid}/task/{tid}/status")).ok()?;
+    status::parse(&text).ok().map(|status| status.tracer_pid).filter(|&tracer| tracer > 0)
+}
+
 /// Seized tasks and where they stopped, if they did.
 type Seized = BTreeMap<Tid, (Pid, Option<Stop>)>;
 
@@ -137,6 +181,8 @@ struct Attempt {
     threads: Seized,
     /// Seized in an earlier attempt and not stopped then.
     pending: Seized,
+    /// The first thread that somebody else traced in this pass.
+    traced: Option<Obstacle>,
     /// In the order in which they were met: parents first.
     processes: Vec<Pid>,
     zombies: Vec<Pid>,
@@ -172,14 +218,17 @@ impl Frozen {
                         }
                     }
                 }
-                Ok(Some(stuck)) => {
-                    let refused = stuck_error(stuck);
+                Ok(Some(obstacle)) => {
+                    let refused = obstacle.refusal();
                     attempt.let_go();
                     if Instant::now() >= deadline {
                         attempt.abandon();
                         return Err(refused.into());
                     }
-                    attempt.await_pending(deadline);
+                    match obstacle {
+                        Obstacle::Stuck(..) => attempt.await_pending(deadline),
+                        Obstacle::Traced(tid, pid, _) => await_tracer(tid, pid, deadline),
+                    }
                 }
                 Err(error) => {
                     attempt.let_go();
@@ -198,21 +247,25 @@ impl Frozen {
         Ok(())
     }
 
-    /// A signal that comes meanwhile may have to be sent once more, and to kill or stop the tree takes one: better
+    /// A signal that comes meanwhile may have to be sent once more, and to stop the tree takes one: better
     /// refused than lost.
     fn check_signals(&self) -> Result<(), Refused> {
-        if capability::held(KILL) {
-            return Ok(());
-        }
-        let denied = |p: &&Process| nix::sys::signal::kill(p.pid.nix(), None) == Err(Errno::EPERM);
-        match self.processes.iter().find(denied) {
-            Some(process) => {
-                let subject = process.subject();
-                Err(Refused::new(subject, "to send signals to it needs CAP_KILL")
-                    .advise("run as the same user, as root, or with that capability"))
+        for process in &self.processes {
+            let refused = |reason: &str| Refused::new(process.subject(), reason);
+            match nix::sys::signal::kill(process.pid.nix(), None) {
+                Ok(()) | Err(Errno::ESRCH) => {}
+                Err(Errno::EPERM) if !capability::held(KILL) => {
+                    return Err(refused("to send signals to it needs CAP_KILL")
+                        .advise("run as the same user, as root, or with that capability"));
+                }
+                Err(errno) => {
+                    return Err(refused(&format!("signals can't be sent to it: kill: {errno}")).advise(
+                        "a seccomp filter or security module denies kill(2) to this tool: allow it",
+                    ));
+                }
             }
-            None => Ok(()),
         }
+        Ok(())
     }
 
     /// How long the tree has been frozen.
@@ -240,15 +293,12 @@ impl Frozen {
 
     fn let_go(&mut self, how: Release) {
         let tids = std::mem::take(&mut self.stopped);
-        if how != Release::Run {
-            let signal = if how == Release::Kill { libc::SIGKILL } else { libc::SIGSTOP };
-            // Children first, so that none is reparented to somebody who reaps it.
-            for process in self.processes.iter().rev().filter(|p| !p.zombie) {
-                // The task may be gone: then it needs no signal.
-                let _ = nix::sys::signal::kill(
-                    process.pid.nix(),
-                    nix::sys::signal::Signal::try_from(signal).ok(),
-                );
+        // Children first, so that none is reparented to somebody who reaps it. One that is gone needs no signal.
+        for process in self.processes.iter().rev().filter(|p| !p.zombie) {
+            match how {
+                Release::Run => {}
+                Release::Stop => drop(nix::sys::signal::kill(process.pid.nix(), nix::sys::signal::SIGSTOP)),
+                Release::Kill => drop(ptrace::kill(process.pid.leader())),
             }
         }
         for (pid, signal) in std::mem::take(&mut self.held) {
@@ -376,8 +426,8 @@ fn shares_memory(a: Pid, b: Pid) -> bool {
 }
 
 impl Attempt {
-    /// Stops everything; `Some` names a task that would not stop in time.
-    fn stop_all(&mut self, root: Pid) -> Result<Option<(Tid, Pid)>, FreezeError> {
+    /// Stops everything; `Some` if something is in the way.
+    fn stop_all(&mut self, root: Pid) -> Result<Option<Obstacle>, FreezeError> {
         loop {
             let mut grown = false;
             let mut queue = vec![root];
@@ -386,8 +436,11 @@ impl Attempt {
                 grown |= new;
                 queue.extend(children_of(pid, &tids));
             }
-            if let Some(stuck) = self.wait_all()? {
-                return Ok(Some(stuck));
+            if let Some((tid, pid)) = self.wait_all()? {
+                return Ok(Some(Obstacle::Stuck(tid, pid)));
+            }
+            if let Some(obstacle) = self.traced.take() {
+                return Ok(Some(obstacle));
             }
             if !grown {
                 return Ok(None);
@@ -434,8 +487,12 @@ impl Attempt {
                 grown = true;
                 continue;
             }
-            match ptrace::seize(tid, libc::PTRACE_O_TRACESYSGOOD as u32) {
-                Ok(()) => {}
+            match seize(tid, pid) {
+                Ok(None) => {}
+                Ok(Some(tracer)) => {
+                    self.traced.get_or_insert(Obstacle::Traced(tid, pid, tracer));
+                    continue;
+                }
                 Err(e) if e.vanished() => continue,
                 Err(e) if e.errno == Errno::EPERM => match state_of(tid) {
                     None => continue,
@@ -461,7 +518,7 @@ impl Attempt {
         }
         if !known && self.threads.values().any(|(owner, _)| *owner == pid) {
             self.processes.push(pid);
-        } else if !known && pid == root {
+        } else if !known && pid == root && self.traced.is_none() {
             return Err(FreezeError::NoSuchProcess(root));
         }
         Ok((grown, tids))
@@ -528,6 +585,7 @@ impl Attempt {
         self.processes.clear();
         self.zombies.clear();
         self.stats.clear();
+        self.traced = None;
     }
 
     /// Waits a while for a task that did not stop to do so after all.
@@ -669,13 +727,6 @@ fn sort_parents_first(processes: &mut Vec<Process>, root: Pid) {
 }
 
 fn not_ours(pid: Pid, tid: Tid) -> Refused {
-    let text = fs::read(format!("/proc/{pid}/task/{tid}/status")).unwrap_or_default();
-    let subject = format!("pid {pid} tid {tid}");
-    match status::parse(&text).map(|s| s.tracer_pid) {
-        Ok(tracer) if tracer > 0 => Refused::new(subject, format!("is being traced by pid {tracer}"))
-            .advise("end that debugger or tracer first"),
-        _ => Refused::new(subject, "ptrace is not permitted (EPERM)").advise(
-            "run as the same user or with CAP_SYS_PTRACE; see also /proc/sys/kernel/yama/ptrace_scope",
-        ),
-    }
+    Refused::new(format!("pid {pid} tid {tid}"), "ptrace is not permitted (EPERM)")
+        .advise("run as the same user or with CAP_SYS_PTRACE; see also /proc/sys/kernel/yama/ptrace_scope")
 }

@@ -159,7 +159,10 @@ impl Captive {
 
 impl Drop for Captive {
     fn drop(&mut self) {
-        let _ = nix::sys::signal::kill(self.tid.nix(), nix::sys::signal::Signal::SIGKILL);
+        // Where that fails, it is killed when this process ends (PTRACE_O_EXITKILL): nobody waits for it.
+        if ptrace::kill(self.tid).is_err() {
+            return;
+        }
         // As its tracer: its parent is told afterwards, if it has one.
         while let Ok(Some(stop)) = ptrace::wait(self.tid, false) {
             if matches!(stop, Stop::Exited(_) | Stop::Killed(_)) {

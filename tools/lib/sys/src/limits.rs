@@ -1,4 +1,7 @@
-//! Limits and signals that would end a tool in the middle of its work, where an error is what it needs.
+//! Limits and signals that would end a tool in the middle of its work, where an error is what it needs; and what the
+//! standard library hides: descriptors 0 to 2 that are closed when a program starts are /dev/null by the time of `main`.
+
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
@@ -18,4 +21,27 @@ pub fn prepare() {
     }
     // SAFETY: to ignore a signal installs no handler, and nothing here relies on SIGXFSZ.
     unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
+}
+
+static STDOUT_WAS_CLOSED: AtomicBool = AtomicBool::new(false);
+
+/// The C library calls what this section lists before the standard library's own start.
+#[used]
+// SAFETY: the section is an array of such functions (gABI, "Initialization and Termination Functions"), and this one makes a
+// system call and sets a flag.
+#[unsafe(link_section = ".init_array")]
+static LOOK: extern "C" fn() = look;
+
+extern "C" fn look() {
+    // SAFETY: F_GETFD takes nothing, and touches no memory.
+    let closed = unsafe { libc::fcntl(1, libc::F_GETFD) } < 0;
+    STDOUT_WAS_CLOSED.store(closed, Ordering::Relaxed);
+}
+
+/// Whether this program was started with standard output closed.
+#[must_use]
+pub fn stdout_was_closed() -> bool {
+    // Named, so that the linker keeps it.
+    std::hint::black_box(&LOOK);
+    STDOUT_WAS_CLOSED.load(Ordering::Relaxed)
 }

@@ -269,6 +269,16 @@ pub fn detach(tid: Tid, signal: i32) -> Result<(), SysError> {
     .map(drop)
 }
 
+/// Kills the process of a tracee with SIGKILL. The kernel takes it from whoever traces: neither kill(2) nor CAP_KILL is
+/// needed.
+///
+/// # Errors
+/// ESRCH if it is gone, or not a tracee of the calling thread.
+pub fn kill(tid: Tid) -> Result<(), SysError> {
+    // SAFETY: KILL takes nothing.
+    unsafe { request(libc::PTRACE_KILL, "ptrace(KILL)", tid, number(0), number(0)) }.map(drop)
+}
+
 /// Attaches to `tid` without stopping it; `options` are `PTRACE_O_*` bits.
 ///
 /// # Errors

@@ -183,7 +183,7 @@ pub fn network(fd: BorrowedFd<'_>) -> Result<OwnedFd, SysError> {
 /// See recvmsg(2).
 pub fn receive_with_rights(fd: BorrowedFd<'_>, buffer: &mut [u8]) -> Result<(usize, Vec<OwnedFd>), SysError> {
     use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
-    let failed = |errno| SysError::new("recvmsg", String::new(), errno);
+    let failed = |errno| SysError::new("recvmsg", on(fd), errno);
     let mut control = nix::cmsg_space!([i32; 4]);
     let mut slices = [std::io::IoSliceMut::new(buffer)];
     let flags = MsgFlags::MSG_CMSG_CLOEXEC;

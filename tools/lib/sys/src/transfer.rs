@@ -50,15 +50,21 @@ pub fn transfer(from: BorrowedFd<'_>, to: BorrowedFd<'_>, len: u64) -> Result<u6
                 moved += n as u64;
             }
             Err(Errno::EINTR) => {}
-            Err(Errno::EINVAL | Errno::EXDEV | Errno::EOPNOTSUPP | Errno::EBADF)
-                if !matches!(way, Way::Buffer) =>
-            {
+            Err(errno) if is_no_way(errno) && !matches!(way, Way::Buffer) => {
                 way = if matches!(way, Way::Splice) { Way::Range } else { Way::Buffer };
             }
             Err(errno) => return Err(SysError::new(call, format!("after {moved} of {len} bytes"), errno)),
         }
     }
     Ok(moved)
+}
+
+/// Whether the kernel answers so where it can't move bytes between two files by itself: not these, not this kernel, or not
+/// this process (a seccomp filter; a file that may only be appended to).
+#[must_use]
+pub fn is_no_way(errno: Errno) -> bool {
+    use Errno::{EBADF, EINVAL, ENOSYS, EOPNOTSUPP, EPERM, EXDEV};
+    matches!(errno, EINVAL | EXDEV | EOPNOTSUPP | EBADF | ENOSYS | EPERM)
 }
 
 fn write_all(to: BorrowedFd<'_>, mut bytes: &[u8]) -> Result<(), SysError> {

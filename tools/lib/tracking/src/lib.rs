@@ -61,6 +61,8 @@ pub type Id = [u8; 16];
 const MAX_MESSAGE: usize = 1024;
 /// How long one side waits for the other, which has nothing else to do.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How long a tracker that can have no more descriptors lets those wait who come, milliseconds.
+const FULL: u16 = 100;
 
 /// Why tracking does not work.
 #[derive(Debug, thiserror::Error)]
@@ -79,6 +81,12 @@ pub enum TrackError {
     /// Nobody is there.
     #[error("there is no tracker at {address}; start one with ckpt-track")]
     Gone {
+        /// Name of the socket.
+        address: String,
+    },
+    /// The other side is there and does not answer.
+    #[error("tracker {address}: the other side of the connection says nothing for {} s", PATIENCE.as_secs())]
+    Silent {
         /// Name of the socket.
         address: String,
     },
@@ -262,7 +270,10 @@ struct Line {
 impl Line {
     fn failed(&self, call: &'static str) -> impl FnOnce(Errno) -> TrackError {
         let address = self.address.clone();
-        move |errno| TrackError::Socket { address, call, errno }
+        move |errno| match errno {
+            Errno::EAGAIN => TrackError::Silent { address },
+            errno => TrackError::Socket { address, call, errno },
+        }
     }
 
     fn say(&self, text: &str, fd: Option<BorrowedFd<'_>>) -> Result<(), TrackError> {
@@ -278,7 +289,8 @@ impl Line {
     /// The next message, and the descriptor that came with it; an empty one at the end.
     fn hear(&self) -> Result<(String, Option<OwnedFd>), TrackError> {
         let mut buffer = [0; MAX_MESSAGE];
-        let (len, mut fds) = sock::receive_with_rights(self.socket.as_fd(), &mut buffer)?;
+        let (len, mut fds) = sock::receive_with_rights(self.socket.as_fd(), &mut buffer)
+            .map_err(|error| self.failed("recvmsg")(error.errno))?;
         Ok((String::from_utf8_lossy(&buffer[..len]).into_owned(), fds.pop()))
     }
 
@@ -301,8 +313,8 @@ impl Line {
     }
 }
 
-fn new_socket() -> nix::Result<OwnedFd> {
-    socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)
+fn new_socket(flags: SockFlag) -> nix::Result<OwnedFd> {
+    socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC | flags, None)
 }
 
 /// A checkpoint under tracking, as the tool that makes it sees it.
@@ -321,7 +333,8 @@ impl Session {
     /// There is no tracker at `address`, or it is somebody else's.
     pub fn begin(address: &str, parent: Option<Id>) -> Result<Self, TrackError> {
         let failed = |call| move |errno| TrackError::Socket { address: address.to_owned(), call, errno };
-        let line = Line { socket: new_socket().map_err(failed("socket"))?, address: address.to_owned() };
+        let socket = new_socket(SockFlag::empty()).map_err(failed("socket"))?;
+        let line = Line { socket, address: address.to_owned() };
         let name = UnixAddr::new_abstract(address.as_bytes()).map_err(failed("name"))?;
         connect(line.socket.as_raw_fd(), &name).map_err(|errno| match errno {
             Errno::ECONNREFUSED | Errno::ENOENT => TrackError::Gone { address: address.to_owned() },
@@ -420,7 +433,8 @@ impl Server {
     /// EADDRINUSE if there is a tracker of that name.
     pub fn bind(address: &str) -> Result<Self, TrackError> {
         let failed = |call| move |errno| TrackError::Socket { address: address.to_owned(), call, errno };
-        let line = Line { socket: new_socket().map_err(failed("socket"))?, address: address.to_owned() };
+        let socket = new_socket(SockFlag::SOCK_NONBLOCK).map_err(failed("socket"))?;
+        let line = Line { socket, address: address.to_owned() };
         let name = UnixAddr::new_abstract(address.as_bytes()).map_err(failed("name"))?;
         bind(line.socket.as_raw_fd(), &name).map_err(failed("bind"))?;
         listen(&line.socket, Backlog::new(16).map_err(failed("listen"))?).map_err(failed("listen"))?;
@@ -432,11 +446,17 @@ impl Server {
     /// # Errors
     /// The socket's.
     pub fn serve(&mut self, tracker: &mut Tracker, end: &[BorrowedFd<'_>]) -> Result<(), TrackError> {
+        let mut full = false;
         loop {
             let mut fds: Vec<PollFd<'_>> = end.iter().map(|fd| PollFd::new(*fd, PollFlags::POLLIN)).collect();
-            fds.push(PollFd::new(self.line.socket.as_fd(), PollFlags::POLLIN));
+            // Whoever waits there while there is no descriptor for it would wake us at once, again and again.
+            let (comes, patience) = match full {
+                true => (PollFlags::empty(), PollTimeout::from(FULL)),
+                false => (PollFlags::POLLIN, PollTimeout::NONE),
+            };
+            fds.push(PollFd::new(self.line.socket.as_fd(), comes));
             fds.extend(self.clients.iter().map(|c| PollFd::new(c.line.socket.as_fd(), PollFlags::POLLIN)));
-            match poll(&mut fds, PollTimeout::NONE) {
+            match poll(&mut fds, patience) {
                 Ok(_) | Err(Errno::EINTR) => {}
                 Err(errno) => return Err(self.line.failed("poll")(errno)),
             }
@@ -448,18 +468,29 @@ impl Server {
             let mut talks = rest.iter().skip(1);
             // A client that says what is not understood, or nothing more, is let go.
             self.clients.retain_mut(|c| talks.next() != Some(&true) || c.serve(tracker).unwrap_or(false));
-            if rest.first() == Some(&true) {
-                self.accept();
+            if full || rest.first() == Some(&true) {
+                full = !self.accept()?;
             }
         }
     }
 
-    fn accept(&mut self) {
-        let Ok(socket) = sock::accept(self.line.socket.as_fd()) else { return };
+    /// Lets in who waits, if anybody does; false if there is no room.
+    fn accept(&mut self) -> Result<bool, TrackError> {
+        let socket = match sock::accept(self.line.socket.as_fd()) {
+            Ok(socket) => socket,
+            Err(error) => {
+                return match error.errno {
+                    Errno::EAGAIN | Errno::EINTR | Errno::ECONNABORTED => Ok(true),
+                    Errno::EMFILE | Errno::ENFILE | Errno::ENOBUFS | Errno::ENOMEM => Ok(false),
+                    errno => Err(self.line.failed("accept4")(errno)),
+                };
+            }
+        };
         let line = Line { socket, address: self.line.address.clone() };
         if line.is_friend().is_ok() && line.be_patient().is_ok() {
             self.clients.push(Client { line, session: None });
         }
+        Ok(true)
     }
 }
 
@@ -584,7 +615,7 @@ mod tests {
         let name = UnixAddr::new_abstract(address.as_bytes()).unwrap();
         let null = fs::File::open("/dev/null").unwrap();
         for _ in 0..500 {
-            let line = Line { socket: new_socket().unwrap(), address: address.clone() };
+            let line = Line { socket: new_socket(SockFlag::empty()).unwrap(), address: address.clone() };
             connect(line.socket.as_raw_fd(), &name).unwrap();
             for _ in 0..pick(6) {
                 let mut text = [WORDS[pick(WORDS.len())], REST[pick(REST.len())]].concat();
