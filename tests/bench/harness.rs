@@ -6,6 +6,11 @@ use std::{
     io::Write,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::JoinHandle,
     time::Duration,
 };
 
@@ -37,7 +42,8 @@ impl Drop for Tmpfs {
 }
 
 /// Touches `bytes` of memory as a file in `dir` and gives it back: the first touch of memory that a virtual machine has
-/// not used yet costs many times a normal page fault.
+/// not used yet costs many times a normal page fault. The host takes back what has been free for some seconds: for
+/// steps that take as long, see [`Reserve`].
 pub fn warm_up(dir: &Path, bytes: u64) {
     let path = dir.join("warm-up");
     let mut file = fs::File::create(&path).expect("make a file on tmpfs");
@@ -47,6 +53,59 @@ pub fn warm_up(dir: &Path, bytes: u64) {
     }
     drop(file);
     fs::remove_file(&path).expect("remove the warm-up file");
+}
+
+/// All memory of the machine that nothing uses, touched and held, and given back as fast as others take it. What they
+/// get has then been in use until just before, however much they take and however long: never memory that the host
+/// of a virtual machine has to find first, or has taken back while it was free.
+pub struct Reserve {
+    held: Arc<Mutex<Vec<Vec<u8>>>>,
+    over: Arc<AtomicBool>,
+    release: Option<JoinHandle<()>>,
+}
+
+impl Reserve {
+    /// What stays free, bytes.
+    const FREE: u64 = 512 << 20;
+    /// Large enough that the allocator unmaps each when it is dropped (mallopt(3), `M_MMAP_THRESHOLD`).
+    const PIECE: usize = 64 << 20;
+    const LOOK_EVERY: Duration = Duration::from_millis(5);
+
+    /// Empty at first.
+    pub fn new() -> Self {
+        let held = Arc::new(Mutex::new(Vec::new()));
+        let over = Arc::new(AtomicBool::new(false));
+        let (pieces, told) = (Arc::clone(&held), Arc::clone(&over));
+        let release = std::thread::spawn(move || {
+            while !told.load(Ordering::Relaxed) {
+                while free() < Self::FREE && pieces.lock().expect("no thread panics").pop().is_some() {}
+                std::thread::sleep(Self::LOOK_EVERY);
+            }
+        });
+        Self { held, over, release: Some(release) }
+    }
+
+    /// Takes what has come free, and touches it.
+    pub fn fill(&self) {
+        while free() > Self::FREE + 2 * Self::PIECE as u64 {
+            let piece = vec![0x5a; Self::PIECE];
+            self.held.lock().expect("no thread panics").push(piece);
+        }
+    }
+}
+
+impl Drop for Reserve {
+    fn drop(&mut self) {
+        self.over.store(true, Ordering::Relaxed);
+        if let Some(release) = self.release.take() {
+            let _ = release.join();
+        }
+    }
+}
+
+/// Memory that nothing uses at all, not even as a cache, bytes.
+fn free() -> u64 {
+    meminfo("MemFree")
 }
 
 /// What `memory_hog` has noted in its file: the longest time for which it did not get to run, and how long its last
@@ -131,9 +190,14 @@ pub fn watch(mut stages: Vec<(String, Child)>, peaks: &mut Peaks) {
 
 /// Memory that programs can have without hurting others, bytes.
 pub fn available() -> u64 {
+    meminfo("MemAvailable")
+}
+
+/// A figure of proc_meminfo(5), bytes.
+fn meminfo(name: &str) -> u64 {
     let text = fs::read_to_string("/proc/meminfo").expect("read /proc/meminfo");
-    let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:")?.trim().strip_suffix(" kB"));
-    line.and_then(|kib| kib.parse::<u64>().ok()).expect("MemAvailable") << 10
+    let kib = text.lines().find_map(|l| l.strip_prefix(name)?.strip_prefix(':')?.trim().strip_suffix(" kB"));
+    kib.and_then(|kib| kib.parse::<u64>().ok()).unwrap_or_else(|| panic!("{name} in /proc/meminfo")) << 10
 }
 
 /// Bytes of all files in a directory.

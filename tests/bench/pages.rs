@@ -16,10 +16,11 @@ use std::{
 
 use ckpt_tests::{Target, process, tool};
 
-use crate::harness::{self, Peaks, ROUNDS, Tmpfs};
+use crate::harness::{self, Peaks, ROUNDS, Reserve, Tmpfs};
 
 pub fn run(mib: u64) {
     let dir = Tmpfs::new();
+    let reserve = Reserve::new();
 
     let gap = dir.join("gap");
     let target = Target::start_with("memory_hog", &["-", &mib.to_string(), gap.to_str().expect("a path")]);
@@ -32,9 +33,13 @@ pub fn run(mib: u64) {
         harness::forget(&gap);
         let mut freeze = Duration::ZERO;
         // Read before the restore: the program has not run for that long either.
-        let trip = round_trip(&target, &dir, mib << 20, (!timed).then_some(&mut peaks), || {
-            freeze = harness::felt(&gap).0
-        });
+        let trip = round_trip(
+            &target,
+            &dir,
+            || reserve.fill(),
+            (!timed).then_some(&mut peaks),
+            || freeze = harness::felt(&gap).0,
+        );
         bytes = trip.bytes;
         if timed {
             cps.push(trip.cp.as_secs_f64());
@@ -68,13 +73,13 @@ pub struct Trip {
     pub restore: Duration,
 }
 
-/// Dumps `target`, of `size` bytes, into `dir`, calls `dumped`, ends the target, copies the pages, restores it and has it check
+/// Dumps `target` into `dir`, calls `dumped`, ends the target, copies the pages, restores it and has it check
 /// itself. Never are there more than two of the process, its images and their copy, so large ones fit too. Leaves nothing in
-/// `dir`. Each step gets memory that has been touched just before: a host takes back what has been free for some seconds.
+/// `dir`. `before_step` sees to it that dump, copy and restore find memory that has been in use just before.
 pub fn round_trip(
     target: &Target,
     dir: &Tmpfs,
-    size: u64,
+    before_step: impl Fn(),
     mut peaks: Option<&mut Peaks>,
     dumped: impl FnOnce(),
 ) -> Trip {
@@ -82,7 +87,7 @@ pub fn round_trip(
     let images = dir.join("img");
     let images_arg = images.to_str().expect("a path");
     let pid = target.pid.to_string();
-    harness::warm_up(&dir.0, size);
+    before_step();
     let start = Instant::now();
     harness::pipeline(
         &[&["ckpt-scan", "-t", &pid], &["ckpt-sk"], &["ckpt-write", images_arg]],
@@ -99,14 +104,14 @@ pub fn round_trip(
     let bytes = pages.iter().map(|p| p.metadata().map_or(0, |m| m.len())).sum();
     let copy = dir.join("copy");
     fs::create_dir(&copy).expect("make a directory");
-    harness::warm_up(&dir.0, bytes);
+    before_step();
     let start = Instant::now();
     let status = Command::new("cp").args(&pages).arg(&copy).status().expect("run cp");
     let cp = start.elapsed();
     assert!(status.success(), "cp: {status}");
     fs::remove_dir_all(&copy).expect("remove the copy");
 
-    harness::warm_up(&dir.0, bytes);
+    before_step();
     let start = Instant::now();
     let restore = Command::new(tool("ckpt-restore"))
         .arg("--detach")

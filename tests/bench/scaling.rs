@@ -4,7 +4,8 @@
 //! what was added since the size before, next to the same for `cp` or for the size before: where it rises,
 //! something is not linear. A plot goes to `target/bench/scaling.svg`; `just record scaling` copies it to `docs/`.
 //!
-//! A size takes twice its room: the process or a copy of its images, and the images. What does not fit is left out.
+//! A size takes twice its room: the process or a copy of its images, and the images. What does not fit is left out. All other
+//! memory is held in reserve meanwhile ([`Reserve`]), or the curve would be that of the host of a virtual machine.
 
 use std::{error::Error, fs, path::Path};
 
@@ -12,7 +13,7 @@ use ckpt_tests::{Target, bin_dir};
 use plotters::prelude::*;
 
 use crate::{
-    harness::{self, Tmpfs},
+    harness::{self, Reserve, Tmpfs},
     pages::{Trip, round_trip},
 };
 
@@ -38,14 +39,15 @@ pub fn run(mib: u64) {
         println!("sizes above {room} MiB are left out: memory is short");
     }
     let mib = mib.min(room);
+    let reserve = Reserve::new();
     let sizes =
         std::iter::successors(Some(SMALLEST_MIB), |size| Some(size * 2)).take_while(|&size| size <= mib);
     let memory: Vec<Point> =
-        sizes.map(|size| measure(&dir, size, size << 20, "memory_hog", &["-", &size.to_string()])).collect();
+        sizes.map(|size| measure(&dir, &reserve, size, "memory_hog", &["-", &size.to_string()])).collect();
     table("MiB", &memory);
     let processes: Vec<Point> = PROCESSES
         .into_iter()
-        .map(|n| measure(&dir, n, n << 18, "herd", &["-", &n.to_string(), "256"]))
+        .map(|n| measure(&dir, &reserve, n, "herd", &["-", &n.to_string(), "256"]))
         .collect();
     table("processes", &processes);
     let out = bin_dir().parent().unwrap_or(Path::new(".")).join("bench");
@@ -55,10 +57,11 @@ pub fn run(mib: u64) {
     println!("plot: {}", file.display());
 }
 
-/// `size` in the unit of its table, `bytes` in all.
-fn measure(dir: &Tmpfs, size: u64, bytes: u64, workload: &str, args: &[&str]) -> Point {
+/// `size` in the unit of its table.
+fn measure(dir: &Tmpfs, reserve: &Reserve, size: u64, workload: &str, args: &[&str]) -> Point {
     let target = Target::start_with(workload, args);
-    let trips: Vec<Trip> = (0..ROUNDS).map(|_| round_trip(&target, dir, bytes, None, || ())).collect();
+    let trips: Vec<Trip> =
+        (0..ROUNDS).map(|_| round_trip(&target, dir, || reserve.fill(), None, || ())).collect();
     let least = |time: fn(&Trip) -> f64| trips.iter().map(time).fold(f64::MAX, f64::min);
     let point = Point {
         size: f64::from(u32::try_from(size).expect("a small number")),

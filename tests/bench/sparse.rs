@@ -17,7 +17,7 @@ pub fn run(rounds: u64) {
         let dense = Target::start_with("memory_hog", &["-", "10"]);
         let [pieces, alone] = ["16", "1"].map(|row| Target::start_with("memory_sparse", &["-", row]));
         for (index, target) in [dense, pieces, alone].iter().enumerate() {
-            let trip = round_trip(target, &dir, 16 << 20, None, || ());
+            let trip = round_trip(target, &dir, || harness::warm_up(&dir.0, 16 << 20), None, || ());
             bytes[index] = trip.bytes;
             if round > 0 {
                 figures[index].push([trip.dump.as_secs_f64(), trip.restore.as_secs_f64()]);
