@@ -1,16 +1,17 @@
-/* A family of processes that fork each other at random, write to what they share copy-on-write, discard it, map it anew and
- * end: argv[2] is the seed; if that is odd, the root takes in orphans. SIGUSR1 asks for a round, in which each process of
+/* A family of processes that fork each other at random, write to what they share copy-on-write, some of it of a file, discard it,
+ * map it anew and end: argv[2] is the seed; if that is odd, the root takes in orphans. SIGUSR1 asks for a round, in which each process of
  * the family has its turn, after which the root logs "round N". As in memory_storm, the test compares
  * the memory from outside with what the images say, so there is nothing to BREAK. */
 #include "workload.h"
 
 #define HEAP 600
 #define AREA 64
+#define BOOK 32
 #define MAX 16
 
 static struct member { pid_t pid, parent; uint64_t seed; } *family;
 static uint64_t seed;
-static char *heap, *area;
+static char *heap, *area, *book;
 static int turn[2];
 
 static uint64_t rnd(void)
@@ -43,6 +44,14 @@ static void change_memory(void)
 	for (int n = rnd() % 12; n > 0; n--) touch(heap + rnd() % HEAP * PAGE);
 	if (rnd() % 3 == 0) madvise(heap + rnd() % (HEAP - 4) * PAGE, 4 * PAGE, MADV_DONTNEED);
 	if (rnd() % 4 == 0) memset(heap + rnd() % HEAP * PAGE, 0, PAGE);
+	/* A file's pages: dropped, and read or written again. */
+	if (rnd() % 2) touch(book + rnd() % BOOK * PAGE);
+	if (rnd() % 3 == 0) {
+		size_t at = rnd() % (BOOK - 4) * PAGE;
+		madvise(book + at, 4 * PAGE, MADV_DONTNEED);
+		if (rnd() % 3) (void)*(volatile char *)(book + at);
+		if (rnd() % 3) touch(book + at + PAGE);
+	}
 	switch (rnd() % 8) {
 	case 0: /* another one at the same place */
 		area = mmap(area, AREA * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
@@ -117,6 +126,11 @@ int main(int argc, char **argv)
 	heap = map(HEAP * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE);
 	area = map(AREA * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE);
 	for (int i = 0; i < HEAP; i++) if (i % 7) fill(heap + i * PAGE, PAGE, seed + i);
+	int file = open("book", O_RDWR | O_CREAT, 0600);
+	NEED(file >= 0 && !ftruncate(file, BOOK * PAGE));
+	book = mmap(0, BOOK * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE, file, 0);
+	NEED(book != MAP_FAILED);
+	for (int i = 0; i < BOOK; i++) fill(book + i * PAGE, PAGE, seed - i);
 	family[0].pid = getpid();
 	ready();
 	for (int round = 1;; round++) {

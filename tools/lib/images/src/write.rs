@@ -379,10 +379,11 @@ impl DirWriter {
         match fs::hard_link(from, &to) {
             // Not on this file system; or there are as many as there can be.
             Err(error) if error.raw_os_error().map(Errno::from_raw).is_some_and(is_no_link) => {
-                copy_durably(from, &to).map_err(ImageError::io(from, "copy"))?;
+                fs::copy(from, &to).map(drop).map_err(ImageError::io(from, "copy"))?;
             }
             linked => linked.map_err(ImageError::io(from, "link"))?,
         }
+        File::open(&to).and_then(|file| file.sync_all()).map_err(ImageError::io(&to, "fsync"))?;
         if let Some(entry) = entry {
             self.adopted.insert(entry.name.clone(), entry);
         }
@@ -620,11 +621,6 @@ fn remove_abandoned(parent: &Path, prefix: &OsStr) {
 /// Whether link(2) answers so where a copy does as well.
 fn is_no_link(errno: Errno) -> bool {
     is_no_way(errno) || errno == Errno::EMLINK
-}
-
-fn copy_durably(from: &Path, to: &Path) -> io::Result<()> {
-    fs::copy(from, to)?;
-    File::open(to)?.sync_all()
 }
 
 #[cfg(test)]
