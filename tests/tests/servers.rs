@@ -457,6 +457,8 @@ fn forked_workers_take_their_unix_clients_back() {
             assert!(connections >= 3, "client {n} has come {connections} times");
         };
         while_they_work(0..12, client, || {
+            // They are forked one by one, and clients are served as soon as there is one.
+            assert!(soon(|| target.log().matches("Booting worker").count() == 3), "{}", target.log());
             progress.all_go_on(&target);
             let sk = ["--external", "all", "--queued=drop"];
             dump(&target, "running", &[], &sk);
