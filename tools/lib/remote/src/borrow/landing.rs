@@ -155,6 +155,7 @@ impl Landings {
             return Ok(known);
         }
         if let Some(seen) = Gadgets::seen(pid, mapping, key).filter(|_| mapping.file()) {
+            self.gadgets.insert(key, seen);
             return Ok(seen);
         }
         // Both are found early in a C library's text.
