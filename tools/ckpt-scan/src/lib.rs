@@ -571,7 +571,7 @@ fn dump(
         tracking.watch(process.pid, || Ok(arm(frozen, process)?));
         let mut watched = Vec::new();
         // With --no-mem it is ckpt-mem that knows whether they are ours.
-        let ours = (args.no_mem || tracking.of(process.pid, false).is_some()).then_some(&mut watched);
+        let ours = (args.no_mem || tracking.tracks(process.pid)).then_some(&mut watched);
         let vmas = process::dump(
             frozen,
             process,

@@ -78,7 +78,7 @@ pub fn copy<T: Tree>(
         let twin = twins.get(&p.pid).map(|(twin, _)| *twin);
         let plan = match found.next() {
             Some(plan) => plan,
-            None if twin.is_some() && tracking.of(p.pid, p.faulting).is_none() => continue,
+            None if twin.is_some() && !tracking.tracks(p.pid) => continue,
             None => p.plan(tracking)?,
         };
         match twin {

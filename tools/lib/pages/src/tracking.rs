@@ -86,6 +86,12 @@ impl Tracking {
         self.parent.is_some()
     }
 
+    /// Whether the writes of `pid` are tracked.
+    #[must_use]
+    pub fn tracks(&self, pid: Pid) -> bool {
+        self.session.as_ref().is_some_and(|session| session.uffd(pid).is_some())
+    }
+
     /// How the writes of `pid` are tracked. `faulting`: a thread of it was stopped outside of a system call.
     #[must_use]
     pub fn of(&self, pid: Pid, faulting: bool) -> Option<Tracked<'_>> {
